@@ -1,0 +1,24 @@
+"""A monitor for distributed PyTorch training that closes the loop.
+
+Importing this package connects, registers and configures nothing, and needs no torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sosa_stream.agent.wrapper import SOSATrainingWrapper, wrap_training
+
+__version__ = "0.1.0"
+
+__all__ = ["SOSATrainingWrapper", "__version__", "wrap_training"]
+
+
+def __getattr__(name: str) -> Any:
+    # The daemon imports this package without torch; the wrapper is the one name here that needs it.
+    if name in ("SOSATrainingWrapper", "wrap_training"):
+        from sosa_stream.agent import wrapper
+
+        return getattr(wrapper, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

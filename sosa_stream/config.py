@@ -1,0 +1,327 @@
+"""Settings: frozen dataclasses, from ``sosa.toml``, overridden by ``SOSA_*`` variables, overridden by flags.
+
+The variable of a setting is ``SOSA_<SECTION>_<KEY>``, or ``SOSA_<KEY>`` for the keys above the first section:
+``[auto] allow`` is ``SOSA_AUTO_ALLOW``, ``mode`` is ``SOSA_MODE``. Lists are comma-separated there. ``SOSA_DAEMON`` is
+short for ``SOSA_AGENT_DAEMON``. Nothing here reads the environment or a file unless it is handed one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from sosa_stream.errors import ConfigError
+from sosa_stream.protocol.actions import ACTIONS
+
+ENV_PREFIX = "SOSA_"
+CONFIG_VARIABLE = "SOSA_CONFIG"
+"""Path of the ``sosa.toml`` that agents read."""
+
+ALIASES: Mapping[str, str] = {"SOSA_DAEMON": "SOSA_AGENT_DAEMON"}
+OTHER_VARIABLES = frozenset({CONFIG_VARIABLE, "SOSA_DISABLE"})
+
+FUTURE_ACTIONS = ("split_batch",)
+"""Names that ``[auto] allow`` takes although no action of that name is carried out yet."""
+
+
+class Mode(StrEnum):
+    """What the agent may do: watch, watch and propose, or also apply what ``[auto] allow`` names."""
+
+    OBSERVE = "observe"
+    SUGGEST = "suggest"
+    AUTO = "auto"
+
+
+class Guard(StrEnum):
+    """The in-process guard: ``sync`` reads one scalar per step; ``auto``: ``sync`` in mode auto, else ``off``."""
+
+    AUTO = "auto"
+    SYNC = "sync"
+    OFF = "off"
+
+
+class Switch(StrEnum):
+    """``auto`` decides by what else is set."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutoSettings:
+    """What `auto` may do without a person, and how much of it."""
+
+    allow: tuple[str, ...] = ("skip_step", "split_batch")
+    """Actions that may be applied without a person."""
+    max_fixes_per_error: int = 3
+    """Fixes tried for one kind of incident before it is left to a person; refills after ``cooldown_steps``."""
+    cooldown_steps: int = 1000
+    """Steps without an incident of a kind after which its fixes are counted from zero again."""
+    max_fixes_per_run: int = 20
+    """Fixes in one run, whatever happens. Never refills."""
+    max_lr_change: float = 10000.0
+    """Largest factor, up or down, by which all fixes together may multiply the script's learning rate."""
+    max_rollback_steps: int = 2000
+    """Most steps of training that one rollback may give up."""
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.allow if name not in ACTIONS and name not in FUTURE_ACTIONS]
+        if unknown:
+            raise ConfigError(
+                f"auto.allow names unknown action {', '.join(unknown)}; "
+                f"known are {', '.join((*ACTIONS, *FUTURE_ACTIONS))}"
+            )
+        _at_least(1, max_fixes_per_error=self.max_fixes_per_error, cooldown_steps=self.cooldown_steps)
+        _at_least(0, max_fixes_per_run=self.max_fixes_per_run, max_rollback_steps=self.max_rollback_steps)
+        _at_least(1, max_lr_change=self.max_lr_change)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentSettings:
+    """The part inside each training process."""
+
+    daemon: str = ""
+    """Address of a standalone daemon, ``tcp://host:7667``; empty: rank 0 starts one on loopback."""
+    guard: Guard = Guard.AUTO
+    """Whether non-finite gradients are kept from the weights."""
+    flush_seconds: float = 0.1
+    """How often metric frames leave when nothing is urgent."""
+    ring_frames: int = 4096
+    """Unacknowledged frames kept for resending; the oldest is dropped and counted when it is full."""
+    snapshots: Switch = Switch.AUTO
+    """In-memory snapshots for `rollback`; ``auto``: where mode is not observe and ``rollback`` is in ``[auto] allow``."""
+    snapshot_every_ticks: int = 20
+    """Optimizer steps between snapshots."""
+    snapshot_keep: int = 8
+    """Snapshots kept."""
+    snapshot_max_bytes: int = 4 * 1024**3
+    """Memory that all kept snapshots together may take on this rank."""
+    quarantine_ticks: int = 10
+    """Healthy optimizer steps after a snapshot before it counts as last-good."""
+    digest_after_fix: bool = False
+    """Send a digest of parameters and optimizer state after each fix, compared over ranks by the daemon."""
+
+    def __post_init__(self) -> None:
+        _at_least(0.001, flush_seconds=self.flush_seconds)
+        _at_least(16, ring_frames=self.ring_frames)
+        _at_least(1, snapshot_every_ticks=self.snapshot_every_ticks, snapshot_keep=self.snapshot_keep)
+        _at_least(0, snapshot_max_bytes=self.snapshot_max_bytes, quarantine_ticks=self.quarantine_ticks)
+        if self.daemon and not self.daemon.startswith("tcp://"):
+            raise ConfigError(f"agent.daemon must look like tcp://host:7667, not {self.daemon!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FenceSettings:
+    """How the ranks agree on one tick."""
+
+    lead_seconds: float = 0.3
+    """How far ahead of the fastest rank the agreed tick is chosen; doubled with each attempt that came too late."""
+    timeout_seconds: float = 2.0
+    """How long a rank that has promised waits at the agreed tick for the verdict before it ends as in doubt."""
+    poll_seconds: float = 0.02
+    """How often an agent looks at the store while a command is in flight."""
+    max_attempts: int = 5
+    """Attempts at one command before it is given up."""
+
+    def __post_init__(self) -> None:
+        _at_least(0, lead_seconds=self.lead_seconds)
+        _at_least(0.01, timeout_seconds=self.timeout_seconds)
+        _at_least(0.001, poll_seconds=self.poll_seconds)
+        _at_least(1, max_attempts=self.max_attempts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetectSettings:
+    """Windows and thresholds."""
+
+    warmup_steps: int = 20
+    """Steps of a run or segment before statistics speak; non-finite values are always noticed."""
+    window_steps: int = 256
+    """Length of the run-level window, in steps."""
+
+    def __post_init__(self) -> None:
+        _at_least(5, warmup_steps=self.warmup_steps)
+        _at_least(32, window_steps=self.window_steps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DaemonSettings:
+    """The detector daemon."""
+
+    bind: str = "tcp://127.0.0.1:7667"
+    """Where metric frames come in; commands go out at the next port. Port 0 lets the kernel choose."""
+    http: str = "127.0.0.1:7669"
+    """Where ``/metrics``, ``/healthz`` and ``/readyz`` are served. Port 0 lets the kernel choose."""
+    keys: str = ""
+    """Folder made by ``sosa keys new``: CURVE keys of the daemon and of those that may talk to it."""
+    insecure: bool = False
+    """Allow an address other than loopback without keys."""
+    republish_seconds: float = 0.5
+    """How often an unacknowledged command is published again."""
+
+    def __post_init__(self) -> None:
+        _at_least(0.01, republish_seconds=self.republish_seconds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Every setting there is."""
+
+    mode: Mode = Mode.SUGGEST
+    """What the agent may do."""
+    home: str = "sosa-runs"
+    """Folder with the store ``sosa.db`` and one folder per run."""
+    run: str = ""
+    """Name of the run; empty: torchrun's id, else script name, time and randomness."""
+    auto: AutoSettings = field(default_factory=AutoSettings)
+    agent: AgentSettings = field(default_factory=AgentSettings)
+    fence: FenceSettings = field(default_factory=FenceSettings)
+    detect: DetectSettings = field(default_factory=DetectSettings)
+    daemon: DaemonSettings = field(default_factory=DaemonSettings)
+
+    @property
+    def snapshots_wanted(self) -> bool:
+        if self.agent.snapshots is Switch.AUTO:
+            return self.mode is not Mode.OBSERVE and "rollback" in self.auto.allow
+        return self.agent.snapshots is Switch.ON
+
+    @property
+    def guard_wanted(self) -> bool:
+        if self.agent.guard is Guard.AUTO:
+            return self.mode is Mode.AUTO and "skip_step" in self.auto.allow
+        return self.agent.guard is Guard.SYNC
+
+
+def load_settings(
+    *,
+    path: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Settings from a TOML file, then ``env``, then ``overrides`` (dotted names, e.g. ``{"auto.allow": [...]}``).
+
+    Raises:
+        ConfigError: the file is missing or no TOML; a key is unknown; a value has the wrong type or is out of bounds.
+    """
+    values: dict[str, Any] = {}
+    known = dict(_walk(Settings))
+    if path is not None:
+        values.update(_from_toml(path, known))
+    if env is not None:
+        values.update(_from_env(env, known))
+    for name, value in (overrides or {}).items():
+        if name not in known:
+            raise ConfigError(f"unknown setting {name!r}")
+        values[name] = _coerce(name, value, known[name])
+    return _build(Settings, values, "")
+
+
+def variables() -> dict[str, str]:
+    """Every environment variable and the dotted setting that it names."""
+    return {_variable(name): name for name, _ in _walk(Settings)}
+
+
+def _variable(name: str) -> str:
+    return ENV_PREFIX + name.replace(".", "_").upper()
+
+
+def _walk(cls: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    hints = get_type_hints(cls)
+    for spec in dataclasses.fields(cls):
+        hint = hints[spec.name]
+        if dataclasses.is_dataclass(hint):
+            yield from _walk(hint, f"{prefix}{spec.name}.")  # type: ignore[arg-type]
+        else:
+            yield prefix + spec.name, hint
+
+
+def _from_toml(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    flat: dict[str, Any] = {}
+    sections = {name.split(".")[0] for name in known if "." in name}
+    for key, value in tree.items():
+        if key in sections and isinstance(value, dict):
+            flat.update({f"{key}.{inner}": item for inner, item in value.items()})
+        else:
+            flat[key] = value
+    unknown = sorted(set(flat) - set(known))
+    if unknown:
+        raise ConfigError(f"{path}: unknown setting {', '.join(unknown)}; known are {', '.join(known)}")
+    return {name: _coerce(name, value, known[name]) for name, value in flat.items()}
+
+
+def _from_env(env: Mapping[str, str], known: Mapping[str, Any]) -> dict[str, Any]:
+    names = {_variable(name): name for name in known}
+    values: dict[str, Any] = {}
+    for variable, text in env.items():
+        target = ALIASES.get(variable, variable)
+        if target in names:
+            values[names[target]] = _parse(variable, text, known[names[target]])
+        elif variable.startswith(ENV_PREFIX) and variable not in OTHER_VARIABLES:
+            raise ConfigError(
+                f"unknown variable {variable}; known are {', '.join([*names, *ALIASES, *OTHER_VARIABLES])}"
+            )
+    return values
+
+
+def _parse(name: str, text: str, hint: Any) -> Any:
+    if hint is bool:
+        lowered = text.strip().lower()
+        if lowered not in {"1", "true", "yes", "on", "0", "false", "no", "off", ""}:
+            raise ConfigError(f"{name} must be true or false, not {text!r}")
+        return lowered in {"1", "true", "yes", "on"}
+    if hint is int or hint is float:
+        try:
+            return hint(text)
+        except ValueError:
+            raise ConfigError(f"{name} must be a number, not {text!r}") from None
+    if get_origin(hint) is tuple:
+        return tuple(item.strip() for item in text.split(",") if item.strip())
+    return _coerce(name, text, hint)
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    if get_origin(hint) is tuple:
+        if isinstance(value, str | bytes) or not isinstance(value, list | tuple):
+            raise ConfigError(f"{name} must be a list, not {value!r}")
+        return tuple(_coerce(name, item, get_args(hint)[0]) for item in value)
+    if isinstance(hint, type) and issubclass(hint, StrEnum):
+        try:
+            return hint(value)
+        except ValueError:
+            raise ConfigError(f"{name} must be one of {', '.join(hint)}, not {value!r}") from None
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(hint, types.UnionType) and type(value) is not hint:
+        raise ConfigError(f"{name} must be {hint.__name__}, not {value!r}")
+    return value
+
+
+def _build(cls: type[Any], values: Mapping[str, Any], prefix: str) -> Any:
+    hints = get_type_hints(cls)
+    arguments: dict[str, Any] = {}
+    for spec in dataclasses.fields(cls):
+        name = prefix + spec.name
+        if dataclasses.is_dataclass(hints[spec.name]):
+            arguments[spec.name] = _build(hints[spec.name], values, f"{name}.")  # type: ignore[arg-type]
+        elif name in values:
+            arguments[spec.name] = values[name]
+    return cls(**arguments)
+
+
+def _at_least(low: float, **values: float) -> None:
+    for name, value in values.items():
+        if not value >= low:
+            raise ConfigError(f"{name} must be at least {low:g}, not {value!r}")

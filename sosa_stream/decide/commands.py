@@ -1,0 +1,85 @@
+"""The life of a command as the daemon keeps it, with its table of states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from sosa_stream.protocol.actions import Action
+
+SCHEMA_VERSION = 1
+
+
+class CommandState(StrEnum):
+    PROPOSED = "proposed"
+    APPROVED = "approved"
+    PUBLISHED = "published"
+    HELD = "held"
+    COMMITTED = "committed"
+    APPLIED = "applied"
+    VERIFIED = "verified"
+    REVERTED = "reverted"
+    REJECTED = "rejected"
+    EXPIRED = "expired"
+    ABORTED = "aborted"
+
+
+class Verdict(StrEnum):
+    HELPED = "helped"
+    NO_EFFECT = "no_effect"
+    HARMED = "harmed"
+    INCONCLUSIVE = "inconclusive"
+    NOT_APPLIED = "not_applied"
+
+
+_S = CommandState
+TRANSITIONS: Mapping[CommandState, frozenset[CommandState]] = {
+    _S.PROPOSED: frozenset({_S.APPROVED, _S.PUBLISHED, _S.REJECTED, _S.EXPIRED}),
+    _S.APPROVED: frozenset({_S.PUBLISHED, _S.REJECTED, _S.EXPIRED}),
+    _S.PUBLISHED: frozenset({_S.HELD, _S.COMMITTED, _S.APPLIED, _S.REJECTED, _S.EXPIRED, _S.ABORTED}),
+    _S.HELD: frozenset({_S.COMMITTED, _S.APPLIED, _S.REJECTED, _S.EXPIRED, _S.ABORTED}),
+    _S.COMMITTED: frozenset({_S.APPLIED, _S.ABORTED}),
+    # `aborted` after `applied`: an action failed on a rank
+    _S.APPLIED: frozenset({_S.VERIFIED, _S.REVERTED, _S.ABORTED}),
+    _S.VERIFIED: frozenset(),
+    _S.REVERTED: frozenset(),
+    _S.REJECTED: frozenset(),
+    _S.EXPIRED: frozenset(),
+    _S.ABORTED: frozenset(),
+}
+FINAL_STATES = frozenset(state for state, after in TRANSITIONS.items() if not after)
+IN_FLIGHT_STATES = frozenset({_S.PUBLISHED, _S.HELD, _S.COMMITTED})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandRecord:
+    """One command, whoever asked for it: ``origin`` is ``policy``, ``guard`` (in the process, in the step) or a person."""
+
+    id: str
+    run: str
+    generation: str
+    incident: str
+    actions: tuple[Action, ...]
+    confidence: float
+    state: CommandState
+    reason: str
+    origin: str = "policy"
+    applied_step: int | None = None
+    verdict: Verdict | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The public JSON object. Keys are frozen by a test."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "id": self.id,
+            "run": self.run,
+            "incident": self.incident,
+            "actions": [action.as_dict() for action in self.actions],
+            "confidence": self.confidence,
+            "state": str(self.state),
+            "applied_step": self.applied_step,
+            "verdict": None if self.verdict is None else str(self.verdict),
+            "reason": self.reason,
+        }

@@ -1,0 +1,63 @@
+"""What the pure Engine takes in and asks its shell to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sosa_stream.decide.commands import CommandRecord
+from sosa_stream.detect.incidents import Incident
+from sosa_stream.protocol.messages import AgentMessage, Command
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Approve:
+    """A person lets a proposed command go ahead."""
+
+    command: str
+    who: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timer:
+    """Time has passed without a message; written to the recording where it may matter."""
+
+
+Event = AgentMessage | Approve | Timer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IncidentChanged:
+    """Store and show this incident as it now is."""
+
+    incident: Incident
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandChanged:
+    """Store and show this command as it now is."""
+
+    record: CommandRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publish:
+    """Publish this command, and again until `Withdraw`."""
+
+    command: Command
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Withdraw:
+    """Stop publishing this command."""
+
+    command: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notice:
+    """Something that a person should read once in the daemon's log."""
+
+    text: str
+
+
+Effect = IncidentChanged | CommandChanged | Publish | Withdraw | Notice

@@ -1,0 +1,35 @@
+"""What can go wrong, by situation. Every error tells its reader what to do next.
+
+``ConfigError`` and ``UsageError`` are the user's to mend (exit code 2); ``ProtocolError`` is a peer's fault and is
+counted, never raised into training; ``RefusedError`` is a command that an agent will not carry out.
+"""
+
+from __future__ import annotations
+
+
+class SosaError(Exception):
+    """The root of every error that this package raises on purpose."""
+
+
+class UsageError(SosaError):
+    """The user asked for something that cannot be done as asked."""
+
+
+class ConfigError(UsageError):
+    """A setting is unknown, has the wrong type, or lies outside its bounds."""
+
+
+class ProtocolError(SosaError):
+    """A peer sent bytes that are not a valid message.
+
+    ``reason`` is one of the closed set in :class:`sosa_stream.protocol.codec.Reject` and labels the counter.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+class RefusedError(SosaError):
+    """A command names an unknown action, an out-of-bound value, or what this rank may not do."""

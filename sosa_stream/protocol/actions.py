@@ -1,0 +1,99 @@
+"""The closed set of actions that a command may ask of an agent, with their typed, bounded parameters.
+
+An action outside this table, or a value outside its bounds, is refused on both sides: the daemon cannot publish it
+and an agent will not apply it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from sosa_stream.errors import RefusedError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Param:
+    """One parameter of an action: its type and closed bounds."""
+
+    type: type[int] | type[float] | type[str]
+    low: float = -math.inf
+    high: float = math.inf
+    required: bool = True
+
+    def check(self, action: str, name: str, value: object) -> None:
+        if self.type is str:
+            if not isinstance(value, str) or not 0 < len(value) <= 128:
+                raise RefusedError(f"{action}: {name} must be a short string, not {value!r}")
+            return
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or (self.type is int and not isinstance(value, int))
+        ):
+            raise RefusedError(f"{action}: {name} must be {self.type.__name__}, not {value!r}")
+        if not self.low <= value <= self.high:  # also false for NaN
+            raise RefusedError(f"{action}: {name}={value!r} lies outside [{self.low:g}, {self.high:g}]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActionSpec:
+    """What an action takes, and whether it can be taken back."""
+
+    params: Mapping[str, Param]
+    irreversible: bool = False
+
+
+ACTIONS: Mapping[str, ActionSpec] = MappingProxyType(
+    {
+        # Leave the weights alone for this many optimizer steps. Nothing to undo: no update was made.
+        "skip_step": ActionSpec(
+            params={"num_steps": Param(type=int, low=1, high=100, required=False)}, irreversible=True
+        ),
+        # Scale gradients so that their total norm is at most this (unscaled, per optimizer step).
+        "clip_grad": ActionSpec(params={"max_norm": Param(type=float, low=1e-12, high=1e12)}),
+        # Multiply the learning rate in force; the script's own scheduler goes on underneath.
+        "scale_lr": ActionSpec(params={"factor": Param(type=float, low=1e-6, high=1e3)}),
+        # Restore parameters, buffers and optimizer state of the newest good snapshot taken before this step.
+        "rollback": ActionSpec(params={"before_step": Param(type=int, low=0, high=2**62)}),
+        # End training on all ranks at one step.
+        "stop": ActionSpec(params={}, irreversible=True),
+        # Take an earlier command back: the inverse of each of its actions, in reverse order.
+        "revert": ActionSpec(params={"command": Param(type=str)}),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Action:
+    """One action with its parameters. Validates itself.
+
+    Raises:
+        RefusedError: the action is unknown, a parameter is unknown, missing, of the wrong type or out of bounds.
+    """
+
+    action: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        spec = ACTIONS.get(self.action)
+        if spec is None:
+            raise RefusedError(f"unknown action {self.action!r}; known are {', '.join(ACTIONS)}")
+        for name, value in self.params.items():
+            param = spec.params.get(name)
+            if param is None:
+                raise RefusedError(f"{self.action}: unknown parameter {name!r}")
+            param.check(self.action, name, value)
+        missing = [name for name, param in spec.params.items() if param.required and name not in self.params]
+        if missing:
+            raise RefusedError(f"{self.action}: missing parameter {', '.join(missing)}")
+
+    @property
+    def irreversible(self) -> bool:
+        return ACTIONS[self.action].irreversible
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"action": self.action, "params": dict(self.params)}

@@ -1,0 +1,186 @@
+"""The messages of protocol version 1, as frozen values.
+
+Agents send `AgentMessage`s to the daemon (PUSH to PULL); the daemon sends `ControlMessage`s to agents (PUB to SUB,
+topic = run name). `codec` turns both into bytes and back.
+
+``source`` is a nonce of the sending process and ``seq`` counts that process's sequenced messages from 1. The daemon
+takes them in order, writes them to the recording, and acknowledges the highest one written with `Received`; until then
+the agent keeps them. A `Heartbeat` is not sequenced (``seq`` 0) and says through ``oldest`` which sequence number the
+agent can still resend, so that a gap is either on its way again or counted as lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sosa_stream.protocol.actions import Action
+
+PROTOCOL_VERSION = 1
+
+# The columns that the probe sends. Unknown columns are carried and ignored, missing ones make detectors blind.
+COLUMNS = (
+    "tick",  # outermost optimizer step-calls of this process so far, the fence's time
+    "loss",  # this rank's loss of the step: unscaled, accumulation parts summed
+    "grad_norm",  # total 2-norm of the gradients as the optimizer received them, unscaled, before our clip
+    "lr",  # learning rate of the first parameter group as the script set it
+    "lr_multiplier",  # what our fixes multiply it with; effective = lr * lr_multiplier
+    "step_seconds",  # wall time since the previous step
+    "skipped",  # 1 where the in-process guard or a fix kept this update from the weights
+)
+
+
+class Phase(StrEnum):
+    """Where in the step the training thread is."""
+
+    START = "start"
+    DATA = "data"
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    OPTIMIZER = "optimizer"
+    EVAL = "eval"
+    CHECKPOINT = "checkpoint"
+    END = "end"
+
+
+class AckState(StrEnum):
+    """How far a command has come on one rank."""
+
+    HELD = "held"
+    REJECTED = "rejected"
+    COMMITTED = "committed"
+    APPLIED = "applied"
+    FAILED = "failed"
+    ABORTED = "aborted"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """Who sent an agent message."""
+
+    run: str
+    generation: str
+    source: str
+    rank: int
+    world_size: int
+    host: str
+    seq: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """A rank has joined a generation. ``policy`` holds the run's mode, what auto may do, and the limits."""
+
+    header: Header
+    pid: int
+    device: str
+    versions: Mapping[str, str]
+    parameters: tuple[str, ...]
+    policy: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heartbeat:
+    """Once a second from the agent's own thread, so that a stuck training thread is told apart from a dead process.
+
+    ``dropped`` counts frames that the agent's full ring gave up; ``oldest`` is the lowest sequence number still held.
+    """
+
+    header: Header
+    tick: int
+    step: int
+    phase: Phase
+    oldest: int
+    dropped: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MetricFrame:
+    """A columnar batch: ``steps`` int64 of shape (n,), ``values`` float64 of shape (n, len(columns)), NaN = not known."""
+
+    header: Header
+    columns: tuple[str, ...]
+    steps: NDArray[np.int64]
+    values: NDArray[np.float64]
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, MetricFrame)
+            and self.header == other.header
+            and self.columns == other.columns
+            and np.array_equal(self.steps, other.steps)
+            and np.array_equal(self.values, other.values, equal_nan=True)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExceptionReport:
+    """The script raised and did not catch. ``stack`` is innermost last, ``file:line function``."""
+
+    header: Header
+    type: str
+    message: str
+    stack: tuple[str, ...]
+    step: int
+    phase: Phase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ack:
+    """How far a command has come on this rank. ``digest`` of parameters and optimizer state right after, or empty."""
+
+    header: Header
+    command: str
+    state: AckState
+    tick: int
+    step: int
+    detail: str = ""
+    digest: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bye:
+    """The process is leaving by itself; whatever its ring lost is in ``dropped``."""
+
+    header: Header
+    reason: str
+    exit_code: int
+    dropped: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """A fix on the wire: a short ordered list of actions applied as one, by all ranks of one generation at one tick.
+
+    ``approved`` says that a person asked for it; agents in `suggest` apply nothing else.
+    """
+
+    id: str
+    run: str
+    generation: str
+    seq: int
+    actions: tuple[Action, ...]
+    reason: str
+    incident: str
+    expires_tick: int
+    approved: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Received:
+    """The highest sequence number per source that is safely in the recording."""
+
+    run: str
+    sources: Mapping[str, int] = field(default_factory=dict)
+
+
+AgentMessage = Hello | Heartbeat | MetricFrame | ExceptionReport | Ack | Bye
+ControlMessage = Command | Received
+Message = AgentMessage | ControlMessage
