@@ -96,7 +96,7 @@ class AgentSettings:
     ring_frames: int = 4096
     """Unacknowledged frames kept for resending; the oldest is dropped and counted when it is full."""
     snapshots: Switch = Switch.AUTO
-    """In-memory snapshots for `rollback`; ``auto``: where mode is not observe and ``rollback`` is in ``[auto] allow``."""
+    """In-memory snapshots for `rollback`; ``auto``: if mode is not observe and ``[auto] allow`` has ``rollback``."""
     snapshot_every_ticks: int = 20
     """Optimizer steps between snapshots."""
     snapshot_keep: int = 8
@@ -220,7 +220,8 @@ def load_settings(
         if name not in known:
             raise ConfigError(f"unknown setting {name!r}")
         values[name] = _coerce(name, value, known[name])
-    return _build(Settings, values, "")
+    settings: Settings = _build(Settings, values, "")
+    return settings
 
 
 def variables() -> dict[str, str]:
@@ -315,7 +316,7 @@ def _build(cls: type[Any], values: Mapping[str, Any], prefix: str) -> Any:
     for spec in dataclasses.fields(cls):
         name = prefix + spec.name
         if dataclasses.is_dataclass(hints[spec.name]):
-            arguments[spec.name] = _build(hints[spec.name], values, f"{name}.")  # type: ignore[arg-type]
+            arguments[spec.name] = _build(hints[spec.name], values, f"{name}.")
         elif name in values:
             arguments[spec.name] = values[name]
     return cls(**arguments)

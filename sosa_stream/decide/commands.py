@@ -55,7 +55,7 @@ IN_FLIGHT_STATES = frozenset({_S.PUBLISHED, _S.HELD, _S.COMMITTED})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommandRecord:
-    """One command, whoever asked for it: ``origin`` is ``policy``, ``guard`` (in the process, in the step) or a person."""
+    """One command, whoever asked for it: ``origin`` is ``policy`` or ``guard`` (done in the process, in the step)."""
 
     id: str
     run: str

@@ -101,7 +101,7 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MetricFrame:
-    """A columnar batch: ``steps`` int64 of shape (n,), ``values`` float64 of shape (n, len(columns)), NaN = not known."""
+    """A columnar batch: ``steps`` int64 of shape (n,), ``values`` float64 of shape (n, len(columns))."""
 
     header: Header
     columns: tuple[str, ...]
