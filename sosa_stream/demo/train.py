@@ -57,8 +57,8 @@ class Block(nn.Module):
         query, key, value = mixed.permute(2, 0, 3, 1, 4)
         attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.project(attended.transpose(1, 2).reshape(batch, length, width))
-        x += self.feed_forward(self.norm_feed_forward(x))
-        return x
+        out: Tensor = x + self.feed_forward(self.norm_feed_forward(x))
+        return out
 
 
 class CharTransformer(nn.Module):
