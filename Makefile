@@ -1,0 +1,49 @@
+# `make demo` is the place to start. Everything is installed into .venv, by the pins of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# For example: make demo DEMO_ARGS="--seed 1", make test TEST_ARGS="tests/test_faults.py"
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+.PHONY: help demo test lint types bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    train a small model three times: clean, with faults, with faults and sosa (2 minutes)"
+	@echo "make test    run the tests"
+	@echo "make lint    check style and formatting"
+	@echo "make types   check types"
+	@echo "make bench   run the benchmarks"
+	@echo "make clean   remove what the targets above made"
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed; name one with: make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
+	@echo "Installing torch, the largest part"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[agent,report]' --group dev
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/sosa demo $(DEMO_ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) sosa-demo .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,88 @@
+"""What is in ``deploy/`` and ``grafana/`` says the same as the code.
+
+``python tests/test_deploy.py > deploy/sosa.toml`` writes the settings file anew.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sosa_stream import config
+from sosa_stream.config import Settings, load_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS_FILE = ROOT / "deploy" / "sosa.toml"
+WIDTH = 110
+
+
+def docstrings(cls: type[Any]) -> dict[str, str]:
+    """The docstring under each field of a settings class."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    return {
+        field.target.id: inspect.cleandoc(text.value.value)
+        for field, text in zip(body.body, body.body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
+
+
+def commented(text: str) -> Iterator[str]:
+    for line in textwrap.wrap(text.replace("``", "`"), WIDTH):
+        yield f"# {line}"
+
+
+def setting_lines(settings: Any) -> Iterator[str]:
+    """Every plain setting of one section with its comment, then the sections inside it."""
+    explained = docstrings(type(settings))
+    sections = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            sections.append((field.name, value))
+            continue
+        yield from commented(explained[field.name])
+        # JSON's strings, numbers, booleans and lists of them are TOML's, too.
+        yield f"{field.name} = {json.dumps(value)}"
+    for name, section in sections:
+        yield ""
+        yield from commented(inspect.getdoc(type(section)) or "")
+        yield f"[{name}]"
+        yield from setting_lines(section)
+
+
+def settings_file() -> str:
+    head = (
+        "Every setting with its default. A file like this is read where SOSA_CONFIG names it; a variable SOSA_<KEY> or "
+        "SOSA_<SECTION>_<KEY> goes before it, and a flag before that. Leave out what you do not change."
+    )
+    return "\n".join([*commented(head), "", *setting_lines(Settings())]) + "\n"
+
+
+def test_the_settings_file_is_written_from_the_settings() -> None:
+    assert SETTINGS_FILE.read_text(encoding="utf-8") == settings_file()
+
+
+def test_the_settings_file_holds_the_defaults() -> None:
+    assert load_settings(path=SETTINGS_FILE) == Settings()
+
+
+def test_every_setting_is_in_the_settings_file() -> None:
+    text = SETTINGS_FILE.read_text(encoding="utf-8")
+    for dotted in config.variables().values():
+        assert f"\n{dotted.rpartition('.')[2]} = " in text
+
+
+if __name__ == "__main__":
+    sys.stdout.write(settings_file())
