@@ -1,0 +1,380 @@
+"""The fence of a training process: drives one `Agreement` at a time between two threads and a store.
+
+The agent's thread hands commands in (`Fence.submit`) and does all the talking to the store (`Fence.pump`). The training
+thread only ever calls `Fence.arrive`, once per optimizer step-call, which costs about a microsecond while nothing is
+planned. The two meet in one place: the tick at which the training thread is to stop, planted and passed under one lock.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+from sosa_stream.agent.fence import (
+    CLOSES_FENCE,
+    EXPLANATIONS,
+    IDLE,
+    Agreement,
+    Check,
+    InDoubt,
+    Local,
+    Operation,
+    Plant,
+    Reason,
+    Result,
+    Set,
+    State,
+    Terms,
+)
+from sosa_stream.agent.registers import MemoryStore, RegisterStore
+from sosa_stream.config import FenceSettings
+from sosa_stream.protocol.messages import Command
+
+__all__ = ["Aborted", "Closed", "Committed", "Fence", "Held", "InDoubt", "Notice"]
+
+IDLE_SETTLES_SECONDS = 5.0
+"""How long a rank must stay idle beside ranks that step before a command is agreed on without it."""
+
+STEP_SMOOTHING = 0.1
+LONGEST_STEP_RATIO = 10.0
+"""A step counts at most this many times the smoothed one, so that one evaluation pause does not pass for a step."""
+
+RANKS_PER_POLL_INTERVAL = 64
+"""Beyond this many ranks they poll more rarely in proportion, so that the load on the one store stays the same."""
+
+NEVER = sys.maxsize
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """This rank holds the command and waits for the others."""
+
+    command: Command
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The command is applied at ``tick`` by all ranks that step; by this one too if it is a ``member``."""
+
+    command: Command
+    tick: int
+    member: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Aborted:
+    """The command is given up, on all ranks alike."""
+
+    command: Command
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """No further command is agreed on in this run."""
+
+    reason: str
+
+
+Notice = Held | Committed | Aborted | Closed
+
+
+@dataclass(slots=True)
+class _Flight:
+    """The command being agreed on."""
+
+    command: Command
+    agreement: Agreement
+
+
+class Fence:
+    """Has every rank apply a command at the same tick, or none.
+
+    ``generation`` is the nonce of this start of the process group, ``store`` one that all its ranks reach. A single
+    rank with a `MemoryStore` needs no agent thread: `arrive` then does its own pumping.
+    """
+
+    def __init__(
+        self, *, rank: int, world_size: int, generation: str, store: RegisterStore, settings: FenceSettings
+    ) -> None:
+        self._rank = rank
+        self._world_size = world_size
+        self._generation = generation
+        self._store = store
+        self._settings = settings
+        self._pumps_itself = world_size == 1 and isinstance(store, MemoryStore)
+        self._poll_seconds = settings.poll_seconds * max(1.0, world_size / RANKS_PER_POLL_INTERVAL)
+
+        # Between the threads, under this lock. `_stop` is the tick that the training thread may not begin without a
+        # verdict; `_granted` is set once the verdict is to apply the command there.
+        self._changed = threading.Condition(threading.Lock())
+        self._tick = IDLE
+        self._arrived = 0.0
+        self._step_seconds = 0.0
+        self._stop = NEVER
+        self._granted: Command | None = None
+        self._waiting = False
+        self._doubt = ""
+        self._refusal: Reason | None = None
+        self._waiting_commands: dict[str, Command] = {}
+        self._known: set[str] = set()
+        self._notices: list[Notice] = []
+
+        # Only for who holds this lock: one thread at a time talks to the store.
+        self._pumping = threading.Lock()
+        self._flight: _Flight | None = None
+        self._due = 0.0
+        self._told_held: set[str] = set()
+        self._first_ticked_at: float | None = None
+        self._left_out_of: Command | None = None
+        self._store_error = ""
+
+    @property
+    def busy(self) -> bool:
+        """A command waits for `pump`. One that is committed only waits for its tick and does not count."""
+        flight = self._flight
+        if flight is not None:
+            return flight.agreement.verdict is None or self._stop == NEVER
+        return bool(self._waiting_commands)
+
+    def submit(self, command: Command) -> None:
+        """Take in a command of this generation, once: an id that is known, applied or given up is ignored."""
+        with self._changed:
+            if command.id not in self._known:
+                self._known.add(command.id)
+                self._waiting_commands[command.id] = command
+
+    def pump(self, now: float) -> list[Notice]:
+        """Do what is due in the store, at the caller's time ``now`` (any steady clock), and say what came of it.
+
+        For the agent's thread: it may block as long as the store does.
+        """
+        if self._flight is not None or self._waiting_commands or self._left_out_of is not None:
+            with self._pumping:
+                self._advance(now)
+        if not self._notices:
+            return []
+        with self._changed:
+            notices, self._notices = self._notices, []
+        return notices
+
+    def arrive(self, tick: int) -> Command | None:
+        """The command to apply before optimizer step-call ``tick``, if any.
+
+        For the training thread. Waits only if this rank has promised to stop at this tick and does not know the verdict
+        yet, and then at most ``timeout_seconds``.
+
+        Raises:
+            InDoubt: the verdict could not be learnt in time. End the process with exit code 75.
+        """
+        now = time.monotonic()
+        with self._changed:
+            elapsed = now - self._arrived
+            smoothed = self._step_seconds
+            if smoothed > 0.0:
+                elapsed = min(elapsed, LONGEST_STEP_RATIO * smoothed)
+                self._step_seconds = smoothed + STEP_SMOOTHING * (elapsed - smoothed)
+            elif self._tick != IDLE:
+                self._step_seconds = elapsed
+            self._arrived = now
+            self._tick = tick
+            if tick < self._stop and not (self._pumps_itself and (self._waiting_commands or self._flight)):
+                return None
+        return self._stand(tick, now)
+
+    def close(self) -> None:
+        """Take part in nothing any more. Ends an open attempt if the store answers within ``timeout_seconds``.
+
+        To be called when training has ended: the other ranks then need not wait for this one at the agreed tick.
+        """
+        with self._changed:
+            self._refusal = self._refusal or Reason.LEFT
+        if self._flight is None or self._doubt:
+            return
+        # In a thread of its own because the store may block for longer than anyone wants to wait at the end.
+        leaver = threading.Thread(target=self._leave, name="sosa-fence-leave", daemon=True)
+        leaver.start()
+        leaver.join(self._settings.timeout_seconds)
+
+    def _stand(self, tick: int, now: float) -> Command | None:
+        """The training thread at a planted stop, or pumping for itself."""
+        deadline = now + self._settings.timeout_seconds
+        if self._pumps_itself:
+            self._pump_here(tick)
+        with self._changed:
+            if self._doubt:
+                raise InDoubt(self._doubt)
+            self._waiting = tick >= self._stop and self._granted is None
+            try:
+                # An aborted attempt lifts the stop; by the time this thread wakes up, a later one may be planted.
+                while tick >= self._stop and self._granted is None:
+                    remaining = deadline - time.monotonic()
+                    if remaining <= 0:
+                        self._doubt = (
+                            f"rank {self._rank} promised to stop at tick {tick} and did not learn the verdict within "
+                            f"{self._settings.timeout_seconds:g} s{self._store_error}; restart all ranks"
+                        )
+                        raise InDoubt(self._doubt)
+                    self._changed.wait(remaining)
+            finally:
+                self._waiting = False
+            if tick < self._stop:
+                return None
+            command, self._granted, self._stop = self._granted, None, NEVER
+            return command
+
+    def _pump_here(self, tick: int) -> None:
+        with self._changed:
+            self._waiting = tick >= self._stop and self._granted is None
+        with self._pumping:
+            self._due = 0.0
+            self._advance(0.0)
+
+    def _leave(self) -> None:
+        deadline = time.monotonic() + self._settings.timeout_seconds
+        while time.monotonic() < deadline:
+            with self._pumping:
+                if self._flight is None or self._flight.agreement.verdict is not None:
+                    return
+                self._due = 0.0
+                self._advance(0.0)
+            time.sleep(self._settings.poll_seconds)
+
+    def _advance(self, now: float) -> None:
+        """Take the command in flight as far as it goes now. The caller holds `_pumping`."""
+        if self._left_out_of is not None and self._tick != IDLE:
+            self._close(f"command {self._left_out_of.id} was applied by the other ranks while this one was idle")
+            self._left_out_of = None
+        while not self._doubt and self._choose():
+            flight = self._flight
+            assert flight is not None
+            if now < self._due and not self._waiting:
+                return
+            agreement = flight.agreement.resume(self._local(now))
+            while (operation := agreement.operation()) is not None:
+                result = self._perform(operation)
+                before, agreement = agreement, agreement.after(result, self._local(now))
+                self._settle(flight, before, agreement)
+            flight.agreement = agreement
+            if agreement.verdict is None:
+                self._due = now + self._poll_seconds
+                return
+
+    def _choose(self) -> bool:
+        """Make the unfinished command of lowest ``seq`` the one in flight; False if there is nothing to do for any.
+
+        A command that arrives late goes before a later one that binds nobody yet: else two ranks that received two
+        commands in different orders would wait for each other until both expire.
+        """
+        with self._changed:
+            flight = self._flight
+            if flight is not None and flight.agreement.verdict is not None:
+                if self._stop != NEVER:
+                    return False
+                flight = self._flight = None
+            first = min(self._waiting_commands.values(), key=lambda command: command.seq, default=None)
+            if first is None or (flight is not None and (flight.agreement.bound or flight.command.seq < first.seq)):
+                return flight is not None
+            if flight is not None:
+                self._waiting_commands[flight.command.id] = flight.command
+            del self._waiting_commands[first.id]
+            tick = self._tick
+        self._flight = _Flight(first, Agreement.begin(self._terms(first), Local(tick=tick)))
+        self._due = 0.0
+        return True
+
+    def _terms(self, command: Command) -> Terms:
+        alone = self._world_size == 1
+        return Terms(
+            rank=self._rank,
+            world_size=self._world_size,
+            prefix=f"sosa/{self._generation}/cmd/{command.id}",
+            expires_tick=command.expires_tick,
+            lead_seconds=0.0 if alone else self._settings.lead_seconds,
+            least_lead_ticks=1 if alone else 2,
+            max_attempts=self._settings.max_attempts,
+        )
+
+    def _local(self, now: float) -> Local:
+        if self._tick != IDLE and self._first_ticked_at is None:
+            self._first_ticked_at = now
+        first = self._first_ticked_at
+        with self._changed:
+            return Local(
+                tick=self._tick,
+                step_seconds=self._step_seconds,
+                overdue=self._waiting,
+                idle_settled=first is not None and now - first >= IDLE_SETTLES_SECONDS,
+                refusal=self._refusal,
+            )
+
+    def _perform(self, operation: Operation) -> Result:
+        if isinstance(operation, Plant):
+            with self._changed:
+                if self._tick >= operation.tick:
+                    return False
+                self._stop = operation.tick
+                return True
+        try:
+            if isinstance(operation, Set):
+                self._store.set(operation.key, operation.value)
+                return True
+            if isinstance(operation, Check):
+                return self._store.check(operation.keys)
+            return self._store.compare_set(operation.key, operation.expected, operation.desired)
+        except Exception as error:  # stores fail in many ways, and each leaves the fate of the operation unknown
+            self._store_error = f" (the store said: {error})"
+            return None
+
+    def _settle(self, flight: _Flight, before: Agreement, after: Agreement) -> None:
+        """Let the training thread and the caller know what the last operation changed."""
+        command = flight.command
+        if after.held and not before.held and command.id not in self._told_held:
+            self._told_held.add(command.id)
+            self._tell(Held(command))
+        verdict = after.verdict
+        if after.attempt == before.attempt and verdict is None:
+            return
+        if after.committed and verdict is not None:
+            self._release(command)
+            self._tell(Committed(command, verdict.tick))
+            return
+        self._release(None)
+        if verdict is None:
+            return
+        if verdict.state is State.COMMIT:
+            if self._tick == IDLE:
+                self._left_out_of = command
+                self._tell(Committed(command, verdict.tick, member=False))
+                return
+            reason = f"command {command.id} was applied by the other ranks before this one began to train"
+            self._close(reason)
+        else:
+            assert verdict.reason is not None
+            reason = EXPLANATIONS[verdict.reason]
+            if verdict.reason in CLOSES_FENCE:
+                self._close(reason)
+        self._tell(Aborted(command, reason))
+
+    def _release(self, granted: Command | None) -> None:
+        """Tell the training thread the verdict on its stop, unless it has given up waiting: it is to end then."""
+        with self._changed:
+            if self._doubt:
+                return
+            if granted is None:
+                self._stop = NEVER
+            self._granted = granted
+            self._changed.notify_all()
+
+    def _close(self, reason: str) -> None:
+        with self._changed:
+            closed_before = self._refusal is not None
+            self._refusal = self._refusal or Reason.CLOSED
+        if not closed_before:
+            self._tell(Closed(reason))
+
+    def _tell(self, notice: Notice) -> None:
+        with self._changed:
+            self._notices.append(notice)

@@ -1,0 +1,78 @@
+"""The key-value stores that a fence may use, behind three operations that never wait for a key."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+
+class RegisterStore(Protocol):
+    """Keys and values are text. Whatever an operation raises means: its fate is unknown."""
+
+    def set(self, key: str, value: str) -> None:
+        """Write ``value`` whatever is there."""
+
+    def check(self, keys: Sequence[str]) -> bool:
+        """Whether every key exists."""
+
+    def compare_set(self, key: str, expected: str, desired: str) -> str:
+        """Write ``desired`` if the key holds ``expected``, or if it is missing and ``expected`` is "".
+
+        Returns what the key holds then. For a missing key that stays missing it returns ``expected``, as torch does.
+        """
+
+
+class TorchStore:
+    """A client of its own to the store that this torch.distributed job already has.
+
+    A torch client serves one call at a time, and a call can block long after its timeout when the host of the store is
+    stopped. So only the agent's thread calls this, never the training thread.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self._store = store.clone()
+
+    @classmethod
+    def of_job(cls) -> TorchStore | None:
+        """The job's default store; None if there is no process group, or its store cannot be cloned."""
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        try:
+            return cls(dist.distributed_c10d._get_default_store())
+        except (AttributeError, NotImplementedError, RuntimeError):
+            return None
+
+    def set(self, key: str, value: str) -> None:
+        self._store.set(key, value)
+
+    def check(self, keys: Sequence[str]) -> bool:
+        return bool(self._store.check(list(keys)))
+
+    def compare_set(self, key: str, expected: str, desired: str) -> str:
+        return bytes(self._store.compare_set(key, expected, desired)).decode("utf-8", "replace")
+
+
+class MemoryStore:
+    """A store inside this process: for training with one rank."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def set(self, key: str, value: str) -> None:
+        with self._lock:
+            self._values[key] = value
+
+    def check(self, keys: Sequence[str]) -> bool:
+        with self._lock:
+            return all(key in self._values for key in keys)
+
+    def compare_set(self, key: str, expected: str, desired: str) -> str:
+        with self._lock:
+            if self._values.get(key, "") == expected:
+                self._values[key] = desired
+                return desired
+            return self._values.get(key, expected)
