@@ -137,9 +137,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for metrics and results")
     parser.add_argument("--data", type=Path, help="text file to learn; default: the standard library's sources")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--batch-size", type=int, default=12, help="windows of text per rank and step")
-    parser.add_argument("--lr", type=float, default=4e-3, help="peak of the schedule")
+    parser.add_argument("--lr", type=float, default=8e-3, help="peak of the schedule")
     parser.add_argument("--warmup", type=int, default=40, help="steps until the peak")
     return parser.parse_args()
 

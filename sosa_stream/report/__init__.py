@@ -1,1 +1,1 @@
-"""report."""
+"""What runs look like on paper: pictures and tables for people."""
