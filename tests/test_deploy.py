@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from sosa_stream.config import Settings, load_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS_FILE = ROOT / "deploy" / "sosa.toml"
+DASHBOARDS = sorted((ROOT / "grafana" / "dashboards").glob("*.json"))
 WIDTH = 110
 
 
@@ -82,6 +84,29 @@ def test_every_setting_is_in_the_settings_file() -> None:
     text = SETTINGS_FILE.read_text(encoding="utf-8")
     for dotted in config.variables().values():
         assert f"\n{dotted.rpartition('.')[2]} = " in text
+
+
+def queried_metrics(dashboard: Path) -> set[str]:
+    """The names of our metrics in every query of a dashboard, those of its variables included."""
+    return set(re.findall(r"\bsosa_[a-z_]+", dashboard.read_text(encoding="utf-8")))
+
+
+def test_dashboards_query_only_what_the_exporter_exports() -> None:
+    source = (ROOT / "sosa_stream" / "daemon" / "exporter.py").read_text(encoding="utf-8")
+    # A counter is declared without the suffix that it is exported with.
+    exported = {form for name in re.findall(r"\bsosa_[a-z_]+", source) for form in (name, f"{name}_total")}
+    for dashboard in DASHBOARDS:
+        assert queried_metrics(dashboard) - exported == set(), dashboard.name
+
+
+def test_dashboards_let_the_data_source_be_chosen() -> None:
+    assert DASHBOARDS
+    for dashboard in DASHBOARDS:
+        document = json.loads(dashboard.read_text(encoding="utf-8"))
+        assert document["schemaVersion"] == 39
+        assert {variable["name"] for variable in document["templating"]["list"]} >= {"datasource", "run"}
+        for panel in document["panels"]:
+            assert panel["datasource"]["uid"] == "${datasource}", panel["title"]
 
 
 if __name__ == "__main__":
