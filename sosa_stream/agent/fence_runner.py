@@ -366,6 +366,7 @@ class Fence:
             if granted is None:
                 self._stop = NEVER
             self._granted = granted
+            self._waiting = False  # not only once that thread has woken up: the next attempt is not overdue
             self._changed.notify_all()
 
     def _close(self, reason: str) -> None:

@@ -1,0 +1,361 @@
+"""The agent of one training process: puts the parts together, starts them, ends them.
+
+The training thread meets us only in the probe's hooks. Everything that may wait (sockets, the store, the daemon's
+child process) belongs to one background thread, or, for a process that watches itself, happens inside the step.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import re
+import secrets
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch.optim import Optimizer
+
+from sosa_stream.agent.actuators import Actuators
+from sosa_stream.agent.courier import Courier, Identity, Progress
+from sosa_stream.agent.embedded import EmbeddedDaemon
+from sosa_stream.agent.fence_runner import Fence
+from sosa_stream.agent.link import Link, LocalLink, TeeLink
+from sosa_stream.agent.membership import Coordinator, Joiner, Membership
+from sosa_stream.agent.outbox import Outbox, Wakeup
+from sosa_stream.agent.probe import Probe
+from sosa_stream.agent.registers import MemoryStore, RegisterStore, TorchStore
+from sosa_stream.agent.snapshots import SnapshotRing, TrainingState
+from sosa_stream.agent.taps import Taps
+from sosa_stream.config import Settings
+from sosa_stream.protocol.channels import AgentChannel
+from sosa_stream.protocol.keys import load_agent_keys
+from sosa_stream.protocol.messages import ExceptionReport
+
+EXIT_IN_DOUBT = 75
+"""Exit code of a rank that cannot know what the others do; torch elastic then restarts them all."""
+
+JOIN_SECONDS = 0.05
+NO_GROUP_SECONDS = 60.0
+CLOSE_SECONDS = 5.0
+DAEMON_STOP_SECONDS = 10.0
+
+
+class Agent:
+    """Watches, and where allowed repairs, the training in this process.
+
+    Args:
+        settings: what to do and how much.
+        run: name of the run; the ranks take rank 0's.
+        rank: this process among ``world_size``.
+        optimizer: the one optimizer to watch; None watches every optimizer of the process and sees the loss through
+            ``torch.autograd.backward``.
+        say: where a sentence for the user goes; each is said once.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        run: str,
+        rank: int = 0,
+        world_size: int = 1,
+        optimizer: Optimizer | None = None,
+        parameters: Sequence[str] = (),
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self.settings = settings
+        self._run = run
+        self._identity = Identity(
+            rank=rank, world_size=world_size, host=socket.gethostname(), nonce=secrets.token_hex(8)
+        )
+        self._optimizer = optimizer
+        self._parameters = parameters
+        self._said: set[str] = set()
+        self._say_to = say or _to_stderr
+        self.taps = Taps()
+        self._wakeup = Wakeup()
+        self._outbox = Outbox(settings.agent.ring_frames, self._wakeup)
+        self.state = TrainingState()
+        snapshots = None
+        if settings.snapshots_wanted:
+            snapshots = SnapshotRing(self.state, settings.agent, settings.auto.max_rollback_steps, self.say)
+        self.actuators = Actuators(self.state, snapshots, settings.auto.max_lr_change)
+        self._local = False
+        self.probe = Probe(
+            outbox=self._outbox,
+            taps=self.taps,
+            state=self.state,
+            actuators=self.actuators,
+            snapshots=snapshots,
+            guard=settings.guard_wanted,
+            digest_after_fix=settings.agent.digest_after_fix,
+            on_error=self._on_error,
+            after_tick=self._after_tick,
+        )
+        self._courier: Courier | None = None
+        self._embedded: EmbeddedDaemon | None = None
+        self._coordinator: Coordinator | None = None
+        self._tee: LocalLink | None = None
+        self._thread: threading.Thread | None = None
+        self._closing: tuple[str, int] | None = None
+        self._closed = False
+
+    # -- starting --------------------------------------------------------------------------------------------------
+
+    def start(self, tee: LocalLink | None = None) -> None:
+        """Watch, with a thread that talks to the daemon, and to ``tee`` if this rank wants to see for itself."""
+        self._tee = tee
+        self.probe.install(self._optimizer)
+        if self._optimizer is None:
+            self.taps.install()
+        self._thread = threading.Thread(target=self._serve, name="sosa-agent", daemon=True)
+        self._thread.start()
+        _started(self)
+
+    def start_local(self, link: LocalLink) -> None:
+        """Watch with the Engine in this process: detection and repair happen inside the step."""
+        self._local = True
+        self.probe.install(self._optimizer)
+        self._join(self._alone(""), link, MemoryStore())
+        self._pump_local()
+        _started(self)
+
+    def say(self, text: str) -> None:
+        """One sentence for the user, once."""
+        if text not in self._said:
+            self._said.add(text)
+            with contextlib.suppress(Exception):
+                self._say_to(text)
+
+    # -- the agent's thread ----------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        try:
+            if self._find_others():
+                self._carry()
+        except Exception as error:
+            self._on_error(error, False)
+        finally:
+            if self._embedded is not None:
+                self._embedded.stop(DAEMON_STOP_SECONDS if self._closing is not None else 0.0)
+
+    def _carry(self) -> None:
+        courier = self._courier
+        assert courier is not None
+        while self._closing is None:
+            if self._coordinator is None:
+                courier.wait()
+            else:  # rank 0 goes on answering the other ranks' hellos until all have joined
+                time.sleep(JOIN_SECONDS)
+                if self._coordinator.poll():
+                    self._coordinator = None
+            courier.pump()
+            if self._embedded is not None:
+                self._embedded.poll()
+                if self._embedded.given_up:
+                    self.say(f"{self._embedded.given_up}; training goes on unwatched")
+        if self.probe.fence is not None:
+            self.probe.fence.close()
+        courier.close(*self._closing, timeout_seconds=CLOSE_SECONDS)
+
+    def _find_others(self) -> bool:
+        """Join a generation: through the job's store where there is a process group, else alone."""
+        identity, settings = self._identity, self.settings
+        if identity.rank == 0 and not settings.agent.daemon:
+            self._embedded = EmbeddedDaemon(Path(settings.home))
+            self._embedded.start()
+        started = time.monotonic()
+        store: RegisterStore | None = None
+        joiner: Joiner | None = None
+        while True:
+            if self._embedded is not None:
+                self._embedded.poll()
+            address = settings.agent.daemon or (self._embedded.address if self._embedded else "")
+            daemon_known = bool(address) or not (self._embedded and self._embedded.starting)
+            if identity.world_size == 1:
+                if daemon_known:
+                    return self._join_by_channel(self._alone(address), MemoryStore())
+            elif store is None:
+                store = TorchStore.of_job()
+                late = time.monotonic() - started > NO_GROUP_SECONDS and self.probe.tick > 0
+                if store is None and (late or self._closing is not None) and daemon_known:
+                    self.say("no process group was initialised: this rank can only be observed")
+                    return bool(address) and self._join_by_channel(self._alone(address), None)
+            elif identity.rank == 0:
+                if daemon_known:
+                    return self._join_by_channel(self._alone(address), store)
+            else:
+                joiner = joiner or Joiner(store, identity.rank, identity.nonce)
+                membership = joiner.poll()
+                if membership is not None:
+                    return self._join_by_channel(membership, store)
+                if self._closing is not None:
+                    return False
+            time.sleep(JOIN_SECONDS)
+
+    def _alone(self, address: str) -> Membership:
+        return Membership(generation=self._identity.nonce, run=self._run, daemon=address, host=self._identity.host)
+
+    def _join_by_channel(self, membership: Membership, store: RegisterStore | None) -> bool:
+        """Connect to the daemon that the membership names. False where there is none for this rank."""
+        if not membership.daemon:
+            self.say("there is no daemon: training goes on unwatched")
+            return False
+        if membership.host != self._identity.host and "127.0.0.1" in membership.daemon:
+            self.say(f"the daemon serves {membership.host} only; for several hosts name one with SOSA_DAEMON")
+            return False
+        if store is not None and self._identity.rank == 0 and self._identity.world_size > 1:
+            self._coordinator = Coordinator(store, self._identity.world_size, membership)
+        keys = load_agent_keys(Path(self.settings.daemon.keys)) if self.settings.daemon.keys else None
+        channel = AgentChannel(membership.daemon, membership.run, keys=keys)
+        self._join(membership, channel if self._tee is None else TeeLink(channel, self._tee), store)
+        return True
+
+    def _join(self, membership: Membership, link: Link, store: RegisterStore | None) -> None:
+        fence = None
+        if store is not None:
+            fence = Fence(
+                rank=self._identity.rank,
+                world_size=self._identity.world_size,
+                generation=membership.generation,
+                store=store,
+                settings=self.settings.fence,
+            )
+        self._courier = Courier(
+            settings=self.settings,
+            identity=self._identity,
+            membership=membership,
+            link=link,
+            outbox=self._outbox,
+            fence=fence,
+            device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            versions={"torch": torch.__version__},
+            parameters=self._parameters,
+            progress=self._progress,
+            say=self.say,
+        )
+        self.probe.fence = fence
+
+    def _progress(self) -> Progress:
+        return Progress(tick=self.probe.tick, step=self.probe.step, phase=self.taps.phase)
+
+    # -- in one process ----------------------------------------------------------------------------------------------
+
+    def _after_tick(self) -> None:
+        if self._local:
+            self._pump_local()
+
+    def _pump_local(self) -> None:
+        assert self._courier is not None
+        self._courier.pump()
+        fence = self.probe.fence
+        # One round hands the step over; a command in answer takes a few more to be agreed on with ourselves.
+        for _ in range(16):
+            if fence is None or not fence.busy:
+                break
+            self._courier.pump()
+
+    def flush(self) -> None:
+        """In one process: let the Engine see now what is waiting."""
+        if self._local:
+            self._pump_local()
+
+    # -- ending ------------------------------------------------------------------------------------------------------
+
+    def report_exception(self, error: BaseException) -> None:
+        """The script raised and nobody caught it."""
+        frames = traceback.extract_tb(error.__traceback__)[-20:]
+        stack = tuple(f"{frame.filename}:{frame.lineno} {frame.name}"[:500] for frame in frames)
+        kind, message = type(error).__qualname__, str(error)[:2000]
+        step, phase = self.probe.step, self.taps.phase
+        self._outbox.add_message(
+            lambda header: ExceptionReport(
+                header=header, type=kind, message=message, stack=stack, step=step, phase=phase
+            )
+        )
+
+    def close(self, reason: str = "end of script", exit_code: int = 0) -> None:
+        """Put torch back as it was, say goodbye, and wait, within bounds, until the daemon has everything."""
+        if self._closed:
+            return
+        self._closed = True
+        _ended(self)
+        self.probe.remove()
+        self.taps.remove()
+        if self._local:
+            assert self._courier is not None
+            self._courier.close(reason, exit_code, timeout_seconds=0.0)
+        else:
+            self._closing = (reason, exit_code)
+            self._wakeup.set()
+            if self._thread is not None:
+                self._thread.join(CLOSE_SECONDS + DAEMON_STOP_SECONDS + 5.0)
+
+    def disable_in_child(self) -> None:
+        """A forked worker trains nothing: there, nothing of us may run."""
+        self._closed = True
+        self.probe.controlling = False
+        self.probe.observing = False
+        self.taps.remove()
+        if self._embedded is not None:
+            self._embedded.after_fork_in_child()
+
+    def _on_error(self, error: BaseException, in_force: bool) -> None:
+        """Something of ours failed. Where all ranks must act alike this rank ends; elsewhere training goes on."""
+        if in_force:
+            self.say(f"this rank cannot know what the others do and ends with exit code {EXIT_IN_DOUBT}: {error}")
+            sys.stderr.flush()
+            os._exit(EXIT_IN_DOUBT)
+        where = "".join(traceback.format_exception(error)[-3:])
+        self.say(f"an internal error stopped the watching, training goes on: {type(error).__name__}: {error}\n{where}")
+
+
+_current: Agent | None = None
+_fork_hook_installed = False
+
+
+def current() -> Agent | None:
+    """The agent of this process, if one has been started."""
+    return _current
+
+
+def run_name(settings: Settings, env: Mapping[str, str], script: str) -> str:
+    """`SOSA_RUN`, else torchrun's id, else script name, time and randomness; safe as the name of a folder."""
+    elastic = env.get("TORCHELASTIC_RUN_ID", "none")
+    name = settings.run or (elastic if elastic != "none" else "")
+    if not name:
+        stem = Path(script).stem or "notebook"
+        name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:100] or "run"
+
+
+def _started(agent: Agent) -> None:
+    global _current, _fork_hook_installed
+    _current = agent
+    atexit.register(agent.close)
+    if not _fork_hook_installed:
+        _fork_hook_installed = True
+        os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _ended(agent: Agent) -> None:
+    global _current
+    atexit.unregister(agent.close)
+    if _current is agent:
+        _current = None
+
+
+def _after_fork_in_child() -> None:
+    if _current is not None:
+        _current.disable_in_child()
+
+
+def _to_stderr(text: str) -> None:
+    print(f"sosa: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,224 @@
+"""The agent's side of every conversation: joins a generation, sends frames, takes commands, serves the fence.
+
+One `pump` does whatever is due and never waits. In a distributed job it runs on the agent's own thread; in one process
+alone the training step calls it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from sosa_stream.agent.fence_runner import Aborted, Closed, Committed, Fence, Held
+from sosa_stream.agent.link import Link
+from sosa_stream.agent.membership import Membership
+from sosa_stream.agent.outbox import Outbox
+from sosa_stream.config import Mode, Settings
+from sosa_stream.protocol.actions import Action
+from sosa_stream.protocol.messages import Ack, AckState, Bye, Command, Header, Hello, Phase, Received
+
+HEARTBEAT_SECONDS = 1.0
+MAX_PARAMETER_NAMES = 2000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """This process among the ranks. ``nonce`` is new with every process."""
+
+    rank: int
+    world_size: int
+    host: str
+    nonce: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Where training stands, as the heartbeat tells it."""
+
+    tick: int
+    step: int
+    phase: Phase
+
+
+class Courier:
+    """Carries between this rank and the daemon once the rank belongs to a generation."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        identity: Identity,
+        membership: Membership,
+        link: Link,
+        outbox: Outbox,
+        fence: Fence | None,
+        device: str,
+        versions: dict[str, str],
+        parameters: Sequence[str],
+        progress: Callable[[], Progress],
+        say: Callable[[str], None],
+    ) -> None:
+        self._settings = settings
+        self._identity = identity
+        self._membership = membership
+        self._link = link
+        self._outbox = outbox
+        self._fence = fence
+        self._progress = progress
+        self._say = say
+        self._seen: set[str] = set()
+        self._next_heartbeat = 0.0
+        self._next_flush = 0.0
+        self._reconnects = 0
+        self._fence_closed = False
+        outbox.add_message(
+            lambda header: Hello(
+                header=header,
+                pid=os.getpid(),
+                device=device,
+                versions={"python": platform.python_version(), **versions},
+                parameters=tuple(parameters[:MAX_PARAMETER_NAMES]),
+                policy=policy(settings),
+            )
+        )
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long the thread may sleep before something is due."""
+        if self._fence is not None and self._fence.busy:
+            return self._settings.fence.poll_seconds
+        return self._settings.agent.flush_seconds
+
+    def wait(self) -> None:
+        self._link.wait(self.wait_seconds, self._outbox.wakeup.fd)
+        self._outbox.wakeup.clear()
+
+    def pump(self) -> None:
+        """Everything that is due now."""
+        now = time.monotonic()
+        self._outbox.flush(self.header)
+        if now >= self._next_heartbeat:
+            self._next_heartbeat = now + HEARTBEAT_SECONDS
+            at = self._progress()
+            self._link.send(self._outbox.heartbeat(self.header(0), at.tick, at.step, at.phase))
+        for message in self._link.receive():
+            if isinstance(message, Received):
+                seq = message.sources.get(self._identity.nonce)
+                if seq is not None:
+                    self._outbox.ring.acknowledge(seq, now)
+            elif message.id not in self._seen:
+                self._seen.add(message.id)
+                self._take(message)
+        if self._link.reconnects != self._reconnects:
+            self._reconnects = self._link.reconnects
+            self._outbox.ring.rewind()
+        self._serve_fence(now)
+        self._outbox.flush(self.header)  # acks leave in the same round
+        self._outbox.ring.send(self._link.send, now)
+
+    def header(self, seq: int) -> Header:
+        """The header of a message with this sequence number; 0 for one outside the sequence."""
+        return Header(
+            run=self._membership.run,
+            generation=self._membership.generation,
+            source=self._identity.nonce,
+            rank=self._identity.rank,
+            world_size=self._identity.world_size,
+            host=self._identity.host,
+            seq=seq,
+        )
+
+    def close(self, reason: str, exit_code: int, timeout_seconds: float) -> None:
+        """Say goodbye and give what is in the ring ``timeout_seconds`` to be acknowledged."""
+        dropped = self._outbox.ring.dropped
+        self._outbox.add_message(
+            lambda header: Bye(header=header, reason=reason[:500], exit_code=exit_code, dropped=dropped)
+        )
+        deadline = time.monotonic() + timeout_seconds
+        self.pump()
+        self.pump()  # an Engine in this process acknowledges at once
+        while len(self._outbox.ring) and time.monotonic() < deadline:
+            self._link.wait(0.02, self._outbox.wakeup.fd)
+            self._outbox.wakeup.clear()
+            self.pump()
+        if len(self._outbox.ring):
+            self._say(f"{len(self._outbox.ring)} frames were not acknowledged by the daemon before the end")
+        self._link.close()
+
+    def _take(self, command: Command) -> None:
+        """A command has come: hold it at the fence, or refuse it with the reason."""
+        refusal = self._refusal(command)
+        if refusal:
+            self._ack(command, AckState.REJECTED, refusal)
+            return
+        assert self._fence is not None
+        self._fence.submit(command)
+
+    def _refusal(self, command: Command) -> str:
+        if command.generation != self._membership.generation:
+            return f"made for generation {command.generation}, this is {self._membership.generation}"
+        if self._fence is None:
+            return "this run has no store to agree on a step with: it can only be observed"
+        if self._fence_closed:
+            return "the fence of this run is closed"
+        return may_apply(self._settings, command)
+
+    def _serve_fence(self, now: float) -> None:
+        if self._fence is None:
+            return
+        for notice in self._fence.pump(now):
+            match notice:
+                case Held(command=command):
+                    self._ack(command, AckState.HELD, "")
+                case Committed(command=command, tick=tick, member=True):
+                    self._ack(command, AckState.COMMITTED, f"at tick {tick}")
+                case Aborted(command=command, reason=reason):
+                    self._ack(command, AckState.ABORTED, reason)
+                case Closed(reason=reason):
+                    self._fence_closed = True
+                    self._say(f"the fence is closed, nothing will be applied from here on: {reason}")
+
+    def _ack(self, command: Command, state: AckState, detail: str) -> None:
+        at = self._progress()
+        self._outbox.add_message(
+            lambda header: Ack(
+                header=header, command=command.id, state=state, tick=at.tick, step=at.step, detail=detail[:500]
+            )
+        )
+
+
+def may_apply(settings: Settings, command: Command) -> str:
+    """Why this run may not apply ``command``, or nothing. Taking an applied fix back is always allowed."""
+    if all(action.action == "revert" for action in command.actions):
+        return ""
+    if settings.mode is Mode.OBSERVE:
+        return "mode is observe: this run applies nothing"
+    if command.approved:
+        return ""
+    if settings.mode is Mode.SUGGEST:
+        return "mode is suggest and no person approved it (sosa approve)"
+    denied = [action.action for action in command.actions if not _allowed(action, settings)]
+    return f"[auto] allow does not name {', '.join(denied)}" if denied else ""
+
+
+def _allowed(action: Action, settings: Settings) -> bool:
+    return action.action in settings.auto.allow
+
+
+def policy(settings: Settings) -> dict[str, object]:
+    """What the daemon must know of this run's settings, as `Hello.policy` carries it."""
+    auto = settings.auto
+    return {
+        "mode": str(settings.mode),
+        "allow": list(auto.allow),
+        "max_fixes_per_error": auto.max_fixes_per_error,
+        "cooldown_steps": auto.cooldown_steps,
+        "max_fixes_per_run": auto.max_fixes_per_run,
+        "max_lr_change": auto.max_lr_change,
+        "max_rollback_steps": auto.max_rollback_steps,
+        "warmup_steps": settings.detect.warmup_steps,
+        "window_steps": settings.detect.window_steps,
+    }

@@ -1,0 +1,88 @@
+"""Gradients as the optimizer is about to use them: their norm, clipping them, and keeping them from the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+
+def parameters_with_gradients(optimizer: Optimizer) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def local_gradients(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The gradients that lie in this process; a sharded one's norm would be a hidden collective (`.to_local()`)."""
+    return [g.to_local() if isinstance(g, DTensor) else g for g in (p.grad for p in parameters) if g is not None]
+
+
+def is_sharded(parameters: list[torch.Tensor]) -> bool:
+    return any(isinstance(p, DTensor) for p in parameters)
+
+
+def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """The 2-norm over all gradients as a 0-d tensor, without a synchronisation."""
+    dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+    norms: list[torch.Tensor] = []
+    for same in _by_device(dense):
+        norms.extend(torch._foreach_norm(same, 2))
+    first = norms[0].device
+    total: torch.Tensor = torch.linalg.vector_norm(
+        torch.stack([n.to(first, torch.float32, non_blocking=True) for n in norms])
+    )
+    return total
+
+
+def clip(gradients: list[torch.Tensor], norm: torch.Tensor, max_norm: float) -> None:
+    """Scale gradients in place so that their total norm is at most ``max_norm``; a non-finite norm scales nothing."""
+    coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0).nan_to_num(nan=1.0)
+    for same in _by_device(gradients):
+        torch._foreach_mul_(same, coefficient.to(same[0].device, non_blocking=True))
+
+
+def hide(optimizer: Optimizer) -> Callable[[], None]:
+    """Make the coming step a true skip: without gradients an optimizer leaves weights and its own state alone.
+
+    (Zeroed gradients would still move AdamW's weights.) Returns what puts the gradients back.
+    """
+    hidden = [(p, p.grad) for p in parameters_with_gradients(optimizer)]
+    for parameter, _ in hidden:
+        parameter.grad = None
+
+    def restore() -> None:
+        for parameter, gradient in hidden:
+            parameter.grad = gradient
+
+    return restore
+
+
+def is_fused(optimizer: Optimizer) -> bool:
+    return any(group.get("fused") for group in optimizer.param_groups)
+
+
+def skip_if_bad(optimizer: Any, bad: torch.Tensor) -> Callable[[], None]:
+    """Let a fused optimizer skip by itself where ``bad`` (0-d, 0 or 1) is set, with no read on the host.
+
+    An existing ``found_inf`` (GradScaler's) is kept by taking the larger; it is put back by what is returned.
+    """
+    had = hasattr(optimizer, "found_inf")
+    before = getattr(optimizer, "found_inf", None)
+    optimizer.found_inf = bad if before is None else torch.maximum(before, bad.to(before.device).reshape(before.shape))
+
+    def restore() -> None:
+        if had:
+            optimizer.found_inf = before
+        else:
+            del optimizer.found_inf
+
+    return restore
+
+
+def _by_device(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    yield from groups.values()

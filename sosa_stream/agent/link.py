@@ -1,0 +1,103 @@
+"""How frames leave and commands arrive: a channel to a daemon, or an Engine in this very process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
+
+from sosa_stream.effects import Effect, Publish, Withdraw
+from sosa_stream.engine import Engine
+from sosa_stream.protocol.codec import decode
+from sosa_stream.protocol.messages import Ack, AgentMessage, Command, ControlMessage, Heartbeat, Hello, Received
+
+
+class Link(Protocol):
+    """What the agent needs of a way to the daemon; `protocol.channels.AgentChannel` is one."""
+
+    @property
+    def reconnects(self) -> int: ...
+
+    def send(self, data: bytes) -> bool: ...
+
+    def receive(self) -> list[ControlMessage]: ...
+
+    def wait(self, timeout_seconds: float, wake_fd: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class LocalLink:
+    """The daemon's part without a daemon: for one process that watches itself. No socket, no thread, no file."""
+
+    def __init__(self, engine: Engine, on_effect: Callable[[Effect], None]) -> None:
+        self.engine = engine
+        self.reconnects = 0
+        self._on_effect = on_effect
+        self._published: dict[str, Command] = {}
+        self._received: dict[str, int] = {}
+
+    def send(self, data: bytes) -> bool:
+        message = decode(data)
+        assert not isinstance(message, Command | Received)
+        self.hand_over(message)
+        if not isinstance(message, Heartbeat):
+            self._received[message.header.source] = message.header.seq
+        return True
+
+    def hand_over(self, event: AgentMessage) -> None:
+        for effect in self.engine.handle(event, time.time()):
+            if isinstance(effect, Publish):
+                self._published[effect.command.id] = effect.command
+            elif isinstance(effect, Withdraw):
+                self._published.pop(effect.command, None)
+            self._on_effect(effect)
+
+    def receive(self) -> list[ControlMessage]:
+        received = [Received(run=self.engine.run, sources=dict(self._received))] if self._received else []
+        self._received.clear()
+        return [*received, *self._published.values()]
+
+    def wait(self, timeout_seconds: float, wake_fd: int) -> None:
+        raise AssertionError("an in-process link is pumped by the training step, not by a thread")
+
+    def close(self) -> None:
+        self._published.clear()
+
+
+class TeeLink:
+    """A channel whose outgoing frames this process also reads itself, so that a rank can show what it sees.
+
+    The Engine here only suggests: what is done is between the daemon and the fence, so acks are kept from it.
+    """
+
+    def __init__(self, channel: Link, local: LocalLink) -> None:
+        self._channel = channel
+        self._local = local
+        self._last_seq = 0
+
+    @property
+    def reconnects(self) -> int:
+        return self._channel.reconnects
+
+    def send(self, data: bytes) -> bool:
+        sent = self._channel.send(data)
+        message = decode(data)
+        assert not isinstance(message, Command | Received)
+        if sent and message.header.seq > self._last_seq:  # not a heartbeat, and not sent again
+            self._last_seq = message.header.seq
+            if isinstance(message, Hello):
+                message = replace(message, policy={**message.policy, "mode": "suggest"})
+            if not isinstance(message, Ack):
+                self._local.hand_over(message)
+        return sent
+
+    def receive(self) -> list[ControlMessage]:
+        return self._channel.receive()
+
+    def wait(self, timeout_seconds: float, wake_fd: int) -> None:
+        self._channel.wait(timeout_seconds, wake_fd)
+
+    def close(self) -> None:
+        self._channel.close()

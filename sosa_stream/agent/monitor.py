@@ -1,0 +1,127 @@
+"""What a person in a notebook sees: the error at hand, the fix for it, and a diagnosis printed when it happens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sosa_stream.decide.commands import FINAL_STATES, CommandRecord, CommandState
+from sosa_stream.detect.incidents import Incident, IncidentState, Severity
+from sosa_stream.effects import CommandChanged, Effect, IncidentChanged, Notice
+from sosa_stream.engine import Engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetectedError:
+    """An open incident of at least `warning`, as `TrainingMonitor.detect_error` returns it."""
+
+    kind: str
+    severity: str
+    step: int
+    message: str
+    causes: tuple[str, ...]
+    evidence: Mapping[str, Any]
+    incident: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuggestedFix:
+    """What the policy would do about an error. ``action_type`` is the first action, ``params`` its parameters."""
+
+    action_type: str
+    params: Mapping[str, Any]
+    confidence: float
+    actions: tuple[Mapping[str, Any], ...] = ()
+    reason: str = ""
+    command: str = ""
+
+
+@dataclass(slots=True)
+class TrainingMonitor:
+    """Reads the Engine that watches this process, and tells of each change once."""
+
+    engine: Engine
+    tell: Callable[[str], None]
+    _told: dict[str, object] = field(default_factory=dict)
+
+    def detect_error(self) -> DetectedError | None:
+        """The gravest open incident, the newest of equals; None while nothing at or above `warning` is open."""
+        found = [
+            incident
+            for incident in self.engine.view().incidents
+            if incident.state is IncidentState.OPEN and incident.severity >= Severity.WARNING
+        ]
+        if not found:
+            return None
+        worst = max(found, key=lambda incident: (incident.severity, incident.detected_step))
+        return DetectedError(
+            kind=worst.kind,
+            severity=str(worst.severity),
+            step=worst.detected_step,
+            message=worst.message,
+            causes=worst.causes,
+            evidence=worst.evidence,
+            incident=worst.id,
+        )
+
+    def suggest_fix(self, error: DetectedError) -> SuggestedFix | None:
+        """The latest fix proposed or under way for ``error``; None where the playbook knows only advice."""
+        records = [record for record in self.engine.view().commands if record.incident == error.incident]
+        if not records:
+            return None
+        latest = records[-1]
+        actions = tuple(action.as_dict() for action in latest.actions)
+        return SuggestedFix(
+            action_type=actions[0]["action"],
+            params=actions[0]["params"],
+            confidence=latest.confidence,
+            actions=actions,
+            reason=latest.reason,
+            command=latest.id,
+        )
+
+    def on_effect(self, effect: Effect) -> None:
+        """Print what has changed for a person."""
+        match effect:
+            case IncidentChanged(incident=incident):
+                self._tell_incident(incident)
+            case CommandChanged(record=record):
+                self._tell_command(record)
+            case Notice(text=text):
+                self.tell(text)
+
+    def _tell_incident(self, incident: Incident) -> None:
+        shown = (incident.kind, incident.severity, incident.state)
+        if self._told.get(incident.id) == shown:
+            return
+        first = incident.id not in self._told
+        self._told[incident.id] = shown
+        if incident.state is IncidentState.RESOLVED:
+            self.tell(f"step {incident.resolved_step}: {incident.kind} of step {incident.first_step} is over")
+            return
+        verb = "detected" if first else "is now"
+        lines = [f"step {incident.detected_step}: {verb} {incident.kind} ({incident.severity}): {incident.message}"]
+        lines += [f"  likely cause: {cause}" for cause in incident.causes]
+        self.tell("\n".join(lines))
+
+    def _tell_command(self, record: CommandRecord) -> None:
+        if self._told.get(record.id) == record.state:
+            return
+        self._told[record.id] = record.state
+        what = ", then ".join(_words(action.as_dict()) for action in record.actions)
+        if record.state is CommandState.PROPOSED:
+            self.tell(f"  suggested fix: {what} (confidence {record.confidence:.2f}): {record.reason}")
+        elif record.state is CommandState.APPLIED:
+            self.tell(f"  fix at step {record.applied_step}: {what} (confidence {record.confidence:.2f})")
+        elif record.state in FINAL_STATES:
+            verdict = f", {record.verdict}" if record.verdict is not None else ""
+            self.tell(f"  result of {what}: {record.state}{verdict}")
+
+
+def _words(action: Mapping[str, Any]) -> str:
+    params = ", ".join(
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in action["params"].items()
+    )
+    return f"{action['action']}({params})"

@@ -1,0 +1,167 @@
+"""What waits to leave this process: rows of metrics, and the ring of frames that the daemon has not yet written.
+
+The training thread only appends to deques; everything else belongs to the agent's thread.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sosa_stream.agent.scalars import Scalars
+from sosa_stream.protocol.codec import encode
+from sosa_stream.protocol.messages import AgentMessage, Header, Heartbeat, MetricFrame, Phase
+
+MAX_ROWS_PER_FRAME = 512
+MAX_WAITING_ROWS = 65536
+
+
+KNOWN_COLUMNS = ("tick", "lr", "lr_multiplier", "step_seconds")
+"""Columns that the host knows at once, in the order of `Row.known`."""
+
+
+@dataclass(slots=True)
+class Row:
+    """One step. ``names`` are the columns of ``scalars``, which may still be on their way from the device.
+
+    A column that this step did not show (no backward seen, no gradients) is left out: a NaN in a frame is a NaN.
+    """
+
+    step: int
+    known: tuple[float, float, float, float]
+    names: tuple[str, ...]
+    scalars: Scalars
+
+
+class Wakeup:
+    """A file descriptor that the agent's thread waits on, written from any thread."""
+
+    def __init__(self) -> None:
+        self.fd, self._write = os.pipe()
+        os.set_blocking(self.fd, False)
+        os.set_blocking(self._write, False)
+
+    def set(self) -> None:
+        try:
+            os.write(self._write, b"\0")
+        except OSError:  # full: it is awake already; closed: nobody is listening any more
+            return
+
+    def clear(self) -> None:
+        try:
+            while os.read(self.fd, 4096):
+                pass
+        except OSError:
+            return
+
+    def close(self) -> None:
+        os.close(self.fd)
+        os.close(self._write)
+
+
+class Ring:
+    """Encoded, sequenced frames until the daemon says that they are in the recording.
+
+    Bounded: when full the oldest is dropped and counted; nothing ever blocks. ``send`` may be called again for what was
+    sent before: `rewind` after a reconnection, or when no acknowledgement has come for ``resend_seconds``.
+    """
+
+    def __init__(self, max_frames: int, resend_seconds: float = 1.0) -> None:
+        self._frames: deque[bytes] = deque()
+        self._max_frames = max_frames
+        self._resend_seconds = resend_seconds
+        self._progress_at = 0.0
+        self._next = 1  # sequence number to send next
+        self.oldest = 1  # lowest sequence number still held
+        self.dropped = 0
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    @property
+    def next_seq(self) -> int:
+        return self.oldest + len(self._frames)
+
+    def append(self, frame: bytes) -> None:
+        if len(self._frames) == self._max_frames:
+            self._frames.popleft()
+            self.oldest += 1
+            self.dropped += 1
+            self._next = max(self._next, self.oldest)
+        self._frames.append(frame)
+
+    def acknowledge(self, seq: int, now: float) -> None:
+        if seq < self.oldest:
+            return
+        self._progress_at = now
+        while self._frames and self.oldest <= seq:
+            self._frames.popleft()
+            self.oldest += 1
+        self._next = max(self._next, self.oldest)
+
+    def rewind(self) -> None:
+        self._next = self.oldest
+
+    def send(self, send: Callable[[bytes], bool], now: float) -> None:
+        if self._next == self.oldest:  # nothing is under way, so nothing can be late
+            self._progress_at = now
+        elif now - self._progress_at > self._resend_seconds:
+            self._progress_at = now
+            self.rewind()
+        while self._next < self.next_seq and send(self._frames[self._next - self.oldest]):
+            self._next += 1
+
+
+class Outbox:
+    """Rows and messages of this rank on their way to the daemon."""
+
+    def __init__(self, ring_frames: int, wakeup: Wakeup) -> None:
+        self.ring = Ring(ring_frames)
+        self.wakeup = wakeup
+        self._rows: deque[Row] = deque(maxlen=MAX_WAITING_ROWS)
+        self._messages: deque[Callable[[Header], AgentMessage]] = deque(maxlen=4096)
+
+    def add_row(self, row: Row) -> None:
+        """From the training thread. A value that is already known to be non-finite leaves at once."""
+        self._rows.append(row)
+        if not all(map(math.isfinite, row.scalars.values)):
+            self.wakeup.set()
+
+    def add_message(self, build: Callable[[Header], AgentMessage]) -> None:
+        """From any thread: ``build`` makes the message from its header. Leaves at once, after the rows before it."""
+        self._messages.append(build)
+        self.wakeup.set()
+
+    def flush(self, header: Callable[[int], Header]) -> None:
+        """From the agent's thread: encode what waits into the ring. ``header(seq)`` makes the header of a message."""
+        messages = len(self._messages)  # taken first: their rows, added before them, must not leave after them
+        rows: list[Row] = []
+        while self._rows and self._rows[0].scalars.ready():
+            rows.append(self._rows.popleft())
+        for _, same in itertools.groupby(rows, key=lambda row: row.names):
+            while part := list(itertools.islice(same, MAX_ROWS_PER_FRAME)):
+                self.ring.append(encode(_frame(header(self.ring.next_seq), part)))
+        for _ in range(messages):
+            self.ring.append(encode(self._messages.popleft()(header(self.ring.next_seq))))
+
+    def heartbeat(self, header: Header, tick: int, step: int, phase: Phase) -> bytes:
+        return encode(
+            Heartbeat(
+                header=header, tick=tick, step=step, phase=phase, oldest=self.ring.oldest, dropped=self.ring.dropped
+            )
+        )
+
+
+def _frame(header: Header, rows: Sequence[Row]) -> MetricFrame:
+    return MetricFrame(
+        header=header,
+        columns=KNOWN_COLUMNS + rows[0].names,
+        steps=np.array([row.step for row in rows], dtype=np.int64),
+        values=np.array([row.known + row.scalars.read() for row in rows], dtype=np.float64),
+    )

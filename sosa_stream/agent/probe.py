@@ -1,0 +1,274 @@
+"""The optimizer step, watched and controlled: the only code of ours on the training thread.
+
+Each outermost call of any optimizer's ``step`` is a *tick*. Before it: take part in the fence, learn the gradient norm,
+keep what must not reach the weights from them. After it: put everything back as the script left it, note the row, and
+copy a snapshot when its time has come.
+
+What steers training (*control*) must be the same on all ranks; if it fails here while a fix or the guard is in force,
+this rank would drift from the others unseen, so it ends as in doubt. What only watches (*observation*) may fail alone:
+it is switched off, said once, and training goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from sosa_stream.agent import gradients
+from sosa_stream.agent.actuators import Actuators, LearningRate, StopTraining
+from sosa_stream.agent.fence_runner import Fence, InDoubt
+from sosa_stream.agent.outbox import Outbox, Row
+from sosa_stream.agent.scalars import fetch
+from sosa_stream.agent.snapshots import SnapshotRing, TrainingState
+from sosa_stream.agent.taps import Taps
+from sosa_stream.errors import SosaError
+from sosa_stream.protocol.messages import Ack, AckState, Command, Phase
+
+
+class Probe:
+    """Hooks around optimizer steps. One per process.
+
+    Args:
+        guard: keep non-finite gradients from the weights (one scalar read per step unless the optimizer is fused).
+        on_error: told of an internal error; the argument says whether control is lost (True) or only observation.
+    """
+
+    def __init__(
+        self,
+        *,
+        outbox: Outbox,
+        taps: Taps,
+        state: TrainingState,
+        actuators: Actuators,
+        snapshots: SnapshotRing | None,
+        guard: bool,
+        digest_after_fix: bool,
+        on_error: Callable[[BaseException, bool], None],
+        after_tick: Callable[[], None] | None = None,
+    ) -> None:
+        self.tick = 0
+        self.step = 0
+        self.fence: Fence | None = None
+        self.observing = True
+        self.controlling = True
+        self.guarding = guard
+        self._outbox = outbox
+        self._taps = taps
+        self._state = state
+        self._actuators = actuators
+        self._snapshots = snapshots
+        self._digest_after_fix = digest_after_fix
+        self._on_error = on_error
+        self._after_tick = after_tick
+        self._learning_rate = LearningRate()
+        self._open: list[Optimizer] = []
+        self._restore: list[Callable[[], None]] = []
+        self._norm: torch.Tensor | None = None
+        self._norm_is_shared = False
+        self._skipped: float | torch.Tensor = 0.0
+        self._last_step_at = 0.0
+        self._handles: list[Any] = []
+
+    def install(self, optimizer: Optimizer | None = None) -> None:
+        """Watch one optimizer, or every optimizer of the process."""
+        if optimizer is None:
+            self._handles = [
+                register_optimizer_step_pre_hook(self._before_step),
+                register_optimizer_step_post_hook(self._after_step),
+            ]
+        else:
+            self._handles = [
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+            ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._put_back()
+
+    # -- before the step -------------------------------------------------------------------------------------------
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        if any(optimizer is seen for seen in self._open):  # an earlier step raised: its after-hook never came
+            self._open.clear()
+            self._put_back()
+        self._open.append(optimizer)
+        if len(self._open) > 1 or not self.controlling:
+            return None
+        try:
+            self._begin(optimizer)
+            closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
+            if closure is None:
+                self._control(optimizer)
+                return None
+            wrapped = self._wrap_closure(closure, optimizer)
+            if "closure" in kwargs:
+                return args, {**kwargs, "closure": wrapped}
+            return (args[0], wrapped, *args[2:]), kwargs
+        except StopTraining:
+            self._put_back()
+            raise
+        except InDoubt as error:
+            self._on_error(error, True)
+        except Exception as error:
+            self._lose_control(error)
+        return None
+
+    def _begin(self, optimizer: Optimizer) -> None:
+        """The first thing in a tick: apply what the ranks agreed to apply now."""
+        if not any(optimizer is known for known in self._state.optimizers):
+            self._state.optimizers.append(optimizer)
+            self._state.buffers = None
+        if self.tick == 0 and self._snapshots is not None:
+            self._snapshots.take(0, 0)
+        self._skipped = 0.0
+        self._norm = None
+        self._taps.phase = Phase.OPTIMIZER
+        command = self.fence.arrive(self.tick) if self.fence is not None else None
+        if command is not None:
+            self._apply(command)
+
+    def _apply(self, command: Command) -> None:
+        tick, step = self.tick, self.step
+        try:
+            detail = self._actuators.apply(command, tick, step)
+            digest = self._actuators.digest() if self._digest_after_fix else ""
+            state = AckState.APPLIED
+        except SosaError as error:
+            detail, digest, state = str(error), "", AckState.FAILED
+        self._outbox.add_message(
+            lambda header: Ack(
+                header=header, command=command.id, state=state, tick=tick, step=step, detail=detail[:500], digest=digest
+            )
+        )
+        if self._actuators.stop_wanted:
+            raise StopTraining
+
+    def _control(self, optimizer: Optimizer) -> None:
+        """With the step's gradients at hand: norm, guard, clip, learning rate."""
+        actuators = self._actuators
+        parameters = gradients.parameters_with_gradients(optimizer)
+        if parameters:
+            self._norm = self._taps.take_norm(len(parameters))
+            # Equal on all ranks: the script's own reduced norm, or (under DDP) that of whole gradients.
+            self._norm_is_shared = self._norm is not None or not gradients.is_sharded(parameters)
+            local = gradients.local_gradients(parameters)
+            if self._norm is None:
+                self._norm = gradients.total_norm(local)
+            grad_scale = getattr(optimizer, "grad_scale", None)
+            if isinstance(grad_scale, torch.Tensor):
+                self._norm = self._norm / grad_scale.to(self._norm.device)
+            if actuators.skip_left or actuators.stale_gradients:
+                self._skip(optimizer)
+                actuators.skip_left -= 1 if actuators.skip_left and not actuators.stale_gradients else 0
+                actuators.stale_gradients = False
+            elif self.guarding and self._norm_is_shared:
+                self._guard(optimizer, self._norm)
+            if actuators.max_norm is not None and self._norm_is_shared and not isinstance(grad_scale, torch.Tensor):
+                gradients.clip(local, self._norm, actuators.max_norm)
+        actuators.stale_gradients = False
+        if actuators.lr_multiplier != 1.0:
+            self._learning_rate.scale(optimizer, actuators.lr_multiplier)
+
+    def _guard(self, optimizer: Optimizer, norm: torch.Tensor) -> None:
+        if gradients.is_fused(optimizer):
+            bad = (~torch.isfinite(norm)).to(torch.float32)
+            self._restore.append(gradients.skip_if_bad(optimizer, bad))
+            self._skipped = bad
+        elif not bool(torch.isfinite(norm)):  # the guard's one scalar read
+            self._skip(optimizer)
+
+    def _skip(self, optimizer: Optimizer) -> None:
+        self._restore.append(gradients.hide(optimizer))
+        self._skipped = 1.0
+
+    def _wrap_closure(self, closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
+        """Lightning and LBFGS run backward inside ``step``: the gradients are there only after the closure."""
+
+        def wrapped() -> Any:
+            self._put_back()  # LBFGS calls its closure many times in one step
+            self._actuators.stale_gradients = False  # gradients of the restored weights: nothing is stale
+            result = closure()
+            try:
+                self._control(optimizer)
+            except Exception as error:
+                self._lose_control(error)
+            return result
+
+        return wrapped
+
+    # -- after the step --------------------------------------------------------------------------------------------
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not any(optimizer is seen for seen in self._open):
+            return
+        while self._open.pop() is not optimizer:
+            continue
+        if self._open or not self.controlling:
+            return
+        try:
+            self._put_back()
+            primary = optimizer is self._state.optimizers[0]
+            step = self.step
+            self.step += primary
+            self.tick += 1
+            self._taps.phase = Phase.FORWARD
+        except Exception as error:
+            self._lose_control(error)
+            return
+        if self.observing:
+            try:
+                if primary:
+                    self._note(optimizer, step)
+                if self._after_tick is not None:
+                    self._after_tick()
+            except StopTraining:
+                raise
+            except Exception as error:
+                self.observing = False
+                self._on_error(error, False)
+        if self._snapshots is not None:
+            self._copy_snapshot()
+
+    def _note(self, optimizer: Optimizer, step: int) -> None:
+        now = time.perf_counter()
+        seconds = now - self._last_step_at if self._last_step_at else 0.0
+        self._last_step_at = now
+        lr = optimizer.param_groups[0].get("lr", 0.0)
+        seen = [("loss", self._taps.take_loss()), ("grad_norm", self._norm), ("skipped", self._skipped)]
+        names = tuple([name for name, value in seen if value is not None])
+        self._outbox.add_row(
+            Row(
+                step=step,
+                known=(self.tick - 1, float(lr), self._actuators.lr_multiplier, seconds),
+                names=names,
+                scalars=fetch([value for _, value in seen if value is not None]),
+            )
+        )
+
+    def _copy_snapshot(self) -> None:
+        assert self._snapshots is not None
+        try:
+            self._snapshots.observe(self.tick, self.step, self._norm if self._norm_is_shared else None)
+        except Exception as error:
+            self._snapshots = None
+            self._on_error(error, False)
+
+    def _put_back(self) -> None:
+        """Everything as the script left it: learning rate, gradients, found_inf."""
+        self._learning_rate.restore()
+        while self._restore:
+            self._restore.pop()()
+
+    def _lose_control(self, error: Exception) -> None:
+        in_force = self.guarding or self._actuators.standing
+        self.controlling = False
+        self._put_back()
+        self._on_error(error, in_force)

@@ -1,0 +1,190 @@
+"""``python -m sosa_stream.agent [options] script.py args…``: an unmodified script, watched.
+
+What the script sees is what it would see under plain Python: ``sys.argv``, ``sys.path[0]``, ``__main__``, its own
+traceback without our frames, its own exit code.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import signal
+import sys
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, TracebackType
+from typing import Any
+
+from sosa_stream import faults
+from sosa_stream.config import CONFIG_VARIABLE, load_settings
+from sosa_stream.errors import UsageError
+
+USAGE = """usage: python -m sosa_stream.agent [--inject KIND@STEP[:rank=R,key=value]]... (SCRIPT | -m MODULE) [ARG]...
+
+Runs SCRIPT as plain Python would, and watches its training. Under torchrun:
+  torchrun --nproc-per-node 2 -m sosa_stream.agent train.py --its --args
+
+  --inject SPEC   inject a fault, e.g. nan_batch@300:rank=1 or lr_jump@200:factor=1000 (may be repeated)
+  -h, --help      show this text
+
+Settings come from the file named by SOSA_CONFIG and from SOSA_* variables: SOSA_MODE=observe|suggest|auto,
+SOSA_AUTO_ALLOW=skip_step,scale_lr,..., SOSA_HOME, SOSA_RUN, SOSA_DAEMON. SOSA_DISABLE=1 only runs the script."""
+
+_PACKAGE = str(Path(__file__).resolve().parent.parent)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What to run: a script file or a module, its arguments, and the faults to inject."""
+
+    name: str
+    is_module: bool
+    arguments: tuple[str, ...]
+    inject: tuple[str, ...]
+
+
+def parse(argv: list[str]) -> Target | None:
+    """The command line; None asks for help. Everything after the script's name is the script's.
+
+    Raises:
+        UsageError: no script, or an unknown option before it.
+    """
+    inject: list[str] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word in ("-h", "--help"):
+            return None
+        if word == "--inject" or word == "-m":
+            if not rest:
+                raise UsageError(f"{word} needs a value\n{USAGE}")
+            value = rest.pop(0)
+            if word == "-m":
+                return Target(name=value, is_module=True, arguments=tuple(rest), inject=tuple(inject))
+            inject.append(value)
+        elif word.startswith("--inject="):
+            inject.append(word.removeprefix("--inject="))
+        elif word.startswith("-"):
+            raise UsageError(f"unknown option {word}\n{USAGE}")
+        else:
+            return Target(name=word, is_module=False, arguments=tuple(rest), inject=tuple(inject))
+    raise UsageError(f"no script given\n{USAGE}")
+
+
+def main(argv: list[str] | None = None, env: Mapping[str, str] | None = None) -> int:
+    """Run the target. Returns an exit code, or leaves as the script left."""
+    env = os.environ if env is None else env
+    try:
+        target = parse(sys.argv[1:] if argv is None else argv)
+        if target is None:
+            print(USAGE)
+            return 0
+        code, module = _load(target)
+        if env.get("SOSA_DISABLE", "").lower() in ("1", "true", "yes", "on"):
+            return _run(code, module, target, None)
+        path = env.get(CONFIG_VARIABLE)
+        settings = load_settings(path=Path(path) if path else None, env=env)
+        rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+        injected = faults.parse_faults(target.inject)
+        from sosa_stream.agent.core import Agent, run_name
+
+        agent = Agent(settings, run=run_name(settings, env, target.name), rank=rank, world_size=world_size)
+    except UsageError as error:
+        print(f"sosa: {error}", file=sys.stderr)
+        return 2
+    agent.start()
+    faults.install(injected, rank)  # after our hooks: see there
+    return _run(code, module, target, agent)
+
+
+def _load(target: Target) -> tuple[CodeType, types.ModuleType]:
+    """The script's code and the fresh ``__main__`` that it will run in."""
+    module = types.ModuleType("__main__")
+    if target.is_module:
+        sys.path[0] = os.getcwd()
+        code, module.__spec__, filename = _find_module(target.name)
+        module.__package__ = module.__spec__.name.rpartition(".")[0] if module.__spec__ else ""
+    else:
+        filename = target.name
+        sys.path[0] = str(Path(filename).resolve().parent)
+        try:
+            with io.open_code(str(Path(filename).resolve())) as file:
+                source = file.read()
+        except OSError as error:
+            raise UsageError(f"cannot run {filename!r}: {error.strerror}") from None
+        code = _compile(source, filename)
+    module.__file__ = filename
+    module.__dict__["__builtins__"] = __builtins__
+    return code, module
+
+
+def _find_module(name: str) -> tuple[CodeType, importlib.machinery.ModuleSpec | None, str]:
+    try:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{name}.__main__")
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"cannot run module {name!r}: {error}") from None
+    loader: Any = spec.loader if spec is not None else None
+    code = loader.get_code(spec.name) if spec is not None and hasattr(loader, "get_code") else None
+    if spec is None or code is None:
+        raise UsageError(f"there is no module {name!r} that can be run")
+    return code, spec, spec.origin or name
+
+
+def _compile(source: bytes, filename: str) -> CodeType:
+    try:
+        return compile(source, filename, "exec")
+    except SyntaxError as error:
+        sys.excepthook(SyntaxError, error, None)
+        raise SystemExit(1) from None
+
+
+def _run(code: CodeType, module: types.ModuleType, target: Target, agent: object) -> int:
+    """Execute the script as ``__main__`` and leave as it left."""
+    from sosa_stream.agent.core import Agent
+
+    assert agent is None or isinstance(agent, Agent)
+    ours = sys.modules["__main__"]  # kept alive: its globals are those of a running frame
+    sys.modules["__main__"] = module
+    sys.argv[:] = [target.name if not target.is_module else (module.__file__ or target.name), *target.arguments]
+    try:
+        exec(code, module.__dict__)
+    except SystemExit as error:
+        if agent is not None:
+            agent.close("the script exited", _exit_code(error))
+        raise
+    except BaseException as error:
+        trimmed = _without_our_frames(error.__traceback__)
+        error.__traceback__ = trimmed
+        if agent is not None:
+            agent.report_exception(error)
+        sys.excepthook(type(error), error, trimmed)
+        if agent is not None:
+            agent.close(f"{type(error).__name__}", 1)
+        if isinstance(error, KeyboardInterrupt):  # as Python itself does, so that the parent sees the signal
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        return 1
+    if agent is not None:
+        agent.close()
+    del ours
+    return 0
+
+
+def _exit_code(error: SystemExit) -> int:
+    if error.code is None:
+        return 0
+    return error.code if isinstance(error.code, int) else 1
+
+
+def _without_our_frames(trace: TracebackType | None) -> TracebackType | None:
+    """The same traceback with the frames of this package taken out, wherever they stand."""
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+        trace = trace.tb_next
+    if trace is not None:
+        trace.tb_next = _without_our_frames(trace.tb_next)
+    return trace

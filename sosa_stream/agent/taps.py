@@ -1,0 +1,105 @@
+"""Where a script that knows nothing of us lets its loss and its gradient norm be seen.
+
+Three functions of torch are wrapped, and put back by `Taps.remove`: ``torch.autograd.backward`` (which
+``Tensor.backward`` calls), ``GradScaler.scale`` (to see the loss unscaled) and ``clip_grad_norm_`` (whose result is the
+gradient norm that we would otherwise compute again). Wrappers call through first and never raise.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.amp.grad_scaler import GradScaler
+from torch.nn.utils import clip_grad
+
+from sosa_stream.protocol.messages import Phase
+
+UNSCALED = "_sosa_unscaled"
+
+
+class Taps:
+    """The loss since the last step, and the last gradient norm that the script computed itself."""
+
+    def __init__(self) -> None:
+        self.loss: float | torch.Tensor | None = None
+        self.phase = Phase.START
+        self._clip_norm: torch.Tensor | None = None
+        self._clip_count = 0
+        self._depth = 0
+        self._restore: list[Callable[[], None]] = []
+
+    def install(self) -> None:
+        self._wrap(torch.autograd, "backward", self._backward)
+        self._wrap(GradScaler, "scale", self._scale)
+        for module in (torch.nn.utils, clip_grad):
+            self._wrap(module, "clip_grad_norm_", self._clip_grad_norm)
+
+    def remove(self) -> None:
+        while self._restore:
+            self._restore.pop()()
+
+    def add_loss(self, loss: torch.Tensor) -> None:
+        """One backward's loss; the parts of an accumulated step add up."""
+        value = loss.detach()
+        part = value.item() if value.device.type == "cpu" else value
+        self.loss = part if self.loss is None else self.loss + part
+
+    def take_loss(self) -> float | torch.Tensor | None:
+        """The loss since the last call; None where no backward was seen."""
+        loss, self.loss = self.loss, None
+        return loss
+
+    def take_norm(self, num_parameters: int) -> torch.Tensor | None:
+        """The norm that the script's own clipping returned, if it covered exactly this many parameters."""
+        norm, self._clip_norm = self._clip_norm, None
+        return norm if norm is not None and self._clip_count == num_parameters else None
+
+    def _wrap(self, owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        original = getattr(owner, name)
+        setattr(owner, name, functools.wraps(original)(make(original)))
+        self._restore.append(lambda: setattr(owner, name, original))
+
+    def _backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:
+            outermost = self._depth == 0  # activation checkpointing calls backward inside backward
+            if outermost:
+                self._see_loss(tensors, grad_tensors)
+                self.phase = Phase.BACKWARD
+            self._depth += 1
+            try:
+                return original(tensors, grad_tensors, *args, **kwargs)
+            finally:
+                self._depth -= 1
+
+        return backward
+
+    def _see_loss(self, tensors: Any, grad_tensors: Any) -> None:
+        loss = tensors[0] if isinstance(tensors, list | tuple) and len(tensors) == 1 else tensors
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            return
+        given = grad_tensors[0] if isinstance(grad_tensors, list | tuple) and grad_tensors else grad_tensors
+        if given is None:
+            self.add_loss(getattr(loss, UNSCALED, loss))
+
+    def _scale(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def scale(scaler: GradScaler, outputs: Any) -> Any:
+            scaled = original(scaler, outputs)
+            if isinstance(outputs, torch.Tensor) and isinstance(scaled, torch.Tensor) and scaled is not outputs:
+                setattr(scaled, UNSCALED, outputs.detach())
+            return scaled
+
+        return scale
+
+    def _clip_grad_norm(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def clip_grad_norm_(parameters: Any, max_norm: Any, norm_type: Any = 2.0, *args: Any, **kwargs: Any) -> Any:
+            parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+            norm = original(parameters, max_norm, norm_type, *args, **kwargs)
+            if isinstance(norm, torch.Tensor) and float(norm_type) == 2.0:
+                self._clip_norm = norm.detach()
+                self._clip_count = sum(p.grad is not None for p in parameters)
+            return norm
+
+        return clip_grad_norm_
