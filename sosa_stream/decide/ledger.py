@@ -1,0 +1,155 @@
+"""Every command of a run: its state, and what each rank said about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from sosa_stream.decide.commands import (
+    FINAL_STATES,
+    IN_FLIGHT_STATES,
+    TRANSITIONS,
+    CommandRecord,
+    CommandState,
+    Verdict,
+)
+from sosa_stream.protocol.messages import Ack, AckState
+
+_NOT_APPLIED = frozenset({CommandState.REJECTED, CommandState.EXPIRED, CommandState.ABORTED})
+
+
+@dataclass(slots=True, kw_only=True)
+class Entry:
+    """A command with what is not for the public record."""
+
+    record: CommandRecord
+    fix: str
+    """Name of the playbook's fix."""
+    patience_steps: int
+    keep: bool = False
+    seq: int
+    approved: bool = False
+    expires_tick: int = 0
+    reverts: str | None = None
+    """The command that this one takes back."""
+    acks: dict[int, AckState] = field(default_factory=dict)
+    applied_steps: list[int] = field(default_factory=list)
+    digests: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def in_flight(self) -> bool:
+        return self.record.state in IN_FLIGHT_STATES
+
+    @property
+    def final(self) -> bool:
+        return self.record.state in FINAL_STATES
+
+
+class Ledger:
+    """All commands in the order in which they were made; remembers which records changed."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, Entry] = {}
+        self._live: dict[str, Entry] = {}
+        self._changed: list[CommandRecord] = []
+
+    @property
+    def records(self) -> tuple[CommandRecord, ...]:
+        return tuple(entry.record for entry in self._entries.values())
+
+    @property
+    def live(self) -> tuple[Entry, ...]:
+        """Commands that are not in a final state."""
+        return tuple(self._live.values())
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, command_id: str) -> Entry | None:
+        return self._entries.get(command_id)
+
+    def of_incident(self, incident_id: str) -> tuple[dict[str, Any], ...]:
+        """What was tried for an incident, as its ``fixes`` show it."""
+        return tuple(
+            {
+                "command": record.id,
+                "actions": [action.as_dict() for action in record.actions],
+                "state": str(record.state),
+                "verdict": None if record.verdict is None else str(record.verdict),
+            }
+            for record in self.records
+            if record.incident == incident_id
+        )
+
+    def add(self, entry: Entry) -> None:
+        self._entries[entry.record.id] = self._live[entry.record.id] = entry
+        self._changed.append(entry.record)
+
+    def move(
+        self,
+        entry: Entry,
+        state: CommandState,
+        *,
+        verdict: Verdict | None = None,
+        applied_step: int | None = None,
+        why: str = "",
+    ) -> None:
+        """Bring a command into another state; the table of transitions is the law."""
+        record = entry.record
+        assert state in TRANSITIONS[record.state], f"{record.id}: {record.state} -> {state}"
+        if state in _NOT_APPLIED:
+            verdict = Verdict.NOT_APPLIED
+        entry.record = replace(
+            record,
+            state=state,
+            verdict=record.verdict if verdict is None else verdict,
+            applied_step=record.applied_step if applied_step is None else applied_step,
+            reason=f"{record.reason}; {why}" if why else record.reason,
+        )
+        if entry.final:
+            self._live.pop(record.id, None)
+        self._changed.append(entry.record)
+
+    def judge(self, entry: Entry, verdict: Verdict) -> None:
+        """Note a verdict while the command is still in force."""
+        entry.record = replace(entry.record, verdict=verdict)
+        self._changed.append(entry.record)
+
+    def changed(self) -> list[CommandRecord]:
+        """Every record as it became since the last call, in order."""
+        changed, self._changed = self._changed, []
+        return changed
+
+    def acknowledge(self, ack: Ack, members: Iterable[int]) -> Entry | None:
+        """Take one rank's word in; returns the entry when the command's state changed by it."""
+        entry = self._live.get(ack.command)
+        if entry is None or entry.record.generation != ack.header.generation:
+            return None
+        entry.acks[ack.header.rank] = ack.state
+        if ack.state is AckState.APPLIED:
+            entry.applied_steps.append(ack.step)
+            entry.digests[ack.header.rank] = ack.digest
+        to = self._state_after(entry, ack, members)
+        if to is None or to not in TRANSITIONS[entry.record.state]:
+            return None
+        applied_step = min(entry.applied_steps) if to is CommandState.APPLIED else None
+        why = f"rank {ack.header.rank}: {ack.detail or ack.state}" if to in _NOT_APPLIED else ""
+        self.move(entry, to, applied_step=applied_step, why=why)
+        return entry
+
+    @staticmethod
+    def _state_after(entry: Entry, ack: Ack, members: Iterable[int]) -> CommandState | None:
+        if ack.state is AckState.REJECTED:
+            return CommandState.REJECTED
+        if ack.state in (AckState.FAILED, AckState.ABORTED):
+            return CommandState.ABORTED
+        acks = [entry.acks.get(rank) for rank in members]
+        if all(state is AckState.APPLIED for state in acks):
+            return CommandState.APPLIED
+        if AckState.COMMITTED in acks or AckState.APPLIED in acks:
+            # one register decides for all ranks: one that has read it speaks for the others
+            return CommandState.COMMITTED
+        if all(state is AckState.HELD for state in acks):
+            return CommandState.HELD
+        return None

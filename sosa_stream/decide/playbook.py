@@ -1,0 +1,184 @@
+"""Which fixes are known for which kind of incident, in the order in which they are tried.
+
+A fix builds its actions from the incident's evidence; its numbers are those of the field: half the learning rate for
+divergence (OPT needed between -10% and 2/3 [FAULTS.md A]), × 0.7 for oscillation, a clip bound from the run's own
+window, a rollback to before the first bad step. Confidence is the share of trials in which such a fix is expected to
+help: a prior, written down here so that it can be argued with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from sosa_stream.detect.incidents import Incident
+from sosa_stream.protocol.actions import ACTIONS, Action
+
+SPIKE_PATIENCE_STEPS = 15
+"""Most spikes heal untouched (82% are back within 10 points on real logs): a spike is left alone for this long."""
+NONFINITE_STEPS = 3
+"""Non-finite steps before skipping them is not enough."""
+ONE_RANK_STEPS = 10
+"""As many when the guard kept the weights clean and other ranks' losses are finite: bad data, not bad weights."""
+CLIP_MARGIN = 1.5
+"""A clip bound is this far above the 90% quantile of the healthy norms, so that it leaves healthy steps alone."""
+FARTHER_STEPS = 100
+"""How far before the first bad step the second rollback goes: too near the blow-up repeats it [FAULTS.md D]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Situation:
+    """An incident at one step, with what a fix may depend on."""
+
+    incident: Incident
+    step: int
+    in_band: bool
+    """Whether the loss is where it was before the incident."""
+    nonfinite: bool
+    num_nonfinite: int
+    """Non-finite steps of this incident so far."""
+    weights_clean: bool
+    """The guard skipped the update, and at least one rank's loss is finite."""
+    steps_since_finding: int
+    lr: float | None
+    """Effective learning rate now."""
+    lr_multiplier: float
+    norm_high: float | None
+    """The 90% quantile of the gradient norm before the incident."""
+
+    @property
+    def age(self) -> int:
+        return self.step - self.incident.first_step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fix:
+    """One way to repair: when it is due, what it does, how sure we are before having tried it."""
+
+    name: str
+    confidence: float
+    due: Callable[[Situation], bool]
+    build: Callable[[Situation], tuple[Action, ...]]
+    """The actions; none when the fix does not apply here."""
+    patience_steps: int = 60
+    """Steps after which a fix that has not helped is judged."""
+    keep: bool = False
+    """Not taken back when it did not help: its inverse would bring the fault, or the damaged weights, back."""
+
+
+def _still_bad(now: Situation) -> bool:
+    return now.nonfinite or not now.in_band
+
+
+def _poisoned(now: Situation) -> bool:
+    needed = ONE_RANK_STEPS if now.weights_clean else NONFINITE_STEPS
+    return now.nonfinite and now.num_nonfinite >= needed
+
+
+def _spike_stays(now: Situation) -> bool:
+    return _still_bad(now) and now.age >= SPIKE_PATIENCE_STEPS
+
+
+def _keeps_happening(now: Situation) -> bool:
+    return now.age >= 4 and now.steps_since_finding <= 2
+
+
+def _keeps_swinging(now: Situation) -> bool:
+    return now.step - now.incident.detected_step >= 16 and now.steps_since_finding <= 16
+
+
+def _always(now: Situation) -> bool:
+    return True
+
+
+def _scale(factor: float) -> Callable[[Situation], tuple[Action, ...]]:
+    def build(now: Situation) -> tuple[Action, ...]:
+        return (Action(action="scale_lr", params={"factor": factor}),)
+
+    return build
+
+
+def _rollback(before_step: int) -> Action:
+    return Action(action="rollback", params={"before_step": max(0, before_step)})
+
+
+def _usual_lr(now: Situation) -> tuple[Action, ...]:
+    """Bring the effective learning rate back to that of the step before the jump; nothing if it has come back."""
+    before = now.incident.evidence.get("lr_before")
+    if not isinstance(before, float) or now.lr is None or not 0.0 < before < now.lr / 1.5:
+        return ()
+    bounds = ACTIONS["scale_lr"].params["factor"]
+    return (Action(action="scale_lr", params={"factor": min(max(before / now.lr, bounds.low), bounds.high)}),)
+
+
+def _usual_lr_and_rollback(now: Situation) -> tuple[Action, ...]:
+    # The step of the jump shows the loss before its own update: only a later step has been damaged.
+    damaged = now.step > now.incident.first_step
+    return (*_usual_lr(now), *((_rollback(now.incident.first_step),) if damaged else ()))
+
+
+def _half_lr_and_rollback(now: Situation) -> tuple[Action, ...]:
+    return (Action(action="scale_lr", params={"factor": 0.5}), _rollback(now.incident.first_step))
+
+
+def _half_lr_and_far_rollback(now: Situation) -> tuple[Action, ...]:
+    return (Action(action="scale_lr", params={"factor": 0.5}), _rollback(now.incident.first_step - FARTHER_STEPS))
+
+
+def _clip(now: Situation) -> tuple[Action, ...]:
+    if now.norm_high is None or not now.norm_high > 0.0:
+        return ()
+    bounds = ACTIONS["clip_grad"].params["max_norm"]
+    return (Action(action="clip_grad", params={"max_norm": min(max(CLIP_MARGIN * now.norm_high, bounds.low), 1e12)}),)
+
+
+def _stop(now: Situation) -> tuple[Action, ...]:
+    return (Action(action="stop"),)
+
+
+HALF_LR = Fix(name="half_lr", confidence=0.55, due=_still_bad, build=_scale(0.5), patience_steps=120)
+ROLLBACK = Fix(name="half_lr_and_rollback", confidence=0.65, due=_still_bad, build=_half_lr_and_rollback, keep=True)
+
+LADDERS: Mapping[str, tuple[Fix, ...]] = {
+    "lr_jump": (
+        Fix(name="usual_lr_and_rollback", confidence=0.85, due=_still_bad, build=_usual_lr_and_rollback, keep=True),
+        Fix(name="usual_lr", confidence=0.7, due=_still_bad, build=_usual_lr, patience_steps=120, keep=True),
+        ROLLBACK,
+    ),
+    # The first rung, to skip the step, is the in-process guard's: it has happened before we hear of it.
+    "nan_loss": (
+        Fix(name="half_lr_and_rollback", confidence=0.7, due=_poisoned, build=_half_lr_and_rollback, keep=True),
+        Fix(name="far_rollback", confidence=0.55, due=_poisoned, build=_half_lr_and_far_rollback, keep=True),
+        Fix(name="stop", confidence=0.5, due=_poisoned, build=_stop, keep=True),
+    ),
+    "loss_spike": (
+        Fix(name="half_lr", confidence=0.55, due=_spike_stays, build=_scale(0.5), patience_steps=120),
+        Fix(name="half_lr_and_rollback", confidence=0.6, due=_spike_stays, build=_half_lr_and_rollback, keep=True),
+    ),
+    "loss_divergence": (HALF_LR, ROLLBACK),
+    "exploding_gradient": (
+        Fix(name="clip", confidence=0.65, due=_keeps_happening, build=_clip),
+        Fix(name="half_lr", confidence=0.55, due=_keeps_happening, build=_scale(0.5), patience_steps=120),
+        ROLLBACK,
+    ),
+    "loss_oscillation": (
+        Fix(name="lower_lr", confidence=0.6, due=_keeps_swinging, build=_scale(0.7), patience_steps=120),
+    ),
+    # Below the gate: a person's choice. Nothing tells from the loss alone which way the rate is wrong.
+    "loss_plateau": (
+        Fix(name="higher_lr", confidence=0.3, due=_always, build=_scale(3.0), patience_steps=240),
+        Fix(name="lower_lr", confidence=0.2, due=_always, build=_scale(0.3), patience_steps=240),
+    ),
+    "vanishing_gradient": (Fix(name="higher_lr", confidence=0.35, due=_always, build=_scale(2.0), patience_steps=240),),
+}
+
+GUARD_CONFIDENCE = 0.9
+"""How often skipping a non-finite step is all that is needed."""
+
+
+def ladder(now: Situation) -> tuple[Fix, ...]:
+    """The fixes for an incident; one that has damaged the weights beyond skipping is treated as what it has become."""
+    kind = now.incident.kind
+    if kind == "nonfinite_gradient" or (kind not in ("lr_jump", "nan_loss") and _poisoned(now)):
+        kind = "nan_loss"
+    return LADDERS.get(kind, ())

@@ -1,0 +1,68 @@
+"""After a fix: did it help? An honest verdict from what the run does next.
+
+"Back in band" alone would reward doing nothing, since most spikes heal untouched: kinds that heal are left alone first
+(the playbook's `due`), and `helped` asks for `HELPED_STEPS` further steps in the band of the time before the incident.
+"""
+
+from __future__ import annotations
+
+from sosa_stream.decide.commands import Verdict
+from sosa_stream.detect.statistics import Level
+
+HELPED_STEPS = 20
+"""Steps in a row, back in the band, that make a fix a success."""
+SETTLING_STEPS = 8
+"""Steps right after a fix that nothing is judged by, but for the good: smoothed values still hold what was before."""
+NONFINITE_STEPS = 3
+"""Non-finite steps after a fix that say it has not helped."""
+
+
+class Probation:
+    """One applied fix under watch, one complete step at a time."""
+
+    def __init__(self, *, applied_step: int, patience_steps: int, level: Level | None, loss: float | None) -> None:
+        """``level`` is the band before the incident, ``loss`` the smoothed loss at the fix, None if it was non-finite."""
+        self.applied_step = applied_step
+        self._patience = patience_steps
+        self._level = level
+        self._loss = loss
+        self._streak = 0
+        self._num_in_band = 0
+        self._num_steps = 0
+        self._num_nonfinite = 0
+
+    def watch(self, step: int, *, in_band: bool, nonfinite: bool, loss: float | None) -> Verdict | None:
+        """Take one step; a verdict ends the probation.
+
+        Args:
+            step: the complete step.
+            in_band: no finding, finite, and where the run was before the incident.
+            nonfinite: any rank's loss or gradient is.
+            loss: the smoothed loss, None where there is none.
+        """
+        if step <= self.applied_step:
+            return None
+        self._num_steps += 1
+        self._num_nonfinite += nonfinite
+        self._streak = self._streak + 1 if in_band else 0
+        self._num_in_band += in_band
+        if self._streak >= HELPED_STEPS:
+            return Verdict.HELPED
+        if self._num_nonfinite >= NONFINITE_STEPS:
+            return Verdict.HARMED if self._loss is not None else Verdict.NO_EFFECT
+        if self._num_steps >= SETTLING_STEPS and self._worse(loss):
+            return Verdict.HARMED
+        if self._num_steps >= self._patience:
+            return Verdict.INCONCLUSIVE if self._num_in_band >= HELPED_STEPS // 2 else Verdict.NO_EFFECT
+        return None
+
+    def end(self) -> Verdict:
+        """The run ended, or began anew, before a verdict."""
+        return Verdict.HELPED if self._streak >= HELPED_STEPS // 2 else Verdict.INCONCLUSIVE
+
+    def _worse(self, loss: float | None) -> bool:
+        """Farther from the band than at the fix, by half of that distance and three scales."""
+        if self._level is None or self._loss is None or loss is None:
+            return False
+        away = max(self._loss - self._level.center, 0.0)
+        return loss > self._loss + max(0.5 * away, 3.0 * self._level.scale)

@@ -1,0 +1,251 @@
+"""Findings into incidents: one fault, one incident, from its first finding until the run has been well for a while."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sosa_stream.detect.detectors import GROUP_OF
+from sosa_stream.detect.incidents import Finding, Group, Incident, IncidentState, Severity
+from sosa_stream.detect.statistics import Level
+from sosa_stream.detect.windows import RunWindows
+
+PRECEDENCE = (
+    "lr_jump",
+    "nan_loss",
+    "nonfinite_gradient",
+    "exploding_gradient",
+    "loss_divergence",
+    "loss_spike",
+    "loss_oscillation",
+    "vanishing_gradient",
+    "loss_plateau",
+)
+"""Among findings that began together, the first here names the incident: the nearest to the cause."""
+
+_BLOW_UP = frozenset({"nan_loss", "nonfinite_gradient", "exploding_gradient", "loss_spike", "loss_divergence"})
+FOLLOWS: Mapping[str, frozenset[str]] = {
+    "lr_jump": _BLOW_UP | {"loss_oscillation", "loss_plateau", "vanishing_gradient"},
+    "nan_loss": _BLOW_UP,
+    "nonfinite_gradient": _BLOW_UP,
+    "exploding_gradient": _BLOW_UP | {"loss_oscillation"},
+    "loss_divergence": _BLOW_UP | {"loss_oscillation", "loss_plateau"},
+    "loss_spike": _BLOW_UP | {"loss_oscillation", "loss_plateau"},
+    "loss_oscillation": _BLOW_UP,
+}
+"""What each kind brings about: such findings join its open incident as symptoms, across cause groups."""
+
+TOGETHER_STEPS = 2
+"""Findings whose first steps differ by no more than this began together: a gradient shows it a step after a loss."""
+HEALTHY_STEPS = 20
+"""Complete steps without a finding, back in the band, that close an incident."""
+HEALTHY_STEPS_AT_END = 3
+"""As many are enough when the run is over."""
+HOLDING = frozenset({Group.NUMERICAL, Group.LEARNING})
+
+
+def make_id(prefix: str, run: str, counter: int) -> str:
+    """``prefix`` and 8 hex digits of blake2(run/prefix/counter): the same in every replay."""
+    return prefix + hashlib.blake2b(f"{run}/{prefix}/{counter}".encode(), digest_size=4).hexdigest()
+
+
+@dataclass(slots=True, kw_only=True)
+class OpenIncident:
+    """An open incident and what is remembered of it, beyond what people see."""
+
+    incident: Incident
+    loss_level: Level | None
+    """The loss band of the time before it; None when there was none, or it is no longer comparable."""
+    norm_high: float | None
+    """The 90% quantile of the gradient norm before it."""
+    num_healthy: int = 0
+    num_nonfinite: int = 0
+    """Steps with a non-finite value since it opened."""
+    last_found_step: int = -1
+
+    @property
+    def holds_band(self) -> bool:
+        return self.incident.group in HOLDING and self.incident.severity >= Severity.WARNING
+
+
+class Tracker:
+    """The incidents of one run. Deterministic in the findings that it is given, step by step."""
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._counter = 0
+        self._all: dict[str, Incident] = {}
+        self._shown: dict[str, Incident] = {}
+        self._open: dict[str, OpenIncident] = {}
+
+    @property
+    def open(self) -> tuple[OpenIncident, ...]:
+        return tuple(self._open.values())
+
+    @property
+    def incidents(self) -> tuple[Incident, ...]:
+        """All incidents of the run in the order of opening."""
+        return tuple(self._all.values())
+
+    @property
+    def hold(self) -> bool:
+        """Whether the bands must keep what is above them out."""
+        return any(known.holds_band for known in self._open.values())
+
+    def find(self, incident_id: str) -> OpenIncident | None:
+        return self._open.get(incident_id)
+
+    def take(self, findings: list[Finding], windows: RunWindows, hosts: Mapping[int, str]) -> None:
+        """Take the findings of one complete step (or of a report between steps) in."""
+        for finding in sorted(findings, key=lambda found: (found.first_step, _precedence(found.kind))):
+            known = self._cause_of(finding)
+            if known is None:
+                self._open_incident(finding, windows, hosts)
+            else:
+                self._join(known, finding, hosts)
+
+    def pass_step(self, windows: RunWindows, kept_open: frozenset[str]) -> None:
+        """Count a complete step as healthy or not for every open incident, and close those that are over.
+
+        ``kept_open`` are incidents with a fix in flight or on probation.
+        """
+        nonfinite = bool(windows.bad_loss or windows.bad_grad)
+        for known in self.open:
+            known.num_nonfinite += nonfinite
+            healthy = known.last_found_step < windows.step and not nonfinite and in_band(known, windows)
+            known.num_healthy = known.num_healthy + 1 if healthy else 0
+            if known.num_healthy >= HEALTHY_STEPS and known.incident.id not in kept_open:
+                self._resolve(known, windows.step)
+
+    def finish(self, step: int) -> None:
+        """The run is over: what is back in its band resolves, the rest stays open."""
+        for known in self.open:
+            if known.num_healthy >= HEALTHY_STEPS_AT_END:
+                self._resolve(known, step)
+
+    def forget_levels(self) -> None:
+        """A new segment: what was before is no longer comparable."""
+        for known in self._open.values():
+            known.loss_level = None
+
+    def set_fixes(self, incident_id: str, fixes: tuple[Mapping[str, Any], ...]) -> None:
+        """Show these fixes on an incident, open or not."""
+        self._put(replace(self._all[incident_id], fixes=fixes))
+
+    def changed(self) -> tuple[Incident, ...]:
+        """Incidents that look different from when they were last asked for, each once."""
+        changed = [incident for key, incident in self._all.items() if self._shown.get(key) is not incident]
+        changed = [incident for incident in changed if self._shown.get(incident.id) != incident]
+        self._shown.update({incident.id: incident for incident in changed})
+        return tuple(changed)
+
+    def _cause_of(self, finding: Finding) -> OpenIncident | None:
+        """The open incident that explains a finding: the same kind, one that brings it about, or its own effect."""
+        fits = [known for known in self._open.values() if _belongs(finding, known.incident)]
+        return min(fits, key=lambda known: (_precedence(known.incident.kind), known.incident.first_step), default=None)
+
+    def _open_incident(self, finding: Finding, windows: RunWindows, hosts: Mapping[int, str]) -> None:
+        self._counter += 1
+        incident = Incident(
+            id=make_id("i", self._run, self._counter),
+            run=self._run,
+            kind=finding.kind,
+            group=GROUP_OF[finding.kind],
+            severity=finding.severity,
+            state=IncidentState.OPEN,
+            first_step=finding.first_step,
+            detected_step=finding.step,
+            ranks=finding.ranks,
+            hosts=_hosts(finding.ranks, hosts),
+            evidence=finding.evidence,
+            message=finding.message,
+            causes=finding.causes,
+        )
+        log_high = windows.log_norms.band.upper_quantile(0.9)
+        self._open[incident.id] = OpenIncident(
+            incident=incident,
+            loss_level=windows.loss_level() if incident.group in HOLDING else None,
+            norm_high=None if log_high is None else math.exp(log_high),
+            last_found_step=finding.step,
+        )
+        self._all[incident.id] = incident
+
+    def _join(self, known: OpenIncident, finding: Finding, hosts: Mapping[int, str]) -> None:
+        incident = known.incident
+        known.last_found_step = max(known.last_found_step, finding.step)
+        if finding.kind == incident.kind:
+            ranks = tuple(sorted({*incident.ranks, *finding.ranks}))
+            worse = finding.severity > incident.severity
+            incident = replace(
+                incident,
+                severity=max(incident.severity, finding.severity),
+                ranks=ranks,
+                hosts=_hosts(ranks, hosts),
+                evidence=finding.evidence if worse else incident.evidence,
+                message=finding.message if worse else incident.message,
+            )
+        elif _names(finding, incident):
+            symptoms = tuple(kind for kind in (*incident.symptoms, incident.kind) if kind != finding.kind)
+            incident = replace(
+                incident,
+                kind=finding.kind,
+                group=GROUP_OF[finding.kind],
+                severity=max(incident.severity, finding.severity),
+                first_step=min(incident.first_step, finding.first_step),
+                ranks=finding.ranks,
+                hosts=_hosts(finding.ranks, hosts),
+                evidence=finding.evidence,
+                message=finding.message,
+                causes=finding.causes,
+                symptoms=symptoms,
+            )
+        else:
+            new = finding.kind not in incident.symptoms
+            incident = replace(
+                incident,
+                severity=max(incident.severity, finding.severity),
+                symptoms=(*incident.symptoms, finding.kind) if new else incident.symptoms,
+            )
+        self._put(incident)
+
+    def _resolve(self, known: OpenIncident, step: int) -> None:
+        del self._open[known.incident.id]
+        self._put(replace(known.incident, state=IncidentState.RESOLVED, resolved_step=step))
+
+    def _put(self, incident: Incident) -> None:
+        self._all[incident.id] = incident
+        if incident.id in self._open:
+            self._open[incident.id].incident = incident
+
+
+def in_band(known: OpenIncident, windows: RunWindows) -> bool:
+    """Whether the newest step is where the run was before the incident: each loss, and the median of the last five."""
+    if windows.bad_loss or windows.bad_grad:
+        return False
+    if known.loss_level is None or windows.loss is None:
+        return True
+    return known.loss_level.holds(windows.loss) and windows.losses.smoothed(5) <= known.loss_level.top
+
+
+def _belongs(finding: Finding, incident: Incident) -> bool:
+    if finding.kind == incident.kind:
+        return True
+    if finding.kind in FOLLOWS.get(incident.kind, ()):
+        return True
+    return incident.kind in FOLLOWS.get(finding.kind, ()) and finding.first_step <= incident.first_step + TOGETHER_STEPS
+
+
+def _names(finding: Finding, incident: Incident) -> bool:
+    began_first = finding.first_step <= incident.first_step + TOGETHER_STEPS
+    return began_first and _precedence(finding.kind) < _precedence(incident.kind)
+
+
+def _precedence(kind: str) -> int:
+    return PRECEDENCE.index(kind) if kind in PRECEDENCE else len(PRECEDENCE)
+
+
+def _hosts(ranks: tuple[int, ...], hosts: Mapping[int, str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(hosts[rank] for rank in ranks if rank in hosts))

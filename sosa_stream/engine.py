@@ -1,0 +1,265 @@
+"""One run's events in, effects out: aligns, detects, decides. Pure: time is an argument.
+
+The state of an `Engine` is a function of the events that it was handed, so feeding a recording to a fresh one gives the
+same incidents and commands. ``now`` serves one purpose: a rank that has been silent for `LOST_AFTER_SECONDS` is no
+longer waited for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from sosa_stream.config import DetectSettings
+from sosa_stream.decide.commands import CommandRecord
+from sosa_stream.decide.policy import RunPolicy
+from sosa_stream.decide.repairs import Repairs
+from sosa_stream.detect.detectors import ALL, DetectorState
+from sosa_stream.detect.incidents import Incident
+from sosa_stream.detect.tracker import Tracker
+from sosa_stream.detect.windows import Alignment, Reports, RunWindows
+from sosa_stream.effects import Approve, CommandChanged, Effect, Event, IncidentChanged, Notice, Timer
+from sosa_stream.errors import ConfigError
+from sosa_stream.protocol.messages import Ack, Bye, ExceptionReport, Header, Heartbeat, Hello, MetricFrame, Phase
+
+LOST_AFTER_SECONDS = 15.0
+"""Silence after which a rank counts as lost; heartbeats come every second."""
+MAX_WORLD_SIZE = 1 << 16
+"""Ranks that tables are made for: a header that claims more is not believed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankView:
+    """A rank as people see it: ``state`` is ``live``, ``lost`` or ``ended``."""
+
+    rank: int
+    host: str
+    state: str
+    step: int
+    phase: Phase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunView:
+    """A run as people see it at one time. Immutable: safe to hand to another thread."""
+
+    run: str
+    generation: str
+    step: int
+    tick: int
+    loss: float | None
+    grad_norm: float | None
+    learning_rate: float | None
+    ranks: tuple[RankView, ...]
+    incidents: tuple[Incident, ...]
+    commands: tuple[CommandRecord, ...]
+    detectors: tuple[tuple[str, str], ...]
+
+
+class Engine:
+    """The daemon's mind for one run."""
+
+    def __init__(self, run: str, settings: DetectSettings | None = None) -> None:
+        self._run = run
+        self._settings = settings if settings is not None else DetectSettings()
+        self._generation = ""
+        self._past_generations: set[str] = set()
+        self._started = self._greeted = False
+        self._windows = RunWindows(self._settings)
+        self._alignment = Alignment(1)
+        self._ranks: dict[int, RankView] = {}
+        self._heard: dict[int, float] = {}
+        self._last_event: float | None = None
+        self._tracker = Tracker(run)
+        self._repairs = Repairs(run, self._tracker)
+        self._firing: dict[str, int] = {}
+        self._ended = False
+        self._effects: list[Effect] = []
+
+    @property
+    def has_commands_in_flight(self) -> bool:
+        """Whether a command is published and not yet applied or given up."""
+        return self._repairs.in_flight
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Take one event in, received at ``now`` (seconds, monotone over calls); returns what the shell must do."""
+        self._pass_time(now)
+        if isinstance(event, Approve):
+            self._repairs.approve(event.command, event.who, self._windows)
+        elif isinstance(event, ExceptionReport):
+            self._note_rank(event.header, now, step=event.step)
+            self._report(Reports(exception=event))
+        elif not isinstance(event, Timer) and self._is_current(event.header):
+            self._hear(event, now)
+        self._flush()
+        effects, self._effects = self._effects, []
+        return effects
+
+    def view(self) -> RunView:
+        """The run as it now is."""
+        windows = self._windows
+        return RunView(
+            run=self._run,
+            generation=self._generation,
+            step=windows.step,
+            tick=windows.tick,
+            loss=windows.loss,
+            grad_norm=windows.grad_norm,
+            learning_rate=windows.lr,
+            ranks=tuple(self._ranks[rank] for rank in sorted(self._ranks)),
+            incidents=self._tracker.incidents,
+            commands=self._repairs.ledger.records,
+            detectors=tuple((detector.kind, str(self._detector_state(detector.kind))) for detector in ALL),
+        )
+
+    def _hear(self, event: Hello | Heartbeat | MetricFrame | Ack | Bye, now: float) -> None:
+        header = event.header
+        if isinstance(event, Hello):
+            self._note_rank(header, now)
+            self._greet(event)
+        elif isinstance(event, Heartbeat):
+            self._note_rank(header, now, step=event.step, phase=event.phase)
+        elif isinstance(event, MetricFrame):
+            self._note_rank(header, now, step=int(event.steps[-1]) if len(event.steps) else -1)
+            self._windows.columns.update(event.columns)
+            self._alignment.add(event)
+        elif isinstance(event, Ack):
+            self._note_rank(header, now, step=event.step)
+            entry = self._repairs.acknowledge(event, self._members(), self._windows)
+            if entry is not None:
+                step = event.step if entry.record.applied_step is None else entry.record.applied_step
+                self._report(Reports(digests=entry.digests, digests_step=step))
+        else:
+            self._note_rank(header, now, phase=Phase.END)
+            self._leave(header.rank, "ended")
+        self._advance()
+        if isinstance(event, Bye):
+            self._end_if_all_left()
+
+    def _is_current(self, header: Header) -> bool:
+        """Whether a message is of the current generation; a new one begins with the first word of it."""
+        if header.generation == self._generation and self._started:
+            return True
+        if header.generation in self._past_generations:
+            return False
+        if self._started:
+            self._past_generations.add(self._generation)
+            self._repairs.end_generation("a new generation began")
+            self._tracker.forget_levels()
+        self._generation = self._repairs.generation = header.generation
+        self._windows = RunWindows(self._settings)
+        self._alignment = Alignment(min(max(header.world_size, 1), MAX_WORLD_SIZE))
+        self._ranks, self._heard = {}, {}
+        self._started = True
+        self._greeted = self._ended = False
+        return True
+
+    def _greet(self, hello: Hello) -> None:
+        """Take the policy of the generation's first hello: all ranks read the same settings."""
+        if self._greeted:
+            return
+        self._greeted = True
+        try:
+            self._repairs.policy = RunPolicy.read(hello.policy)
+            steps = {name: hello.policy[name] for name in ("warmup_steps", "window_steps") if name in hello.policy}
+            if not all(isinstance(value, int) and not isinstance(value, bool) for value in steps.values()):
+                raise ConfigError("policy: warmup_steps and window_steps must be whole numbers")
+            self._settings = replace(self._settings, **steps)
+        except ConfigError as error:
+            self._repairs.policy = RunPolicy()
+            self._effects.append(Notice(text=f"run {self._run} is only observed: {error}"))
+        if self._windows.step < 0:
+            self._windows.settings = self._settings
+            self._windows.restart()
+
+    def _note_rank(self, header: Header, now: float, step: int = -1, phase: Phase | None = None) -> None:
+        rank = header.rank
+        known = self._ranks.get(rank)
+        self._heard[rank] = now
+        if known is None:
+            known = RankView(rank=rank, host=header.host, state="live", step=step, phase=phase or Phase.START)
+        elif known.state == "lost":
+            self._alignment.expect(rank, True)
+            self._effects.append(Notice(text=f"rank {rank} on {header.host} is heard again"))
+            known = replace(known, state="live")
+            self._ended = False
+        if step > known.step or (phase is not None and phase is not known.phase):
+            known = replace(known, step=max(step, known.step), phase=phase or known.phase)
+        self._ranks[rank] = known
+
+    def _members(self) -> tuple[int, ...]:
+        return tuple(rank for rank, view in self._ranks.items() if view.state == "live")
+
+    def _leave(self, rank: int, state: str) -> None:
+        self._ranks[rank] = replace(self._ranks[rank], state=state)
+        self._alignment.expect(rank, False)
+
+    def _pass_time(self, now: float) -> None:
+        last, self._last_event = self._last_event, now
+        if last is not None and now - last > LOST_AFTER_SECONDS:
+            # it is us who were away: nobody can be called silent for a time in which nobody listened
+            self._heard = {rank: heard + (now - last) for rank, heard in self._heard.items()}
+            return
+        lost = [
+            rank
+            for rank, view in self._ranks.items()
+            if view.state == "live" and now - self._heard[rank] > LOST_AFTER_SECONDS
+        ]
+        for rank in lost:
+            self._effects.append(
+                Notice(text=f"rank {rank} on {self._ranks[rank].host} is silent for {LOST_AFTER_SECONDS:.0f} s: lost")
+            )
+            self._leave(rank, "lost")
+        if lost:
+            self._advance()
+            self._end_if_all_left()
+
+    def _end_if_all_left(self) -> None:
+        if self._ended or len(self._ranks) < self._alignment.world_size or self._members():
+            return
+        self._ended = True
+        self._repairs.end_run()
+        self._tracker.finish(self._windows.step)
+
+    def _advance(self) -> None:
+        """Take every step that is complete by now, one by one, with the effects of each in order."""
+        for row in self._alignment.complete():
+            segment = self._windows.segment
+            self._windows.hold = self._tracker.hold
+            self._windows.take(row)
+            if self._windows.segment != segment:
+                self._tracker.forget_levels()
+            self._detect()
+            self._tracker.pass_step(self._windows, self._repairs.kept_open)
+            self._repairs.step(self._windows)
+            self._flush()
+
+    def _report(self, reports: Reports) -> None:
+        """Something that detectors look at between steps."""
+        self._windows.reports = reports
+        self._detect(between_steps=True)
+        self._windows.reports = Reports()
+
+    def _detect(self, between_steps: bool = False) -> None:
+        findings = []
+        for detector in ALL:
+            if detector.reports == between_steps:
+                finding = detector.check(self._windows)
+                if finding is not None:
+                    findings.append(finding)
+                    self._firing[finding.kind] = self._windows.step
+        if findings:
+            hosts = {rank: view.host for rank, view in self._ranks.items()}
+            self._tracker.take(findings, self._windows, hosts)
+
+    def _flush(self) -> None:
+        """Show what has changed: incidents first, since commands refer to them."""
+        records = self._repairs.ledger.changed()
+        for incident in dict.fromkeys(record.incident for record in records):
+            self._tracker.set_fixes(incident, self._repairs.ledger.of_incident(incident))
+        self._effects += [IncidentChanged(incident=incident) for incident in self._tracker.changed()]
+        self._effects += [CommandChanged(record=record) for record in records]
+        self._effects += self._repairs.effects()
+
+    def _detector_state(self, kind: str) -> DetectorState:
+        detector = next(detector for detector in ALL if detector.kind == kind)
+        return detector.state(self._windows, self._firing.get(kind) == self._windows.step)
