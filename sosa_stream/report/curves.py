@@ -45,16 +45,16 @@ def draw_curves(path: Path, *, title: str, curves: Sequence[Curve], marks: Seque
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(11, 6.5), dpi=130, layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2.6))
-        top = _healthy_top(curves)
+        bottom, top = _healthy_range(curves)
         for curve, (color, style) in zip(curves, STYLES * len(curves), strict=False):
             _draw_curve(above, below, curve, color, style)
         _draw_marks(above, below, marks)
-        below.set_ylim(_healthy_bottom(curves), top)
+        below.set_ylim(bottom, top)
         below.set_xlabel("step")
         below.set_ylabel("training loss")
         below.legend(loc="upper right", frameon=False)
-        above.set_yscale("log")
-        above.set_ylim(top, max(10 * top, _largest(curves) * 1.5))
+        above.set_yscale("log" if top > 0 else "symlog")
+        above.set_ylim(top, max(10 * abs(top), _largest(curves) * 1.5))
         above.set_ylabel("off the scale below")
         above.tick_params(axis="x", bottom=False)
         above.spines["bottom"].set_linestyle(":")
@@ -109,7 +109,7 @@ def _smoothed(losses: NDArray[np.float64]) -> NDArray[np.float64]:
     half = SMOOTHING_STEPS // 2
     padded = np.pad(np.where(finite, losses, np.nan), half, constant_values=np.nan)
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
-    smooth: NDArray[np.float64] = np.full(losses.shape, np.nan)
+    smooth = np.full(losses.shape, np.nan)
     smooth[finite] = np.nanmedian(windows[finite], axis=1)
     return smooth
 
@@ -123,18 +123,18 @@ def _gaps(curve: Curve) -> list[tuple[int, int]]:
 
 def _finite(curves: Sequence[Curve]) -> NDArray[np.float64]:
     losses = np.concatenate([curve.losses for curve in curves])
-    return losses[np.isfinite(losses)]
+    finite: NDArray[np.float64] = losses[np.isfinite(losses)]
+    return finite
 
 
-def _healthy_top(curves: Sequence[Curve]) -> float:
-    """A little above where the calmest curve begins: most curves start near what chance gives."""
-    peaks = [float(np.max(c.losses[np.isfinite(c.losses)])) for c in curves if np.isfinite(c.losses).any()]
-    return 1.1 * min(peaks) if peaks else 1.0
-
-
-def _healthy_bottom(curves: Sequence[Curve]) -> float:
-    finite = _finite(curves)
-    return 0.9 * float(finite.min()) if finite.size else 0.0
+def _healthy_range(curves: Sequence[Curve]) -> tuple[float, float]:
+    """From a little below the lowest loss to a little above the peak of the calmest curve."""
+    peaks = [float(finite.max()) for curve in curves if (finite := _finite([curve])).size]
+    if not peaks:
+        return 0.0, 1.0
+    low, high = float(_finite(curves).min()), min(peaks)
+    margin = 0.1 * max(abs(low), abs(high), 1e-12)
+    return low - margin, high + margin
 
 
 def _largest(curves: Sequence[Curve]) -> float:
