@@ -301,7 +301,7 @@ class Agreement:
             return self._to(Phase.REST)
         match self.phase:
             case Phase.HOLD:
-                return replace(self, held=True, phase=Phase.LOOK)
+                return replace(self, held=True)._to(Phase.LOOK)
             case Phase.LOOK:
                 return self._to(Phase.READ) if result else self._without_register(local)
             case Phase.READ:
@@ -317,7 +317,7 @@ class Agreement:
                     return self._abort(Reason.LATE)
                 return replace(self, bound=True, holding=local.tick, phase=Phase.PROMISE)
             case Phase.PROMISE:
-                return replace(self, promised=True, phase=Phase.LOOK)
+                return replace(self, promised=True)._to(Phase.LOOK)
             case Phase.TALLY:
                 if not result or self.prepared is None:
                     return self._to(Phase.REST)
@@ -343,18 +343,17 @@ class Agreement:
         """There is no register: an attempt still to be prepared or, to a rank that is bound, simply unknown."""
         if self.bound:
             return self._to(Phase.REST)
-        fresh = replace(self, prepared=None, counted=())
         if local.refusal is not None:
-            return fresh._abort(local.refusal)
+            return self._abort(local.refusal)
         if local.tick >= self.terms.expires_tick:
-            return fresh._abort(Reason.EXPIRED)
-        return fresh._to(Phase.REST if self.follower or self.holding == IDLE else Phase.SURVEY)
+            return self._abort(Reason.EXPIRED)
+        return self._to(Phase.REST if self.follower or self.holding == IDLE else Phase.SURVEY)
 
     def _with_register(self, register: Register, local: Local) -> Agreement:
         if register.state is State.PREPARE:
             return replace(self, prepared=register)._prepared(register, local)
         if register.state is State.COMMIT or register.final:
-            return replace(self, verdict=register, phase=Phase.DONE)
+            return replace(self, verdict=register)._to(Phase.DONE)
         return Agreement(terms=self.terms, attempt=self.attempt + 1, holding=local.tick)
 
     def _prepared(self, prepare: Register, local: Local) -> Agreement:
@@ -375,11 +374,11 @@ class Agreement:
             return self._to(Phase.REST)
         rank, counted = len(self.counted), (*self.counted, tick)
         if rank < self.terms.rank and tick != IDLE:
-            return replace(self, follower=True, phase=Phase.REST)
+            return replace(self, follower=True)._to(Phase.REST)
         if len(counted) < self.terms.world_size:
             phase = Phase.SURVEY if len(counted) <= self.terms.rank else Phase.COUNT
             return replace(self, counted=counted, phase=phase)
-        return replace(self, counted=())._prepare(counted, local)
+        return self._prepare(counted, local)
 
     def _prepare(self, counted: Sequence[int], local: Local) -> Agreement:
         """Choose the tick, as the lowest rank that steps."""
@@ -405,6 +404,8 @@ class Agreement:
         return replace(self, proposal=proposal, phase=Phase.WRITE)
 
     def _to(self, phase: Phase) -> Agreement:
+        if phase is Phase.LOOK or phase is Phase.REST:  # what was read is old by then, and is read again
+            return replace(self, phase=phase, prepared=None, proposal=None, counted=())
         return replace(self, phase=phase)
 
 

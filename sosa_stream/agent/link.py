@@ -36,14 +36,15 @@ class LocalLink:
         self.reconnects = 0
         self._on_effect = on_effect
         self._published: dict[str, Command] = {}
-        self._received: dict[str, int] = {}
+        self._acknowledged: Received | None = None
 
     def send(self, data: bytes) -> bool:
         message = decode(data)
         assert not isinstance(message, Command | Received)
         self.hand_over(message)
         if not isinstance(message, Heartbeat):
-            self._received[message.header.source] = message.header.seq
+            header = message.header
+            self._acknowledged = Received(run=header.run, sources={header.source: header.seq})
         return True
 
     def hand_over(self, event: AgentMessage) -> None:
@@ -55,9 +56,8 @@ class LocalLink:
             self._on_effect(effect)
 
     def receive(self) -> list[ControlMessage]:
-        received = [Received(run=self.engine.run, sources=dict(self._received))] if self._received else []
-        self._received.clear()
-        return [*received, *self._published.values()]
+        acknowledged, self._acknowledged = self._acknowledged, None
+        return [*([acknowledged] if acknowledged is not None else []), *self._published.values()]
 
     def wait(self, timeout_seconds: float, wake_fd: int) -> None:
         raise AssertionError("an in-process link is pumped by the training step, not by a thread")

@@ -39,17 +39,21 @@ class SuggestedFix:
 
 @dataclass(slots=True)
 class TrainingMonitor:
-    """Reads the Engine that watches this process, and tells of each change once."""
+    """Follows the effects of the Engine that watches this process, and tells of each change once."""
 
     engine: Engine
     tell: Callable[[str], None]
+    suggests: bool = True
+    """Whether a proposal is all that happens, and so worth printing."""
+    incidents: dict[str, Incident] = field(default_factory=dict)
+    commands: dict[str, CommandRecord] = field(default_factory=dict)
     _told: dict[str, object] = field(default_factory=dict)
 
     def detect_error(self) -> DetectedError | None:
         """The gravest open incident, the newest of equals; None while nothing at or above `warning` is open."""
         found = [
             incident
-            for incident in self.engine.view().incidents
+            for incident in self.incidents.values()
             if incident.state is IncidentState.OPEN and incident.severity >= Severity.WARNING
         ]
         if not found:
@@ -67,7 +71,7 @@ class TrainingMonitor:
 
     def suggest_fix(self, error: DetectedError) -> SuggestedFix | None:
         """The latest fix proposed or under way for ``error``; None where the playbook knows only advice."""
-        records = [record for record in self.engine.view().commands if record.incident == error.incident]
+        records = [record for record in self.commands.values() if record.incident == error.incident]
         if not records:
             return None
         latest = records[-1]
@@ -85,8 +89,10 @@ class TrainingMonitor:
         """Print what has changed for a person."""
         match effect:
             case IncidentChanged(incident=incident):
+                self.incidents[incident.id] = incident
                 self._tell_incident(incident)
             case CommandChanged(record=record):
+                self.commands[record.id] = record
                 self._tell_command(record)
             case Notice(text=text):
                 self.tell(text)
@@ -110,7 +116,7 @@ class TrainingMonitor:
             return
         self._told[record.id] = record.state
         what = ", then ".join(_words(action.as_dict()) for action in record.actions)
-        if record.state is CommandState.PROPOSED:
+        if record.state is CommandState.PROPOSED and self.suggests:
             self.tell(f"  suggested fix: {what} (confidence {record.confidence:.2f}): {record.reason}")
         elif record.state is CommandState.APPLIED:
             self.tell(f"  fix at step {record.applied_step}: {what} (confidence {record.confidence:.2f})")

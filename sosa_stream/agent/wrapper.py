@@ -88,7 +88,9 @@ class SOSATrainingWrapper:
         self._owns_agent = True
         self._distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         run = core.run_name(self.settings, os.environ, sys.argv[0] if sys.argv else "")
-        self.monitor = TrainingMonitor(Engine(run, self.settings.detect), self._say)
+        self.monitor = TrainingMonitor(
+            Engine(run, self.settings.detect), self._say, suggests=self.settings.mode is not Mode.AUTO
+        )
         if self.enabled:
             self._start(run)
 
@@ -133,7 +135,7 @@ class SOSATrainingWrapper:
         group = self.optimizer.param_groups[0]
         actuators = self._agent.actuators if self._agent is not None else None
         multiplier = actuators.lr_multiplier if actuators is not None else 1.0
-        kinds = {incident.id: incident.kind for incident in self.monitor.engine.view().incidents}
+        kinds = {incident.id: incident.kind for incident in self.monitor.incidents.values()}
         return {
             "steps": self._num_steps,
             "best_loss": self._best_loss if math.isfinite(self._best_loss) else None,
@@ -151,7 +153,7 @@ class SOSATrainingWrapper:
                 "std": statistics.pstdev(recent) if recent else None,
                 "min": min(recent) if recent else None,
             },
-            "incidents": [incident.as_dict() for incident in self.monitor.engine.view().incidents],
+            "incidents": [incident.as_dict() for incident in self.monitor.incidents.values()],
         }
 
     def print_report(self) -> None:
@@ -237,7 +239,7 @@ class SOSATrainingWrapper:
         """What was applied: with verdicts where this process decides, as this rank did it where the daemon does."""
         if self._distributed and self._agent is not None:
             return self._agent.actuators.history
-        records = self.monitor.engine.view().commands
+        records = self.monitor.commands.values()
         return [record.as_dict() for record in records if record.applied_step is not None]
 
 

@@ -1,0 +1,33 @@
+"""``make bench``: every benchmark in turn, a line per figure, results to ``benchmarks/results``."""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks import agent_overhead, ingest, reaction
+
+TARGETS = """targets: added_without_norm_us_per_tick <= 50; ratio_to_bare >= 0.5; rows_per_second >= 500000;
+reaction p50 and p99 <= 50 ms"""
+
+
+def main() -> int:
+    for module in (agent_overhead, ingest, reaction):
+        print(f"== {module.__name__}: {(module.__doc__ or '').splitlines()[0]}", flush=True)
+        _show(module.main(), "")
+    print(TARGETS)
+    return 0
+
+
+def _show(figures: dict[str, object], indent: str) -> None:
+    for name, value in figures.items():
+        if isinstance(value, dict) and "median" in value:
+            print(f"{indent}{name}: {value['median']:.4g} (from {value['min']:.4g} to {value['max']:.4g})")
+        elif isinstance(value, dict):
+            print(f"{indent}{name}:")
+            _show(value, indent + "  ")
+        else:
+            print(f"{indent}{name}: {value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
