@@ -1,1 +1,1 @@
-"""demo."""
+"""The demo: one small training run three times, clean, with faults, and with the same faults and sosa."""

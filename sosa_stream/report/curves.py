@@ -53,7 +53,7 @@ def draw_curves(path: Path, *, title: str, curves: Sequence[Curve], marks: Seque
         below.set_xlabel("step")
         below.set_ylabel("training loss")
         below.legend(loc="upper right", frameon=False)
-        above.set_yscale("log" if top > 0 else "symlog")
+        above.set_yscale("log" if bottom > 0 else "symlog")
         above.set_ylim(top, max(10 * abs(top), _largest(curves) * 1.5))
         above.set_ylabel("off the scale below")
         above.tick_params(axis="x", bottom=False)
@@ -133,7 +133,7 @@ def _healthy_range(curves: Sequence[Curve]) -> tuple[float, float]:
     if not peaks:
         return 0.0, 1.0
     low, high = float(_finite(curves).min()), min(peaks)
-    margin = 0.1 * max(abs(low), abs(high), 1e-12)
+    margin = 0.1 * max(high - low, 0.01 * abs(high), 1e-12)
     return low - margin, high + margin
 
 
