@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any
 
 import msgpack
@@ -31,6 +32,7 @@ from sosa_stream.protocol.messages import (
     Received,
 )
 
+_INT64, _FLOAT64 = np.dtype("<i8"), np.dtype("<f8")
 HEADER_FIELDS = tuple(field.name for field in fields(Header))
 
 
@@ -239,16 +241,64 @@ class _Body:
             raise self._bad("phase", "a known phase") from None
 
     def header(self) -> Header:
-        world_size = self.integer("world_size", 1, 1_000_000)
+        field = self._body.get
+        try:
+            sender = _sender(
+                field("run"), field("generation"), field("source"), field("rank"), field("world_size"), field("host"),
+                self.limits.max_name_bytes,
+            )  # fmt: skip
+        except TypeError:  # one of them cannot be hashed: no name and no number
+            raise self._bad("a header field", "a name or a number") from None
+        run, generation, source, rank, world_size, host = sender
         return Header(
-            run=self.name("run"),
-            generation=self.name("generation"),
-            source=self.name("source"),
-            rank=self.integer("rank", 0, world_size - 1),
+            run=run,
+            generation=generation,
+            source=source,
+            rank=rank,
             world_size=world_size,
-            host=self.name("host"),
+            host=host,
             seq=self.integer("seq"),
         )
+
+    def columns(self) -> tuple[str, ...]:
+        try:
+            return _column_names(tuple(self.items("columns", self.limits.max_columns)), self.limits.max_name_bytes)
+        except TypeError:
+            raise self._bad("columns", "names") from None
+
+
+# A process says the same of itself in every message, and its columns seldom change: checked once, then looked up.
+@lru_cache(maxsize=16384, typed=True)
+def _sender(
+    run: object, generation: object, source: object, rank: object, world_size: object, host: object, max_name_bytes: int
+) -> tuple[str, str, str, int, int, str]:
+    body = _Body(
+        {
+            "run": run,
+            "generation": generation,
+            "source": source,
+            "rank": rank,
+            "world_size": world_size,
+            "host": host,
+        },
+        Limits(max_name_bytes=max_name_bytes),
+    )
+    num_ranks = body.integer("world_size", 1, 1_000_000)
+    return (
+        body.name("run"),
+        body.name("generation"),
+        body.name("source"),
+        body.integer("rank", 0, num_ranks - 1),
+        num_ranks,
+        body.name("host"),
+    )
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _column_names(names: tuple[object, ...], max_name_bytes: int) -> tuple[str, ...]:
+    if not names or len(set(names)) != len(names):
+        raise ProtocolError(Reject.BAD_FIELD, "columns must be different names, at least one")
+    return tuple(_Body({"name": name}, Limits(max_name_bytes=max_name_bytes)).name("name") for name in names)
 
 
 def _hello(body: _Body) -> Hello:
@@ -277,9 +327,7 @@ def _heartbeat(body: _Body) -> Heartbeat:
 
 
 def _metrics(body: _Body) -> MetricFrame:
-    columns = body.texts("columns")
-    if not 0 < len(columns) <= body.limits.max_columns or len(set(columns)) != len(columns):
-        raise ProtocolError(Reject.BAD_FIELD, f"columns must be 1 to {body.limits.max_columns} different names")
+    columns = body.columns()
     steps, values = body.binary("steps"), body.binary("values")
     num_rows = len(steps) // 8
     if len(steps) % 8 or not 0 < num_rows <= body.limits.max_rows:
@@ -289,8 +337,8 @@ def _metrics(body: _Body) -> MetricFrame:
     return MetricFrame(
         header=body.header(),
         columns=columns,
-        steps=np.frombuffer(steps, dtype="<i8"),
-        values=np.frombuffer(values, dtype="<f8").reshape(num_rows, len(columns)),
+        steps=np.frombuffer(steps, _INT64),
+        values=np.frombuffer(values, _FLOAT64).reshape(num_rows, len(columns)),
     )
 
 
