@@ -6,7 +6,6 @@ never trusted: what must arrive stays in the agent's ring until the daemon has a
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
 import re
 from collections import Counter
@@ -16,7 +15,7 @@ from typing import Any
 
 import zmq
 import zmq.asyncio
-from zmq.auth.asyncio import AsyncioAuthenticator
+from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
 from sosa_stream.errors import ConfigError, ProtocolError
@@ -78,8 +77,8 @@ def check_bind(address: str, keys: DaemonKeys | None, insecure: bool) -> None:
         loopback = host == "localhost"
     if not loopback and keys is None and not insecure:
         raise ConfigError(
-            f"{address} can be reached from other hosts, and anyone there could send metrics and acknowledgements, and "
-            "read commands; make keys with `sosa keys new FOLDER` and pass --keys FOLDER, or accept the risk with --insecure"
+            f"{address} can be reached from other hosts, and anyone there could send metrics and read commands; "
+            "make keys with `sosa keys new FOLDER` and pass --keys FOLDER, or accept the risk with --insecure"
         )
 
 
@@ -198,14 +197,15 @@ class DaemonChannel:
         self._keys = keys
         self._limits = limits
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._authenticator: AsyncioAuthenticator | None = None
+        self._authenticator: ThreadAuthenticator | None = None
         self._readable: zmq.asyncio.Socket | None = None
 
     async def __aenter__(self) -> DaemonChannel:
         try:
             if self._keys is not None:
-                # Before binding: until it answers, every key would be let in.
-                self._authenticator = AsyncioAuthenticator(self._context)
+                # Before binding: until it answers, every key would be let in. In a thread of its own: peers join while
+                # the loop is busy, and the asyncio one leaves readers of closed descriptors in the loop.
+                self._authenticator = ThreadAuthenticator(self._context)
                 self._authenticator.start()
                 self._authenticator.configure_curve(domain="*", location=str(self._keys.clients))
             self._bind()
@@ -220,7 +220,6 @@ class DaemonChannel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-        await asyncio.sleep(0)  # the authenticator's task ends in this turn of the loop
 
     def _bind(self) -> None:
         for tries_left in reversed(range(PORT_PAIR_TRIES if self._port == 0 else 1)):
