@@ -7,6 +7,7 @@ that fails undoes those of its command that came before it: nothing is left half
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -47,8 +48,12 @@ class Actuators:
         self._state = state
         self._snapshots = snapshots
         self._max_lr_change = max_lr_change
+        # Each fix in force under a token of its own, so that any of them can be taken back, in any order.
+        self._lr_factors: dict[object, float] = {}
+        self._clip_bounds: dict[object, float] = {}
         self._undo: dict[str, list[Undo]] = {}
         self._before_rollback: dict[str, Snapshot] = {}
+        self._rolled_back_to: int | None = None
 
     @property
     def standing(self) -> bool:
@@ -63,6 +68,8 @@ class Actuators:
         """
         done: list[Undo] = []
         words: list[str] = []
+        stale, saved = self.stale_gradients, dict(self._before_rollback)
+        self._rolled_back_to = None
         try:
             for action in command.actions:
                 undo, text = self._apply_one(action, command, tick, step)
@@ -71,9 +78,12 @@ class Actuators:
         except Exception as error:
             for undo in reversed(done):
                 undo()
+            self.stale_gradients, self._before_rollback = stale, saved
             if isinstance(error, SosaError):
                 raise
             raise SosaError(f"{type(error).__name__}: {error}") from error
+        if self._rolled_back_to is not None and self._snapshots is not None:
+            self._snapshots.forget_after(self._rolled_back_to)
         self._undo[command.id] = done
         detail = "; ".join(words)
         self.history.append(
@@ -104,8 +114,7 @@ class Actuators:
             case "clip_grad":
                 return self._set_clip(params["max_norm"])
             case "skip_step":
-                self.skip_left += params.get("num_steps", 1)
-                return self._forget_skips, f"skipping {self.skip_left} step(s)"
+                return self._skip(params.get("num_steps", 1))
             case "rollback":
                 return self._rollback(params["before_step"], command, tick, step)
             case "stop":
@@ -116,23 +125,42 @@ class Actuators:
         raise RefusedError(f"this agent does not carry out {action.action!r}")
 
     def _scale_lr(self, factor: float) -> tuple[Undo, str]:
-        before, after = self.lr_multiplier, self.lr_multiplier * factor
+        after = self.lr_multiplier * factor
         if not 1 / self._max_lr_change <= after <= self._max_lr_change:
             raise RefusedError(f"scale_lr: ×{after:g} in all is beyond auto.max_lr_change {self._max_lr_change:g}")
-        self.lr_multiplier = after
+        token = object()
+        self._lr_factors[token] = factor
+        self._reckon()
 
         def undo() -> None:
-            self.lr_multiplier = before
+            self._lr_factors.pop(token, None)
+            self._reckon()
 
         return undo, f"learning rate ×{after:g}"
 
     def _set_clip(self, max_norm: float) -> tuple[Undo, str]:
-        before, self.max_norm = self.max_norm, max_norm
+        token = object()
+        self._clip_bounds[token] = max_norm
+        self._reckon()
 
         def undo() -> None:
-            self.max_norm = before
+            self._clip_bounds.pop(token, None)
+            self._reckon()
 
         return undo, f"gradient norm clipped at {max_norm:g}"
+
+    def _reckon(self) -> None:
+        """What the fixes in force come to: every factor, and the latest bound."""
+        self.lr_multiplier = math.prod(self._lr_factors.values())
+        self.max_norm = next(reversed(self._clip_bounds.values()), None)
+
+    def _skip(self, num_steps: int) -> tuple[Undo, str]:
+        self.skip_left += num_steps
+
+        def undo() -> None:
+            self.skip_left = max(0, self.skip_left - num_steps)
+
+        return undo, f"skipping {self.skip_left} step(s)"
 
     def _rollback(self, before_step: int, command: Command, tick: int, step: int) -> tuple[Undo, str]:
         if self._snapshots is None:
@@ -140,7 +168,7 @@ class Actuators:
         target = self._snapshots.choose(before_step, step)
         present = self._state.capture(tick, step)
         self._state.restore(target)
-        self._snapshots.forget_after(target.step)
+        self._rolled_back_to = target.step
         self.stale_gradients = True  # the gradients at hand belong to the weights that are gone
         self._before_rollback = {command.id: present}  # one is kept: two whole models are enough
 
@@ -157,18 +185,16 @@ class Actuators:
         undos = self._undo.get(command_id)
         if undos is None:
             raise RefusedError(f"command {command_id} was not applied here")
-        before = (self.lr_multiplier, self.max_norm)
+        factors, bounds = dict(self._lr_factors), dict(self._clip_bounds)
         for undo in reversed(undos):
             undo()
         del self._undo[command_id]
 
         def redo() -> None:
-            self.lr_multiplier, self.max_norm = before
+            self._lr_factors, self._clip_bounds = factors, bounds
+            self._reckon()
 
         return redo, f"took back {command_id}"
-
-    def _forget_skips(self) -> None:
-        self.skip_left = 0
 
     def _forget_stop(self) -> None:
         self.stop_wanted = False
@@ -188,8 +214,9 @@ class LearningRate:
         for group in optimizer.param_groups:
             lr = group.get("lr")
             if isinstance(lr, torch.Tensor):  # capturable: the optimizer holds this very tensor
-                self._before.append((group, lr.clone()))
-                lr.mul_(multiplier)
+                if not any(lr is group["lr"] for group, _ in self._before):  # groups may share one
+                    self._before.append((group, lr.clone()))
+                    lr.mul_(multiplier)
             elif lr is not None:
                 self._before.append((group, lr))
                 group["lr"] = lr * multiplier

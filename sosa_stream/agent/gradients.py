@@ -28,7 +28,9 @@ def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
     norms: list[torch.Tensor] = []
     for same in _by_device(dense):
-        norms.extend(torch._foreach_norm(same, 2))
+        # In float32, for a half-precision norm is infinite above 65504 although every element is finite.
+        low = same[0].dtype in (torch.float16, torch.bfloat16)
+        norms.extend(torch._foreach_norm(same, 2, torch.float32) if low else torch._foreach_norm(same, 2))
     first = norms[0].device
     total: torch.Tensor = torch.linalg.vector_norm(
         torch.stack([n.to(first, torch.float32, non_blocking=True) for n in norms])
@@ -38,9 +40,14 @@ def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
 
 def clip(gradients: list[torch.Tensor], norm: torch.Tensor, max_norm: float) -> None:
     """Scale gradients in place so that their total norm is at most ``max_norm``; a non-finite norm scales nothing."""
-    coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0).nan_to_num(nan=1.0)
+    coefficient = torch.where(torch.isfinite(norm), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
     for same in _by_device(gradients):
         torch._foreach_mul_(same, coefficient.to(same[0].device, non_blocking=True))
+
+
+def norm_after_clip(norm: torch.Tensor, clipped_to: float | None) -> torch.Tensor:
+    """What is left of ``norm``, which `clip_grad_norm_` returned, after its own clipping at ``clipped_to``."""
+    return norm if clipped_to is None else norm * (clipped_to / (norm + 1e-6)).clamp(max=1.0)
 
 
 def hide(optimizer: Optimizer) -> Callable[[], None]:
@@ -59,8 +66,14 @@ def hide(optimizer: Optimizer) -> Callable[[], None]:
     return restore
 
 
-def is_fused(optimizer: Optimizer) -> bool:
-    return any(group.get("fused") for group in optimizer.param_groups)
+def skips_by_itself(optimizer: Optimizer, num_parameters: int) -> bool:
+    """Whether ``optimizer`` heeds ``found_inf``, which only fused implementations do (foreach ones assert it away).
+
+    Not in its first step with momentum: fused SGD makes its buffers uninitialised and would skip filling them.
+    """
+    groups = optimizer.param_groups
+    started = len(optimizer.state) >= num_parameters or not any(group.get("momentum") for group in groups)
+    return started and all(group.get("fused") for group in groups)
 
 
 def skip_if_bad(optimizer: Any, bad: torch.Tensor) -> Callable[[], None]:

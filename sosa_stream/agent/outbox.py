@@ -20,9 +20,11 @@ from sosa_stream.protocol.messages import AgentMessage, Header, Heartbeat, Metri
 
 MAX_ROWS_PER_FRAME = 512
 MAX_WAITING_ROWS = 65536
+SUDDEN_RATIO = 3.0
+USUAL_SMOOTHING = 0.1
 
 
-KNOWN_COLUMNS = ("tick", "lr", "lr_multiplier", "step_seconds")
+KNOWN_COLUMNS = ("tick", "lr_multiplier", "step_seconds")
 """Columns that the host knows at once, in the order of `Row.known`."""
 
 
@@ -34,7 +36,7 @@ class Row:
     """
 
     step: int
-    known: tuple[float, float, float, float]
+    known: tuple[float, float, float]
     names: tuple[str, ...]
     scalars: Scalars
 
@@ -126,12 +128,28 @@ class Outbox:
         self.wakeup = wakeup
         self._rows: deque[Row] = deque(maxlen=MAX_WAITING_ROWS)
         self._messages: deque[Callable[[Header], AgentMessage]] = deque(maxlen=4096)
+        self._usual_names: tuple[str, ...] = ()
+        self._usual: list[float] = []
 
     def add_row(self, row: Row) -> None:
-        """From the training thread. A value that is already known to be non-finite leaves at once."""
+        """From the training thread. A value known to be non-finite, or far from its usual size, leaves at once."""
         self._rows.append(row)
-        if not all(map(math.isfinite, row.scalars.values)):
+        if self._is_sudden(row.names, row.scalars.values):
             self.wakeup.set()
+
+    def _is_sudden(self, names: tuple[str, ...], values: tuple[float, ...]) -> bool:
+        """Only about when to send, never about what is wrong: a false answer costs one early frame."""
+        sudden = False
+        if names != self._usual_names or len(values) != len(self._usual):
+            self._usual_names, self._usual = names, [abs(value) for value in values]
+        for i, value in enumerate(values):
+            size, usual = abs(value), self._usual[i]
+            if not size <= SUDDEN_RATIO * usual:  # also true for NaN
+                sudden = True
+                size = min(size, SUDDEN_RATIO * usual) if usual > 0.0 else size
+            if math.isfinite(size):
+                self._usual[i] = usual + USUAL_SMOOTHING * (size - usual)
+        return sudden
 
     def add_message(self, build: Callable[[Header], AgentMessage]) -> None:
         """From any thread: ``build`` makes the message from its header. Leaves at once, after the rows before it."""

@@ -11,8 +11,10 @@ it is switched off, said once, and training goes on.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -66,10 +68,12 @@ class Probe:
         self._on_error = on_error
         self._after_tick = after_tick
         self._learning_rate = LearningRate()
-        self._open: list[Optimizer] = []
+        # Step-calls under way, each with the frame that called our hook: one whose frame is gone has raised.
+        self._open: list[tuple[Optimizer, FrameType]] = []
         self._restore: list[Callable[[], None]] = []
         self._norm: torch.Tensor | None = None
         self._norm_is_shared = False
+        self._clipped_to: float | None = None
         self._skipped: float | torch.Tensor = 0.0
         self._last_step_at = 0.0
         self._handles: list[Any] = []
@@ -96,10 +100,10 @@ class Probe:
     # -- before the step -------------------------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        if any(optimizer is seen for seen in self._open):  # an earlier step raised: its after-hook never came
-            self._open.clear()
-            self._put_back()
-        self._open.append(optimizer)
+        frame = sys._getframe(1)
+        if self._open:
+            self._forget_raised(frame)
+        self._open.append((optimizer, frame))
         if len(self._open) > 1 or not self.controlling:
             return None
         try:
@@ -120,6 +124,16 @@ class Probe:
         except Exception as error:
             self._lose_control(error)
         return None
+
+    def _forget_raised(self, frame: FrameType | None) -> None:
+        """Close step-calls that raised: their after-hook never came, and what they changed is put back now."""
+        running = set()
+        while frame is not None:
+            running.add(id(frame))
+            frame = frame.f_back
+        self._open = [(optimizer, caller) for optimizer, caller in self._open if id(caller) in running]
+        if not self._open:
+            self._put_back()
 
     def _begin(self, optimizer: Optimizer) -> None:
         """The first thing in a tick: apply what the ranks agreed to apply now."""
@@ -156,7 +170,7 @@ class Probe:
         actuators = self._actuators
         parameters = gradients.parameters_with_gradients(optimizer)
         if parameters:
-            self._norm = self._taps.take_norm(len(parameters))
+            self._norm, self._clipped_to = self._taps.take_norm(parameters)
             # Equal on all ranks: the script's own reduced norm, or (under DDP) that of whole gradients.
             self._norm_is_shared = self._norm is not None or not gradients.is_sharded(parameters)
             local = gradients.local_gradients(parameters)
@@ -165,25 +179,31 @@ class Probe:
             grad_scale = getattr(optimizer, "grad_scale", None)
             if isinstance(grad_scale, torch.Tensor):
                 self._norm = self._norm / grad_scale.to(self._norm.device)
-            if actuators.skip_left or actuators.stale_gradients:
+            skip = bool(actuators.skip_left or actuators.stale_gradients)
+            if skip:
                 self._skip(optimizer)
                 actuators.skip_left -= 1 if actuators.skip_left and not actuators.stale_gradients else 0
                 actuators.stale_gradients = False
             elif self.guarding and self._norm_is_shared:
-                self._guard(optimizer, self._norm)
-            if actuators.max_norm is not None and self._norm_is_shared and not isinstance(grad_scale, torch.Tensor):
-                gradients.clip(local, self._norm, actuators.max_norm)
+                skip = self._guard(optimizer, self._norm, len(parameters))
+            scaled = isinstance(grad_scale, torch.Tensor)
+            if actuators.max_norm is not None and self._norm_is_shared and not skip and not scaled:
+                gradients.clip(local, gradients.norm_after_clip(self._norm, self._clipped_to), actuators.max_norm)
         actuators.stale_gradients = False
         if actuators.lr_multiplier != 1.0:
             self._learning_rate.scale(optimizer, actuators.lr_multiplier)
 
-    def _guard(self, optimizer: Optimizer, norm: torch.Tensor) -> None:
-        if gradients.is_fused(optimizer):
+    def _guard(self, optimizer: Optimizer, norm: torch.Tensor, num_parameters: int) -> bool:
+        """Whether the step is known, on the host, to be skipped."""
+        if gradients.skips_by_itself(optimizer, num_parameters):
             bad = (~torch.isfinite(norm)).to(torch.float32)
             self._restore.append(gradients.skip_if_bad(optimizer, bad))
             self._skipped = bad
-        elif not bool(torch.isfinite(norm)):  # the guard's one scalar read
+            return False
+        bad_here = not bool(torch.isfinite(norm))  # the guard's one scalar read
+        if bad_here:
             self._skip(optimizer)
+        return bad_here
 
     def _skip(self, optimizer: Optimizer) -> None:
         self._restore.append(gradients.hide(optimizer))
@@ -195,7 +215,11 @@ class Probe:
         def wrapped() -> Any:
             self._put_back()  # LBFGS calls its closure many times in one step
             self._actuators.stale_gradients = False  # gradients of the restored weights: nothing is stale
-            result = closure()
+            try:
+                result = closure()
+            except BaseException:  # no after-hook will come
+                self._open.clear()
+                raise
             try:
                 self._control(optimizer)
             except Exception as error:
@@ -207,9 +231,9 @@ class Probe:
     # -- after the step --------------------------------------------------------------------------------------------
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not any(optimizer is seen for seen in self._open):
+        if not any(optimizer is seen for seen, _ in self._open):
             return
-        while self._open.pop() is not optimizer:
+        while self._open.pop()[0] is not optimizer:
             continue
         if self._open or not self.controlling:
             return
@@ -227,6 +251,8 @@ class Probe:
             try:
                 if primary:
                     self._note(optimizer, step)
+                else:
+                    self._taps.take_loss()  # a GAN's other loss: the one shown is the primary optimizer's
                 if self._after_tick is not None:
                     self._after_tick()
             except StopTraining:
@@ -242,12 +268,12 @@ class Probe:
         seconds = now - self._last_step_at if self._last_step_at else 0.0
         self._last_step_at = now
         lr = optimizer.param_groups[0].get("lr", 0.0)
-        seen = [("loss", self._taps.take_loss()), ("grad_norm", self._norm), ("skipped", self._skipped)]
+        seen = [("lr", lr), ("loss", self._taps.take_loss()), ("grad_norm", self._norm), ("skipped", self._skipped)]
         names = tuple([name for name, value in seen if value is not None])
         self._outbox.add_row(
             Row(
                 step=step,
-                known=(self.tick - 1, float(lr), self._actuators.lr_multiplier, seconds),
+                known=(self.tick - 1, self._actuators.lr_multiplier, seconds),
                 names=names,
                 scalars=fetch([value for _, value in seen if value is not None]),
             )

@@ -6,21 +6,24 @@ traceback without our frames, its own exit code.
 
 from __future__ import annotations
 
+import builtins
 import importlib.util
 import io
 import os
-import signal
 import sys
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sosa_stream import faults
 from sosa_stream.config import CONFIG_VARIABLE, load_settings
 from sosa_stream.errors import UsageError
+
+if TYPE_CHECKING:  # SOSA_DISABLE=1 must run the script without torch
+    from sosa_stream.agent.core import Agent
 
 USAGE = """usage: python -m sosa_stream.agent [--inject KIND@STEP[:rank=R,key=value]]... (SCRIPT | -m MODULE) [ARG]...
 
@@ -33,7 +36,8 @@ Runs SCRIPT as plain Python would, and watches its training. Under torchrun:
 Settings come from the file named by SOSA_CONFIG and from SOSA_* variables: SOSA_MODE=observe|suggest|auto,
 SOSA_AUTO_ALLOW=skip_step,scale_lr,..., SOSA_HOME, SOSA_RUN, SOSA_DAEMON. SOSA_DISABLE=1 only runs the script."""
 
-_PACKAGE = str(Path(__file__).resolve().parent.parent)
+# Scripts of our own package (the demo's) are scripts like any other.
+_OUR_FRAMES = tuple(str(Path(__file__).resolve().parent.parent / name) + os.sep for name in ("agent", "faults"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,21 +108,26 @@ def _load(target: Target) -> tuple[CodeType, types.ModuleType]:
     """The script's code and the fresh ``__main__`` that it will run in."""
     module = types.ModuleType("__main__")
     if target.is_module:
-        sys.path[0] = os.getcwd()
+        _set_first_path(os.getcwd())
         code, module.__spec__, filename = _find_module(target.name)
         module.__package__ = module.__spec__.name.rpartition(".")[0] if module.__spec__ else ""
     else:
-        filename = target.name
-        sys.path[0] = str(Path(filename).resolve().parent)
+        filename = os.path.abspath(target.name)
+        _set_first_path(str(Path(filename).resolve().parent))
         try:
-            with io.open_code(str(Path(filename).resolve())) as file:
+            with io.open_code(filename) as file:
                 source = file.read()
         except OSError as error:
-            raise UsageError(f"cannot run {filename!r}: {error.strerror}") from None
+            raise UsageError(f"cannot run {target.name!r}: {error.strerror}") from None
         code = _compile(source, filename)
     module.__file__ = filename
-    module.__dict__["__builtins__"] = __builtins__
+    module.__dict__["__builtins__"] = builtins
     return code, module
+
+
+def _set_first_path(folder: str) -> None:
+    if not sys.flags.safe_path:  # with -P Python adds none, and the first entry is another's
+        sys.path[0] = folder
 
 
 def _find_module(name: str) -> tuple[CodeType, importlib.machinery.ModuleSpec | None, str]:
@@ -137,17 +146,14 @@ def _find_module(name: str) -> tuple[CodeType, importlib.machinery.ModuleSpec | 
 
 def _compile(source: bytes, filename: str) -> CodeType:
     try:
-        return compile(source, filename, "exec")
+        return compile(source, filename, "exec", dont_inherit=True)  # or our own `annotations` would be the script's
     except SyntaxError as error:
         sys.excepthook(SyntaxError, error, None)
         raise SystemExit(1) from None
 
 
-def _run(code: CodeType, module: types.ModuleType, target: Target, agent: object) -> int:
+def _run(code: CodeType, module: types.ModuleType, target: Target, agent: Agent | None) -> int:
     """Execute the script as ``__main__`` and leave as it left."""
-    from sosa_stream.agent.core import Agent
-
-    assert agent is None or isinstance(agent, Agent)
     ours = sys.modules["__main__"]  # kept alive: its globals are those of a running frame
     sys.modules["__main__"] = module
     sys.argv[:] = [target.name if not target.is_module else (module.__file__ or target.name), *target.arguments]
@@ -158,16 +164,16 @@ def _run(code: CodeType, module: types.ModuleType, target: Target, agent: object
             agent.close("the script exited", _exit_code(error))
         raise
     except BaseException as error:
-        trimmed = _without_our_frames(error.__traceback__)
-        error.__traceback__ = trimmed
+        _trim(error)
         if agent is not None:
             agent.report_exception(error)
-        sys.excepthook(type(error), error, trimmed)
+        sys.excepthook(type(error), error, error.__traceback__)
         if agent is not None:
             agent.close(f"{type(error).__name__}", 1)
-        if isinstance(error, KeyboardInterrupt):  # as Python itself does, so that the parent sees the signal
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
+        if isinstance(error, KeyboardInterrupt):
+            # Python ends by the signal, after its own clean-up, only if the exception reaches it; it is told already.
+            sys.excepthook = _say_nothing
+            raise
         return 1
     if agent is not None:
         agent.close()
@@ -181,9 +187,21 @@ def _exit_code(error: SystemExit) -> int:
     return error.code if isinstance(error.code, int) else 1
 
 
+def _say_nothing(*error: object) -> None:
+    """An excepthook for what has been printed."""
+
+
+def _trim(error: BaseException | None, seen: frozenset[int] = frozenset()) -> None:
+    """Take our frames out of the traceback of ``error`` and of those that led to it."""
+    if error is not None and id(error) not in seen:
+        error.__traceback__ = _without_our_frames(error.__traceback__)
+        for other in (error.__cause__, error.__context__):
+            _trim(other, seen | {id(error)})
+
+
 def _without_our_frames(trace: TracebackType | None) -> TracebackType | None:
     """The same traceback with the frames of this package taken out, wherever they stand."""
-    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_OUR_FRAMES):
         trace = trace.tb_next
     if trace is not None:
         trace.tb_next = _without_our_frames(trace.tb_next)

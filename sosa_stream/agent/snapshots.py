@@ -248,4 +248,11 @@ def _copy(tensor: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
 
 
 def _copy_value(value: Any) -> Any:
-    return _copy(value, None) if isinstance(value, torch.Tensor) else value
+    """A copy that later steps cannot reach; LBFGS keeps lists of tensors, which it changes in place."""
+    if isinstance(value, torch.Tensor):
+        return _copy(value, None)
+    if isinstance(value, dict):
+        return {key: _copy_value(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copy_value(item) for item in value)
+    return value

@@ -1,8 +1,9 @@
 """Where a script that knows nothing of us lets its loss and its gradient norm be seen.
 
-Three functions of torch are wrapped, and put back by `Taps.remove`: ``torch.autograd.backward`` (which
-``Tensor.backward`` calls), ``GradScaler.scale`` (to see the loss unscaled) and ``clip_grad_norm_`` (whose result is the
-gradient norm that we would otherwise compute again). Wrappers call through first and never raise.
+Four functions of torch are wrapped, and put back by `Taps.remove`: ``torch.autograd.backward`` (which
+``Tensor.backward`` calls), ``GradScaler.scale`` (to see the loss unscaled), ``GradScaler.update`` (a step that the scaler
+skipped took no loss: it is not the next one's) and ``clip_grad_norm_`` (whose result is the gradient norm that we would
+otherwise compute again). What is raised is torch's own; what we cannot see is left out.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ class Taps:
         self.loss: float | torch.Tensor | None = None
         self.phase = Phase.START
         self._clip_norm: torch.Tensor | None = None
-        self._clip_count = 0
+        self._clip_bound: float | None = None
+        self._clipped: list[torch.Tensor] = []
         self._depth = 0
         self._restore: list[Callable[[], None]] = []
 
     def install(self) -> None:
         self._wrap(torch.autograd, "backward", self._backward)
         self._wrap(GradScaler, "scale", self._scale)
+        self._wrap(GradScaler, "update", self._update)
         for module in (torch.nn.utils, clip_grad):
             self._wrap(module, "clip_grad_norm_", self._clip_grad_norm)
 
@@ -44,6 +47,8 @@ class Taps:
     def add_loss(self, loss: torch.Tensor) -> None:
         """One backward's loss; the parts of an accumulated step add up."""
         value = loss.detach()
+        if value.is_meta:
+            return  # there is no value to see
         part = value.item() if value.device.type == "cpu" else value
         self.loss = part if self.loss is None else self.loss + part
 
@@ -52,10 +57,15 @@ class Taps:
         loss, self.loss = self.loss, None
         return loss
 
-    def take_norm(self, num_parameters: int) -> torch.Tensor | None:
-        """The norm that the script's own clipping returned, if it covered exactly this many parameters."""
-        norm, self._clip_norm = self._clip_norm, None
-        return norm if norm is not None and self._clip_count == num_parameters else None
+    def take_norm(self, parameters: list[torch.Tensor]) -> tuple[torch.Tensor | None, float | None]:
+        """The norm that the script's own clipping returned, and its bound, if it covered exactly these parameters."""
+        norm, clipped = self._clip_norm, self._clipped
+        self._clip_norm, self._clipped = None, []
+        if norm is None or len(clipped) != len(parameters):
+            return None, None
+        # All against all would cost; the ends tell the networks of a GAN apart.
+        same = {id(clipped[0]), id(clipped[-1])} == {id(parameters[0]), id(parameters[-1])}
+        return (norm, self._clip_bound) if same else (None, None)
 
     def _wrap(self, owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         original = getattr(owner, name)
@@ -65,12 +75,16 @@ class Taps:
     def _backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:
             outermost = self._depth == 0  # activation checkpointing calls backward inside backward
+            before = self.loss
             if outermost:
                 self._see_loss(tensors, grad_tensors)
                 self.phase = Phase.BACKWARD
             self._depth += 1
             try:
                 return original(tensors, grad_tensors, *args, **kwargs)
+            except BaseException:
+                self.loss = before  # out of memory, tried again: its loss must not count twice
+                raise
             finally:
                 self._depth -= 1
 
@@ -93,13 +107,21 @@ class Taps:
 
         return scale
 
+    def _update(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def update(scaler: GradScaler, *args: Any, **kwargs: Any) -> Any:
+            self.loss = None
+            return original(scaler, *args, **kwargs)
+
+        return update
+
     def _clip_grad_norm(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def clip_grad_norm_(parameters: Any, max_norm: Any, norm_type: Any = 2.0, *args: Any, **kwargs: Any) -> Any:
             parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
             norm = original(parameters, max_norm, norm_type, *args, **kwargs)
-            if isinstance(norm, torch.Tensor) and float(norm_type) == 2.0:
-                self._clip_norm = norm.detach()
-                self._clip_count = sum(p.grad is not None for p in parameters)
+            self._clip_norm = None
+            if isinstance(norm, torch.Tensor) and float(norm_type) == 2.0 and not isinstance(max_norm, torch.Tensor):
+                self._clip_norm, self._clip_bound = norm.detach(), float(max_norm)
+                self._clipped = [p for p in parameters if p.grad is not None]
             return norm
 
         return clip_grad_norm_

@@ -10,6 +10,7 @@ ranks it publishes to the daemon like any other agent, and fixes are agreed on b
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import statistics
@@ -120,8 +121,10 @@ class SOSATrainingWrapper:
             raise
         except Exception as error:
             if self._agent is not None:
-                self._agent.report_exception(error)
-                self._agent.flush()
+                self._agent.taps.take_loss()  # this batch takes no step: its loss is not the next one's
+                with contextlib.suppress(Exception):  # the script's own error must reach it, whatever ours is
+                    self._agent.report_exception(error)
+                    self._agent.flush()
             raise
         self._count(loss)
         return loss.detach()
@@ -199,9 +202,9 @@ class SOSATrainingWrapper:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _start(self, run: str) -> None:
-        self._agent = core.current()  # under `-m sosa_stream.agent` there is one already: one agent watches a process
-        self._owns_agent = self._agent is None
-        if self._agent is not None:
+        there = core.current()
+        if there is not None and there._optimizer is None:  # under `-m sosa_stream.agent`
+            self._agent, self._owns_agent = there, False
             return
         ranks = dist.get_world_size() if self._distributed else 1
         names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]

@@ -1,0 +1,156 @@
+"""The parts of an agent put together as `core.Agent` does it, without a daemon, a thread or an Engine."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from sosa_stream.agent.actuators import Actuators
+from sosa_stream.agent.outbox import KNOWN_COLUMNS, Outbox, Row, Wakeup
+from sosa_stream.agent.probe import Probe
+from sosa_stream.agent.snapshots import SnapshotRing, TrainingState
+from sosa_stream.agent.taps import Taps
+from sosa_stream.config import AgentSettings
+from sosa_stream.protocol.actions import Action
+from sosa_stream.protocol.messages import Ack, Command, Header
+
+HEADER = Header(run="run", generation="g", source="nonce", rank=0, world_size=1, host="host", seq=0)
+
+
+class OpenOutbox(Outbox):
+    """An outbox whose rows and messages a test reads as they come."""
+
+    def __init__(self) -> None:
+        super().__init__(64, Wakeup())
+        self.rows: list[dict[str, float]] = []
+        self.messages: list[Any] = []
+        self.broken = False
+
+    def add_row(self, row: Row) -> None:
+        if self.broken:
+            raise RuntimeError("observation is broken")
+        values = (*row.known, *row.scalars.read())
+        self.rows.append({"step": row.step, **dict(zip(KNOWN_COLUMNS + row.names, values, strict=True))})
+
+    def add_message(self, build: Callable[[Header], Any]) -> None:
+        self.messages.append(build(HEADER))
+
+
+class OneCommand:
+    """A fence that lets given commands through at given ticks."""
+
+    def __init__(self) -> None:
+        self.due: dict[int, Command] = {}
+
+    def arrive(self, tick: int) -> Command | None:
+        return self.due.pop(tick, None)
+
+
+class Watch:
+    """A probe with all that it needs."""
+
+    def __init__(self, *, guard: bool = False, snapshots: bool = False, **settings: Any) -> None:
+        self.outbox = OpenOutbox()
+        self.taps = Taps()
+        self.state = TrainingState()
+        self.said: list[str] = []
+        self.errors: list[tuple[BaseException, bool]] = []
+        self.ring = SnapshotRing(self.state, AgentSettings(**settings), 2000, self.said.append) if snapshots else None
+        self.actuators = Actuators(self.state, self.ring, 10000.0)
+        self.probe = Probe(
+            outbox=self.outbox,
+            taps=self.taps,
+            state=self.state,
+            actuators=self.actuators,
+            snapshots=self.ring,
+            guard=guard,
+            digest_after_fix=True,
+            on_error=lambda error, in_force: self.errors.append((error, in_force)),
+        )
+        self.fence = OneCommand()
+        self.probe.fence = self.fence  # type: ignore[assignment]
+
+    @property
+    def rows(self) -> list[dict[str, float]]:
+        return self.outbox.rows
+
+    @property
+    def acks(self) -> list[Ack]:
+        return [message for message in self.outbox.messages if isinstance(message, Ack)]
+
+    @contextmanager
+    def installed(self, optimizer: Optimizer | None = None) -> Iterator[Watch]:
+        """Watching, as under the runner; with an ``optimizer`` only that one, as the wrapper does."""
+        self.probe.install(optimizer)
+        self.taps.install()
+        try:
+            yield self
+        finally:
+            self.probe.remove()
+            self.taps.remove()
+
+
+_ids = itertools.count()
+
+
+def command(*actions: Action, approved: bool = True) -> Command:
+    return Command(
+        id=f"c{next(_ids)}",
+        run="run",
+        generation="g",
+        seq=1,
+        actions=actions,
+        reason="test",
+        incident="i1",
+        expires_tick=1 << 40,
+        approved=approved,
+    )
+
+
+def act(action: str, **params: Any) -> Action:
+    return Action(action=action, params=params)
+
+
+def toy(seed: int = 0) -> nn.Module:
+    """A net with buffers (BatchNorm), so that restoring has something to forget."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def batches(num: int, seed: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [torch.randn(16, 4, generator=generator) for _ in range(num)]
+    return [(x, x.sum(1, keepdim=True).sin()) for x in inputs]
+
+
+def loss_of(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+
+def train(model: nn.Module, optimizer: Optimizer, data: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for batch in data:
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+
+
+def bits(model: nn.Module, optimizer: Optimizer | None = None, buffers: bool = True) -> list[bytes]:
+    """Everything that training has made, bit by bit."""
+    tensors = [*model.parameters(), *(model.buffers() if buffers else ())]
+    if optimizer is not None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                tensors += [v for _, v in sorted(optimizer.state.get(parameter, {}).items()) if torch.is_tensor(v)]
+    return [t.detach().contiguous().numpy().tobytes() for t in tensors]
+
+
+def poison(model: nn.Module) -> None:
+    """One NaN among the gradients."""
+    next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = math.nan  # type: ignore[union-attr]
