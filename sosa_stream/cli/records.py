@@ -1,0 +1,98 @@
+"""``sosa incidents`` and ``sosa commands``: what the daemon has kept, for people and for scripts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+
+from sosa_stream.cli.home import add_home, home_of, table
+from sosa_stream.daemon.schema import json_line, open_store
+from sosa_stream.errors import UsageError
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``incidents`` and ``commands``."""
+    _add(subparsers, "incidents", "what went wrong, and what was done about it", incident_table)
+    _add(subparsers, "commands", "the fixes that were proposed or applied, and their verdicts", command_table)
+
+
+def _add(subparsers: Any, what: str, help_text: str, show: Callable[[list[dict[str, Any]]], str]) -> None:
+    parser = subparsers.add_parser(what, help=help_text)
+    parser.add_argument("--run", metavar="RUN", help="only of this run")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    add_home(parser)
+    parser.set_defaults(func=lambda arguments: _run(arguments, what, show))
+
+
+def _run(arguments: argparse.Namespace, what: str, show: Callable[[list[dict[str, Any]]], str]) -> int:
+    records = read_records(arguments, what)
+    if arguments.json:
+        for record in records:
+            print(json_line(record))
+    elif records:
+        print(show(records))
+    else:
+        print(f"no {what}" + (f" of run {arguments.run}" if arguments.run else ""))
+    return 0
+
+
+def read_records(arguments: argparse.Namespace, what: str) -> list[dict[str, Any]]:
+    """The stored records, in the order in which they came up.
+
+    Raises:
+        UsageError: no store, or no such run in it.
+    """
+    with closing(open_store(home_of(arguments))) as store:
+        if arguments.run is not None:
+            runs = [run for (run,) in store.execute("SELECT run FROM runs ORDER BY run")]
+            if arguments.run not in runs:
+                raise UsageError(f"no run {arguments.run!r} here; known are {', '.join(runs) or 'none'}")
+        rows = store.execute(
+            f"SELECT record FROM {what} WHERE ?1 IS NULL OR run = ?1 ORDER BY rowid", (arguments.run,)
+        ).fetchall()
+    return [json.loads(record) for (record,) in rows]
+
+
+def incident_table(records: list[dict[str, Any]]) -> str:
+    rows = [
+        (
+            record["id"],
+            record["run"],
+            record["kind"],
+            record["severity"],
+            record["state"],
+            record["detected_step"],
+            ",".join(map(str, record["ranks"])) or "all",
+            record["message"],
+        )
+        for record in records
+    ]
+    return table(("ID", "RUN", "KIND", "SEVERITY", "STATE", "STEP", "RANKS", "MESSAGE"), rows)
+
+
+def command_table(records: list[dict[str, Any]]) -> str:
+    rows = [
+        (
+            record["id"],
+            record["run"],
+            record["incident"],
+            ", ".join(_words(action) for action in record["actions"]),
+            f"{record['confidence']:.2f}",
+            record["state"],
+            record["applied_step"],
+            record["verdict"],
+        )
+        for record in records
+    ]
+    return table(("ID", "RUN", "INCIDENT", "ACTIONS", "CONFIDENCE", "STATE", "STEP", "VERDICT"), rows)
+
+
+def _words(action: dict[str, Any]) -> str:
+    params = ", ".join(
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in action["params"].items()
+    )
+    return f"{action['action']}({params})"
