@@ -221,4 +221,5 @@ def policy(settings: Settings) -> dict[str, object]:
         "max_rollback_steps": auto.max_rollback_steps,
         "warmup_steps": settings.detect.warmup_steps,
         "window_steps": settings.detect.window_steps,
+        "snapshots": settings.snapshots_wanted,
     }

@@ -40,6 +40,8 @@ class RunPolicy:
 
     mode: Mode = Mode.OBSERVE
     limits: AutoSettings = field(default_factory=AutoSettings)
+    snapshots: bool = True
+    """Whether the ranks keep snapshots: without, nothing can be rolled back, and no fix says so."""
 
     @classmethod
     def read(cls, policy: Mapping[str, Any]) -> RunPolicy:
@@ -65,7 +67,7 @@ class RunPolicy:
             mode = Mode(policy.get("mode", Mode.OBSERVE))
         except ValueError:
             raise ConfigError(f"policy: unknown mode {policy.get('mode')!r}") from None
-        return cls(mode=mode, limits=AutoSettings(**known))
+        return cls(mode=mode, limits=AutoSettings(**known), snapshots=policy.get("snapshots", True) is not False)
 
     def may_apply(self, actions: tuple[Action, ...], confidence: float) -> bool:
         """Whether a fix goes ahead without a person."""
@@ -131,7 +133,7 @@ def choose(now: Situation, tried: frozenset[str], policy: RunPolicy) -> Choice |
             continue
         if not fix.due(now):
             break
-        actions = fix.build(now)
+        actions = tuple(a for a in fix.build(now) if policy.snapshots or a.action != "rollback")
         if not actions or not policy.within_limits(actions, now):
             continue
         confidence = Posterior(prior=fix.confidence).mean
