@@ -119,6 +119,8 @@ class SimulatedJob:
     """Adds to the loss at a step, given the multiplier in force: a fault of the test's own."""
     answers: Callable[[Command], AckState | None] = lambda command: None
     """What all ranks say instead of carrying a command out."""
+    stop_at: int | None = None
+    """Ends the run this early; the schedule is still that of ``num_steps``."""
     batch: int = 1
     """Steps that one frame holds."""
 
@@ -156,12 +158,13 @@ class Simulation:
         job = self.job
         for rank in range(job.world_size):
             self._tell(hello(rank, job.world_size, policy=job.policy))
-        for step in range(job.num_steps):
+        num_steps = job.num_steps if job.stop_at is None else job.stop_at
+        for step in range(num_steps):
             self._carry_out(step)
             self._train(step)
             if (step + 1) % job.batch == 0:
                 self._send(step)
-        self._send(job.num_steps - 1)
+        self._send(num_steps - 1)
         for rank in range(job.world_size):
             self._tell(bye(rank, job.world_size))
         return self

@@ -21,7 +21,7 @@ class Probation:
     """One applied fix under watch, one complete step at a time."""
 
     def __init__(self, *, applied_step: int, patience_steps: int, level: Level | None, loss: float | None) -> None:
-        """``level`` is the band before the incident, ``loss`` the smoothed loss at the fix, None if it was non-finite."""
+        """``level`` is the band before the incident, ``loss`` the smoothed loss at the fix, None if non-finite."""
         self.applied_step = applied_step
         self._patience = patience_steps
         self._level = level

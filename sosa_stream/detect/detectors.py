@@ -14,6 +14,7 @@ from enum import StrEnum
 import numpy as np
 
 from sosa_stream.detect.incidents import Finding, Group, Severity
+from sosa_stream.detect.statistics import REFRESH_EVERY
 from sosa_stream.detect.windows import LR_SUFFER_STEPS, RunWindows
 
 OUT_OF_MEMORY_TYPES = frozenset({"OutOfMemoryError", "torch.OutOfMemoryError", "torch.cuda.OutOfMemoryError"})
@@ -201,18 +202,24 @@ def loss_divergence(windows: RunWindows) -> Finding | None:
     Slow: block medians B (8 steps each) rose for 7 of 8 blocks, by more than 8 · s · sqrt(8), s the robust scale of
     earlier block differences, and undid 0.3 of the progress. A random walk's score is of the order of 1.
     """
+    return _fast_divergence(windows) or _slow_divergence(windows)
+
+
+def _fast_divergence(windows: RunWindows) -> Finding | None:
     losses = windows.losses
     excursion = losses.excursion
-    if excursion is not None and windows.loss is not None:
-        if windows.step - excursion.first_step < DIVERGED_STEPS or excursion.num_above < DIVERGED_STEPS // 2:
-            return None
-        level, now = excursion.level, losses.smoothed(8)
-        share = windows.undone(now)
-        high = now - level.center > 0.5 * (excursion.peak - level.center)
-        if level.holds(now) or share < 0.5 or not high:
-            return None
-        return _divergence(windows, excursion.first_step, share, level.score(now))
-    if not windows.blocks.num_pushed >= 24 or windows.loss_ring.num_pushed % 8:
+    if excursion is None or windows.loss is None or windows.step - excursion.first_step < DIVERGED_STEPS:
+        return None
+    level, now = excursion.level, losses.smoothed(8)
+    share = windows.undone(now)
+    high = now - level.center > 0.5 * (excursion.peak - level.center)
+    if excursion.num_above < DIVERGED_STEPS // 2 or level.holds(now) or share < 0.5 or not high:
+        return None
+    return _divergence(windows, excursion.first_step, share, level.score(now))
+
+
+def _slow_divergence(windows: RunWindows) -> Finding | None:
+    if windows.blocks.num_pushed < 24 or windows.loss_ring.num_pushed % REFRESH_EVERY:
         return None
     blocks = windows.blocks.last()
     steps = np.diff(blocks)
@@ -224,7 +231,8 @@ def loss_divergence(windows: RunWindows) -> Finding | None:
     share = rise / max(windows.progress, 1e-300)
     if score < 8.0 or share < 0.3:
         return None
-    return _divergence(windows, windows.step - 8 * 8 + 1, share, score)
+    num_since_lowest = 8 - int(np.argmin(blocks[-9:]))
+    return _divergence(windows, windows.step - num_since_lowest * REFRESH_EVERY + 1, share, score)
 
 
 def loss_oscillation(windows: RunWindows) -> Finding | None:
@@ -234,15 +242,16 @@ def loss_oscillation(windows: RunWindows) -> Finding | None:
     losses minus their line. For white noise P(g > x) <= 31 (1 - x)^30, which is 5e-7 at 0.45. Only periods up to 8
     steps count (drift is slow, not swinging), and only an amplitude of 3 × the calmest noise of the run.
     """
-    if windows.loss_ring.num_pushed % 16 or len(windows.loss_ring) < 128 or windows.losses.excursion is not None:
+    if windows.loss_ring.num_pushed % 16 or windows.loss_ring.num_pushed < 128:
         return None
     values = windows.loss_ring.last(64)
     line = np.polyfit(_SIXTY_FOUR, values, 1)
     rest = values - np.polyval(line, _SIXTY_FOUR)
-    power = np.abs(np.fft.rfft(rest)[1:32]) ** 2
+    power = 2.0 * np.abs(np.fft.rfft(rest)[1:]) ** 2
+    power[-1] /= 2.0  # the highest frequency has no mirror image
     total = float(power.sum())
     peak = int(power.argmax())
-    scale = math.sqrt(total) * math.sqrt(2.0) / 64.0
+    scale = math.sqrt(total) / 64.0
     if total <= 0.0 or power[peak] < 0.45 * total or peak + 1 < 8 or not scale > 3.0 * windows.calmest:
         return None
     return Finding(
@@ -268,9 +277,9 @@ _SIXTY_FOUR = np.arange(64.0)
 def loss_plateau(windows: RunWindows) -> Finding | None:
     """Nothing was learned since the start: the loss has noise but no slope.
 
-    Over the whole window, the block medians' least-squares slope is under two standard errors and the best block is
-    within two block scales of the first. Only a run that never learned is named: one that has converged looks the same
-    later on, and is healthy. ``info``.
+    The least-squares slope of the last (up to 64) block medians is under four standard errors, and the best block is
+    within four block scales of the first (`RunWindows.learned`). Only a run that never learned is named: one that has
+    converged looks the same later on, and is healthy. ``info``.
     """
     size = windows.settings.window_steps
     if windows.num_steps < 2 * size or windows.num_steps % 64 or windows.losses.excursion is not None:
@@ -280,13 +289,12 @@ def loss_plateau(windows: RunWindows) -> Finding | None:
         return None
     blocks = windows.blocks.last()
     num = len(blocks)
-    scale = 1.4826 * float(np.median(np.abs(np.diff(blocks)))) / math.sqrt(2.0)
-    if num < 32 or scale <= 0.0 or windows.start - windows.best > 4.0 * scale:
+    if num < 32 or windows.learned > 4.0:
         return None
     at = np.arange(num) - 0.5 * (num - 1)
     slope = float(at @ blocks / (at @ at))
-    error = scale / math.sqrt(float(at @ at))
-    if abs(slope) > 2.0 * error:
+    error = windows.block_noise / math.sqrt(float(at @ at))
+    if abs(slope) > 4.0 * error:
         return None
     return Finding(
         kind="loss_plateau",

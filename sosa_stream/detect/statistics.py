@@ -214,7 +214,7 @@ class Channel:
             self.score = level.score(value)
             above = self.score > level.threshold
             if above or self.excursion is not None:
-                self._follow(step, value, above, level)
+                self._follow(step, value, level)
         self.recent_above = (self.recent_above << 1 | above) & 0xFF
         if hold and self.score > TAIL_FROM:
             self.num_held += 1
@@ -223,12 +223,13 @@ class Channel:
         self.band.push(value)
         return True
 
-    def _follow(self, step: int, value: float, above: bool, level: Level) -> None:
+    def _follow(self, step: int, value: float, level: Level) -> None:
         excursion = self.excursion
         if excursion is None:
             excursion = self.excursion = Excursion(first_step=step, peak=value, level=level)
         excursion.peak = max(excursion.peak, value)
-        excursion.num_above += above
+        # by the band of the time before: the running band may be following a steady rise
+        excursion.num_above += not excursion.level.holds(value)
         calm = excursion.level.score(value) < 0.5 * excursion.level.threshold
         excursion.num_calm = excursion.num_calm + 1 if calm else 0
         if excursion.num_calm >= self.CALM_STEPS:

@@ -44,6 +44,10 @@ HEALTHY_STEPS = 20
 """Complete steps without a finding, back in the band, that close an incident."""
 HEALTHY_STEPS_AT_END = 3
 """As many are enough when the run is over."""
+SLOW_STEPS: Mapping[str, int] = {"loss_oscillation": 64}
+"""The same for kinds whose detectors look only now and then."""
+LEARNED = 6.0
+"""Learning, in units of a block's noise, that ends a plateau; it began below 4."""
 HOLDING = frozenset({Group.NUMERICAL, Group.LEARNING})
 
 
@@ -117,7 +121,10 @@ class Tracker:
             known.num_nonfinite += nonfinite
             healthy = known.last_found_step < windows.step and not nonfinite and in_band(known, windows)
             known.num_healthy = known.num_healthy + 1 if healthy else 0
-            if known.num_healthy >= HEALTHY_STEPS and known.incident.id not in kept_open:
+            if (
+                known.num_healthy >= SLOW_STEPS.get(known.incident.kind, HEALTHY_STEPS)
+                and known.incident.id not in kept_open
+            ):
                 self._resolve(known, windows.step)
 
     def finish(self, step: int) -> None:
@@ -225,6 +232,8 @@ def in_band(known: OpenIncident, windows: RunWindows) -> bool:
     """Whether the newest step is where the run was before the incident: each loss, and the median of the last five."""
     if windows.bad_loss or windows.bad_grad:
         return False
+    if known.incident.kind == "loss_plateau":
+        return windows.learned > LEARNED
     if known.loss_level is None or windows.loss is None:
         return True
     return known.loss_level.holds(windows.loss) and windows.losses.smoothed(5) <= known.loss_level.top

@@ -7,6 +7,7 @@ rows were batched into frames, and how frames of different ranks were interleave
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sosa_stream.config import DetectSettings
-from sosa_stream.detect.statistics import REFRESH_EVERY, Channel, Level, Ring
+from sosa_stream.detect.statistics import REFRESH_EVERY, Channel, Level, Ring, center_and_scale
 from sosa_stream.protocol.messages import ExceptionReport, MetricFrame
 
 ALIGNED = ("tick", "loss", "grad_norm", "lr", "lr_multiplier", "step_seconds", "skipped", "layer_ratio", "first_norm")
@@ -66,9 +67,12 @@ class Alignment:
             return
         targets = [(ALIGNED.index(name), i) for i, name in enumerate(frame.columns) if name in ALIGNED]
         into = [target for target, _ in targets]
-        values = frame.values[:, [source for _, source in targets]]
+        rows = np.full((len(frame.steps), len(ALIGNED)), np.nan)
+        rows[:, into] = frame.values[:, [source for _, source in targets]]
+        sent = np.zeros(len(ALIGNED), dtype=np.bool_)
+        sent[into] = True
         newest = self._newest[rank]
-        for step, row in zip(frame.steps.tolist(), values, strict=True):
+        for step, row in zip(frame.steps.tolist(), rows, strict=True):
             if step <= newest:
                 self.num_late += 1
                 continue
@@ -80,8 +84,8 @@ class Alignment:
             if slot is None:
                 shape = (self.world_size, len(ALIGNED))
                 slot = self._pending[step] = (np.full(shape, np.nan), np.zeros(shape, dtype=np.bool_))
-            slot[0][rank, into] = row
-            slot[1][rank, into] = True
+            slot[0][rank] = row
+            slot[1][rank] = sent
         self._newest[rank] = newest
         if newest > self._done:
             self._expected[rank] = True
@@ -175,6 +179,8 @@ class RunWindows:
         self.best: float | None = None
         self.calmest = float("inf")
         """Smallest scale of the loss band so far."""
+        self.block_noise = float("inf")
+        """Robust scale of one block, from the differences between neighbours."""
         self.num_steps = 0
         self.num_bad_loss = self.num_bad_grad = 0
         """Non-finite steps in a row."""
@@ -192,6 +198,11 @@ class RunWindows:
         if self.start is None or self.best is None:
             return noise
         return max(self.start - self.best, noise)
+
+    @property
+    def learned(self) -> float:
+        """What has been learned, in units of a block's noise: (start - best) / block_noise."""
+        return 0.0 if self.start is None or self.best is None else (self.start - self.best) / self.block_noise
 
     def undone(self, loss: float) -> float:
         """Share of the progress that a loss takes back: (loss - center) / (start - best)."""
@@ -266,6 +277,7 @@ class RunWindows:
         self.best = block if self.best is None else min(self.best, block)
         if self.losses.band.level is not None and self.blocks.num_pushed % 8 == 0:
             self.calmest = min(self.calmest, self.losses.band.level.scale)
+            self.block_noise = center_and_scale(np.diff(self.blocks.last()))[1] / math.sqrt(2.0)
 
     def _follow_lr(self, lr: float) -> None:
         jump = self.jump

@@ -1,0 +1,198 @@
+"""What each kind notices, and the healthy courses that must stay silent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from sosa_stream.detect.detectors import ALL
+from sosa_stream.detect.incidents import Incident, Severity
+from sosa_stream.engine import Engine
+from sosa_stream.protocol.messages import ExceptionReport, Phase
+from sosa_stream.testing import NOW, SimulatedJob, feed, frame, header, hello, incidents_of
+
+N = 1200
+T = np.arange(N)
+LEARNING = 1.8 + 2.7 * np.exp(-T / 150)
+Noise = Callable[[np.random.Generator], NDArray[np.float64]]
+
+
+def _alarms(incidents: tuple[Incident, ...]) -> list[str]:
+    return [incident.kind for incident in incidents if incident.severity >= Severity.WARNING]
+
+
+def _kinds(incidents: tuple[Incident, ...]) -> list[str]:
+    return [incident.kind for incident in incidents]
+
+
+HEALTHY: dict[str, Noise] = {
+    "lognormal": lambda rng: 2 * np.exp(0.55 * rng.standard_normal(N)),
+    "lognormal, falling": lambda rng: LEARNING * np.exp(0.55 * rng.standard_normal(N)),
+    "epoch staircase": lambda rng: 4 * 0.8 ** (T // 200) + 1e-4 * (T % 200) + 0.05 * rng.standard_normal(N),
+    "negative": lambda rng: -5 + LEARNING + 0.1 * rng.standard_normal(N),
+    "tiny": lambda rng: 1e-6 * (LEARNING + 0.1 * rng.standard_normal(N)),
+    "random walk": lambda rng: np.cumsum(rng.standard_normal(N)),
+    "correlated noise": lambda rng: LEARNING + 0.1 * np.convolve(rng.standard_normal(N + 9), np.ones(10) / 3, "valid"),
+    "noiseless": lambda rng: LEARNING,
+    "constant": lambda rng: np.full(N, 2.3),
+    "slow swings of a game": lambda rng: np.sin(T / 50) + 0.3 * rng.standard_normal(N),
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_healthy_course_raises_no_alarm_over_ten_seeds(name: str) -> None:
+    alarms = [_alarms(incidents_of(HEALTHY[name](np.random.default_rng(seed)))) for seed in range(10)]
+    assert alarms == [[]] * 10
+
+
+def test_healthy_small_transformer_on_two_ranks_raises_nothing_over_ten_seeds() -> None:
+    assert [SimulatedJob(seed=seed, num_steps=600).run().incidents for seed in range(10)] == [()] * 10
+
+
+def test_healthy_restarts_of_the_learning_rate_raise_nothing() -> None:
+    cycle = 0.5 * (1 + np.cos(np.pi * (T % 300) / 300))
+    for seed in range(5):
+        noise = 0.08 * np.random.default_rng(seed).standard_normal(N)
+        assert incidents_of(LEARNING + 0.1 * cycle + noise, lr=1e-3 * (0.01 + cycle)) == ()
+
+
+@pytest.mark.parametrize("degrees", [3, 4])
+def test_heavy_tailed_run_of_a_hundred_thousand_steps_warns_at_most_once(degrees: int) -> None:
+    rng = np.random.default_rng(degrees)
+    num = 100_000
+    losses = 4 * np.exp(-np.arange(num) / 5000) + 0.1 * rng.standard_t(degrees, num)
+    assert len(_alarms(incidents_of(losses, grad_norm=np.exp(0.3 * rng.standard_normal(num))))) <= 1
+
+
+def _spiked(size: float = 4.0, at: int = 700, steps: int = 6) -> NDArray[np.float64]:
+    losses = LEARNING + 0.08 * np.random.default_rng(0).standard_normal(N)
+    losses[at : at + steps] += size * np.exp(-np.arange(steps) / 3)
+    return losses
+
+
+def test_spike_that_comes_back_is_one_warning_that_resolves() -> None:
+    (incident,) = incidents_of(_spiked())
+    assert (incident.kind, incident.severity, str(incident.state)) == ("loss_spike", Severity.WARNING, "resolved")
+    assert (incident.first_step, incident.detected_step) == (700, 700)
+    assert incident.evidence["score"] > incident.evidence["threshold"]
+
+
+def test_one_nan_then_healthy_steps_raise_nothing_more_and_then_a_spike_is_caught() -> None:
+    losses = _spiked(at=700)
+    losses[499] = np.nan
+    nan, spike = incidents_of(losses)
+    assert (nan.kind, nan.first_step, nan.resolved_step) == ("nan_loss", 499, 519)
+    assert (spike.kind, spike.first_step) == ("loss_spike", 700)
+
+
+@pytest.mark.parametrize(("factor", "shift"), [(1e-3, 0.0), (1e3, 0.0), (1.0, -20.0), (1e3, -5e3)])
+def test_loss_kinds_are_affine_invariant(factor: float, shift: float) -> None:
+    diverging = LEARNING + 0.08 * np.random.default_rng(3).standard_normal(N) + 0.1 * np.maximum(0, T - 600)
+    swinging = LEARNING + 0.08 * np.random.default_rng(4).standard_normal(N) + 0.4 * (T > 600) * (-1.0) ** T
+    for losses in (_spiked(), diverging, swinging):
+        plain, mapped = incidents_of(losses), incidents_of(factor * losses + shift)
+        seen = [[(i.kind, i.severity, i.first_step, i.detected_step) for i in found] for found in (plain, mapped)]
+        assert seen[0]
+        assert seen[0] == seen[1]
+
+
+def test_rise_that_does_not_come_back_is_a_divergence() -> None:
+    losses = LEARNING + 0.08 * np.random.default_rng(1).standard_normal(N) + 0.1 * np.maximum(0, T - 600)
+    (incident,) = incidents_of(losses)
+    assert (incident.kind, incident.severity) == ("loss_divergence", Severity.CRITICAL)
+    assert 590 < incident.first_step <= incident.detected_step < 660
+
+
+def test_steady_rise_from_flat_is_a_divergence() -> None:
+    losses = 2.0 + 0.3 * np.maximum(0, T - 400) + 0.5 * np.random.default_rng(2).standard_normal(N)
+    assert "loss_divergence" in _kinds(incidents_of(losses))
+
+
+def test_swings_at_one_frequency_are_an_oscillation() -> None:
+    losses = LEARNING + 0.08 * np.random.default_rng(4).standard_normal(N) + 0.4 * (T > 600) * (-1.0) ** T
+    assert "loss_oscillation" in _kinds(incidents_of(losses))
+
+
+def test_run_that_never_learns_is_a_plateau_once_and_only_worth_knowing() -> None:
+    (incident,) = incidents_of(2.3 + 0.05 * np.random.default_rng(5).standard_normal(N))
+    assert (incident.kind, incident.severity) == ("loss_plateau", Severity.INFO)
+
+
+def test_learning_rate_jump_is_named_with_its_rates_within_two_steps() -> None:
+    losses = LEARNING + 0.08 * np.random.default_rng(6).standard_normal(N)
+    losses[801:] += 6.0
+    lr = np.where(T >= 800, 1.0, 1e-3)
+    (incident,) = incidents_of(losses, lr=lr)
+    assert (incident.kind, incident.first_step, incident.detected_step) == ("lr_jump", 800, 801)
+    assert incident.evidence["lr_ratio"] == pytest.approx(1000)
+    assert incident.evidence["lr_before"] == pytest.approx(1e-3)
+
+
+def test_learning_rate_jump_that_the_run_bears_is_silent() -> None:
+    losses = LEARNING + 0.08 * np.random.default_rng(7).standard_normal(N)
+    assert incidents_of(losses, lr=np.where(T >= 800, 4e-3, 1e-3)) == ()
+
+
+def test_jump_that_turns_everything_nonfinite_is_still_one_incident_named_by_its_cause() -> None:
+    losses = LEARNING + 0.08 * np.random.default_rng(8).standard_normal(N)
+    losses[801:] = np.nan
+    norms = np.where(T > 800, np.nan, 1.0)
+    (incident,) = incidents_of(losses, lr=np.where(T >= 800, 1.0, 1e-3), grad_norm=norms)
+    assert (incident.kind, incident.severity) == ("lr_jump", Severity.CRITICAL)
+    assert {"nan_loss", "nonfinite_gradient"} <= set(incident.symptoms)
+
+
+def test_lone_nonfinite_gradient_is_worth_knowing_and_persistence_makes_it_critical() -> None:
+    losses = LEARNING + 0.08 * np.random.default_rng(9).standard_normal(N)
+    lone = incidents_of(losses, grad_norm=np.where(T == 500, np.inf, 1.0))
+    three = incidents_of(losses, grad_norm=np.where((T >= 500) & (T < 503), np.inf, 1.0))
+    assert [(i.kind, i.severity) for i in lone] == [("nonfinite_gradient", Severity.INFO)]
+    assert [(i.kind, i.severity) for i in three] == [("nonfinite_gradient", Severity.CRITICAL)]
+
+
+def test_explosion_is_judged_against_the_runs_own_norms() -> None:
+    rng = np.random.default_rng(10)
+    losses, norms = LEARNING + 0.08 * rng.standard_normal(N), 65536.0 * np.exp(0.3 * rng.standard_normal(N))
+    assert incidents_of(losses, grad_norm=norms) == ()
+    norms[900:905] *= 1e3
+    (incident,) = incidents_of(losses, grad_norm=norms)
+    assert (incident.kind, incident.first_step) == ("exploding_gradient", 900)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        ("oom", "torch.OutOfMemoryError", "tried to allocate"),
+        ("oom", "RuntimeError", "CUDA error: out of memory"),
+        ("exception", "ValueError", "no"),
+    ],
+)
+def test_uncaught_error_names_its_rank_and_host(kind: str, error: str, message: str) -> None:
+    engine = Engine("run")
+    report = ExceptionReport(
+        header=header(1, 2), type=error, message=message, stack=("a.py:1 f",), step=7, phase=Phase.FORWARD
+    )
+    feed(engine, [hello(0, 2), hello(1, 2), report])
+    (incident,) = engine.view().incidents
+    assert (incident.kind, incident.ranks, incident.hosts) == (kind, (1,), ("host-1",))
+    assert incident.evidence["phase"] == "forward"
+
+
+def test_missing_column_makes_a_detector_blind_and_not_healthy() -> None:
+    engine = Engine("run")
+    feed(engine, [hello(), frame(LEARNING[:100])])
+    states = dict(engine.view().detectors)
+    assert states["vanishing_gradient"] == "blind"
+    assert states["loss_spike"] == "watching"
+    assert set(states) == {detector.kind for detector in ALL}
+
+
+def test_detectors_warm_at_the_start_and_say_when_they_fire() -> None:
+    engine = Engine("run")
+    feed(engine, [hello(), frame(LEARNING[:5])])
+    assert dict(engine.view().detectors)["loss_spike"] == "warming"
+    engine.handle(frame([np.nan], first_step=5), NOW)
+    assert dict(engine.view().detectors)["nan_loss"] == "firing"

@@ -1,0 +1,295 @@
+"""The closed loop as one pure function: faults in, repairs and verdicts out."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sosa_stream.decide.commands import FINAL_STATES, CommandRecord, CommandState, Verdict
+from sosa_stream.detect.incidents import Incident, IncidentState
+from sosa_stream.effects import Approve, CommandChanged, Event, IncidentChanged, Notice, Publish, Timer, Withdraw
+from sosa_stream.engine import LOST_AFTER_SECONDS, Engine
+from sosa_stream.protocol.codec import encode
+from sosa_stream.protocol.messages import Ack, AckState, Command, MetricFrame
+from sosa_stream.protocol.recording import Recorder
+from sosa_stream.replay import replay_recording
+from sosa_stream.testing import AUTO_POLICY, NOW, SimulatedJob, Simulation, bye, feed, frame, header, hello
+
+SEEDS = range(8)
+
+
+def _jump(step: int) -> float:
+    return 1000.0 if step >= 300 else 1.0
+
+
+def _drift(step: int, multiplier: float) -> float:
+    return 3.0 if step >= 300 else 0.0
+
+
+def _what(incident: Incident) -> tuple[str, str, str]:
+    return incident.kind, str(incident.severity), str(incident.state)
+
+
+def _how(record: CommandRecord) -> tuple[list[str], str, str]:
+    return [action.action for action in record.actions], str(record.state), str(record.verdict)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_persisting_jump_of_the_learning_rate_is_found_repaired_and_verified(seed: int) -> None:
+    sim = SimulatedJob(seed=seed, lr_factor=_jump).run()
+    assert [_what(incident) for incident in sim.incidents] == [("lr_jump", "critical", "resolved")]
+    assert [_how(record) for record in sim.commands] == [(["scale_lr", "rollback"], "verified", "helped")]
+    (incident,), (command,) = sim.incidents, sim.published
+    assert (incident.first_step, incident.detected_step) == (300, 301)
+    assert command.actions[0].params["factor"] == pytest.approx(1e-3, rel=0.05)
+    assert command.actions[1].params["before_step"] == 300
+    assert incident.fixes[0]["verdict"] == "helped"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_one_nan_on_one_rank_is_one_incident_that_names_it_and_the_guards_skip_is_verified(seed: int) -> None:
+    sim = SimulatedJob(seed=seed, nan_at={200: 1}).run()
+    (incident,) = sim.incidents
+    assert _what(incident) == ("nan_loss", "warning", "resolved")
+    assert (incident.ranks, incident.hosts, incident.first_step) == ((1,), ("host-1",), 200)
+    (record,) = sim.commands
+    assert (record.origin, _how(record)) == ("guard", (["skip_step"], "verified", "helped"))
+    assert sim.published == []
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_nan_and_jump_in_one_run_are_two_incidents_and_no_more(seed: int) -> None:
+    sim = SimulatedJob(seed=seed, nan_at={150: 1}, lr_factor=_jump).run()
+    assert [incident.kind for incident in sim.incidents] == ["nan_loss", "lr_jump"]
+    assert {str(incident.state) for incident in sim.incidents} == {"resolved"}
+
+
+def test_useless_fix_is_taken_back_and_the_ladder_climbs() -> None:
+    sim = SimulatedJob(seed=0, num_steps=800, damage=_drift).run()
+    first, revert, second = sim.commands
+    assert _how(first) == (["scale_lr"], "reverted", "no_effect")
+    assert _how(revert) == (["revert"], "verified", "inconclusive")
+    assert revert.actions[0].params == {"command": first.id}
+    assert _how(second)[0] == ["scale_lr", "rollback"]
+    assert [fix["state"] for fix in sim.incidents[0].fixes][:2] == ["reverted", "verified"]
+
+
+def test_fix_that_heals_is_kept() -> None:
+    sim = SimulatedJob(seed=1, damage=lambda step, lr: 3.0 if step >= 300 and lr > 0.6 else 0.0).run()
+    assert [_how(record) for record in sim.commands] == [(["scale_lr"], "verified", "helped")]
+    assert sim.incidents[0].state is IncidentState.RESOLVED
+
+
+def test_spike_that_heals_by_itself_gets_no_fix() -> None:
+    sim = SimulatedJob(seed=2, damage=lambda step, lr: 4 * np.exp(-(step - 300) / 3) if step >= 300 else 0.0).run()
+    assert [_what(incident) for incident in sim.incidents] == [("loss_spike", "warning", "resolved")]
+    assert sim.commands == ()
+
+
+@pytest.mark.parametrize("limit", ["max_fixes_per_error", "max_fixes_per_run"])
+def test_limits_hold_and_are_told_once(limit: str) -> None:
+    sim = SimulatedJob(seed=3, num_steps=900, damage=_drift, policy={**AUTO_POLICY, limit: 1}).run()
+    fixes = [record for record in sim.commands if record.actions[0].action != "revert"]
+    assert len(fixes) == 1
+    assert len([effect for effect in sim.effects if isinstance(effect, Notice) and "limit" in effect.text]) == 1
+
+
+def test_one_fix_is_under_way_at_a_time() -> None:
+    sim = SimulatedJob(seed=4, num_steps=800, damage=_drift, nan_at={330: 0}).run()
+    under_way: set[str] = set()
+    for effect in sim.effects:
+        if isinstance(effect, CommandChanged) and effect.record.origin == "policy":
+            record = effect.record
+            if record.state in FINAL_STATES or record.verdict is not None:
+                under_way.discard(record.id)
+            elif record.state is not CommandState.PROPOSED:
+                under_way.add(record.id)
+            assert len(under_way) <= 1
+
+
+def test_observed_run_gets_incidents_and_no_commands() -> None:
+    sim = SimulatedJob(seed=0, lr_factor=_jump, policy={"mode": "observe"}).run()
+    assert [_what(incident) for incident in sim.incidents] == [("lr_jump", "critical", "open")]
+    assert sim.commands == ()
+
+
+def _suggested() -> tuple[Engine, CommandRecord]:
+    engine = Engine("run")
+    losses = np.full(80, 2.0) + 0.05 * np.sin(np.arange(80))
+    losses[61:] = 9.0
+    lr = np.where(np.arange(80) >= 60, 1.0, 1e-3)
+    feed(engine, [hello(policy={"mode": "suggest"}), frame(losses, lr=lr)])
+    (record,) = engine.view().commands
+    return engine, record
+
+
+def test_suggested_fix_waits_for_a_person_and_then_says_that_one_approved() -> None:
+    engine, record = _suggested()
+    assert record.state is CommandState.PROPOSED
+    assert not engine.has_commands_in_flight
+    effects = engine.handle(Approve(command=record.id, who="ann"), NOW + 10)
+    (publish,) = [effect for effect in effects if isinstance(effect, Publish)]
+    states = [effect.record.state for effect in effects if isinstance(effect, CommandChanged)]
+    assert publish.command.approved
+    assert states == [CommandState.APPROVED, CommandState.PUBLISHED]
+    assert engine.has_commands_in_flight
+
+
+def test_approving_what_is_unknown_or_past_is_only_a_notice() -> None:
+    engine, record = _suggested()
+    engine.handle(Approve(command=record.id, who="ann"), NOW + 10)
+    for command in ("c00000000", record.id):
+        (effect,) = engine.handle(Approve(command=command, who="ann"), NOW + 11)
+        assert isinstance(effect, Notice)
+        assert command in effect.text
+
+
+def test_proposal_expires_with_its_incident() -> None:
+    engine, _ = _suggested()
+    feed(engine, [frame(np.full(60, 2.0), first_step=80)], NOW + 10)
+    assert engine.view().incidents[0].state is IncidentState.RESOLVED
+    assert engine.view().commands[0].state is CommandState.EXPIRED
+
+
+def test_command_that_no_fence_agrees_on_expires_and_is_withdrawn() -> None:
+    engine, record = _suggested()
+    engine.handle(Approve(command=record.id, who="ann"), NOW + 10)
+    effects = feed(engine, [frame(np.full(700, 9.0), first_step=80)], NOW + 11)
+    assert engine.view().commands[0].state is CommandState.EXPIRED
+    assert [effect.command for effect in effects if isinstance(effect, Withdraw)] == [record.id]
+
+
+def test_refused_fix_is_not_applied_and_the_next_rung_is_tried() -> None:
+    def no_snapshot(command: Command) -> AckState | None:
+        return AckState.REJECTED if any(action.action == "rollback" for action in command.actions) else None
+
+    sim = SimulatedJob(seed=0, lr_factor=_jump, answers=no_snapshot).run()
+    assert _how(sim.commands[0]) == (["scale_lr", "rollback"], "rejected", "not_applied")
+    assert _how(sim.commands[1])[0] == ["scale_lr"]
+
+
+def test_new_generation_ends_commands_in_flight_and_old_words_are_not_heard() -> None:
+    engine, record = _suggested()
+    engine.handle(Approve(command=record.id, who="ann"), NOW + 10)
+    effects = engine.handle(hello(generation="g2"), NOW + 11)
+    assert engine.view().commands[0].state is CommandState.ABORTED
+    assert Withdraw(command=record.id) in effects
+    engine.handle(frame([5.0], first_step=900), NOW + 12)
+    assert (engine.view().generation, engine.view().step) == ("g2", -1)
+
+
+@pytest.mark.parametrize("last_step", [301, 303, 306, 316, 330])
+def test_every_command_ends_in_a_final_state_whenever_the_run_ends(last_step: int) -> None:
+    sim = SimulatedJob(seed=5, stop_at=last_step, lr_factor=_jump).run()
+    assert bool(sim.commands) is (last_step > 301)
+    assert all(record.state in FINAL_STATES and record.verdict is not None for record in sim.commands)
+    assert not sim.engine.has_commands_in_flight
+
+
+def test_ranks_that_differ_after_a_fix_are_an_incident_that_names_the_odd_one() -> None:
+    engine = Engine("run")
+    losses = np.full(80, 2.0) + 0.05 * np.sin(np.arange(80))
+    losses[61:] = 9.0
+    lr = np.where(np.arange(80) >= 60, 1.0, 1e-3)
+    hellos: list[Event] = [hello(rank, 3, policy=AUTO_POLICY) for rank in range(3)]
+    effects = feed(engine, hellos + [frame(losses, rank=rank, world_size=3, lr=lr) for rank in range(3)])
+    (publish,) = [effect for effect in effects if isinstance(effect, Publish)]
+    for rank, digest in enumerate("aba"):
+        ack = Ack(
+            header=header(rank, 3), command=publish.command.id, state=AckState.APPLIED, tick=80, step=80, digest=digest
+        )
+        engine.handle(ack, NOW + 20)
+    desync = engine.view().incidents[-1]
+    assert (desync.kind, desync.ranks, str(desync.severity), str(desync.group)) == (
+        "rank_desync",
+        (1,),
+        "critical",
+        "rank",
+    )
+
+
+def test_silent_rank_is_lost_and_no_longer_waited_for() -> None:
+    engine = Engine("run")
+    feed(engine, [hello(0, 2), hello(1, 2), frame([2.0, 2.0], rank=0, world_size=2)])
+    assert engine.view().step == -1
+    for second in range(1, int(LOST_AFTER_SECONDS) + 3):
+        engine.handle(frame([2.0], rank=0, world_size=2, first_step=1 + second), NOW + second)
+    assert [rank.state for rank in engine.view().ranks] == ["live", "lost"]
+    assert engine.view().step > 10
+
+
+def test_gap_in_which_nobody_listened_loses_no_rank() -> None:
+    engine = Engine("run")
+    feed(engine, [hello(0, 2), hello(1, 2)])
+    engine.handle(Timer(), NOW + 3600)
+    assert [rank.state for rank in engine.view().ranks] == ["live", "live"]
+
+
+def _incidents(events: list[Event]) -> tuple[Incident, ...]:
+    engine = Engine("run")
+    feed(engine, events)
+    return engine.view().incidents
+
+
+def test_every_prefix_of_a_run_gives_exactly_the_incidents_detected_within_it() -> None:
+    sim = SimulatedJob(seed=6, nan_at={150: 1}, lr_factor=_jump).run()
+    whole = sim.incidents
+    for length in range(0, len(sim.events), 37):
+        last = max(
+            (int(e.steps[-1]) for e in sim.events[:length] if isinstance(e, MetricFrame) and e.header.rank == 1),
+            default=-1,
+        )
+        found = {incident.id for incident in _incidents(sim.events[:length])}
+        assert found == {incident.id for incident in whole if incident.detected_step <= last}
+
+
+def _events(sim: Simulation) -> list[Event]:
+    return [event for event in sim.events if not isinstance(event, Ack)]
+
+
+@pytest.mark.parametrize("batch", [1, 7, 50])
+def test_batching_and_interleaving_change_no_incident(batch: int) -> None:
+    policy = {"mode": "observe"}
+    one = SimulatedJob(seed=7, nan_at={150: 1}, lr_factor=_jump, policy=policy).run()
+    other = SimulatedJob(seed=7, nan_at={150: 1}, lr_factor=_jump, policy=policy, batch=batch).run()
+    assert other.incidents == one.incidents
+    rank_by_rank: list[Event] = [hello(rank, 2, policy=policy) for rank in range(2)]
+    for rank in (1, 0):
+        rank_by_rank += [e for e in _events(other) if isinstance(e, MetricFrame) and e.header.rank == rank]
+    assert _incidents([*rank_by_rank, bye(0, 2), bye(1, 2)]) == one.incidents
+
+
+def test_incident_is_shown_only_when_a_person_would_see_a_difference() -> None:
+    sim = SimulatedJob(seed=0, lr_factor=_jump).run()
+    shown = [effect.incident for effect in sim.effects if isinstance(effect, IncidentChanged)]
+    assert all(one != other for one, other in pairwise(shown))
+    assert len(shown) < 12
+
+
+def test_policy_that_makes_no_sense_leaves_the_run_observed_and_says_so() -> None:
+    engine = Engine("run")
+    (notice,) = engine.handle(hello(policy={"mode": "auto", "allow": ["format_disk"]}), NOW)
+    assert isinstance(notice, Notice)
+    assert "only observed" in notice.text
+
+
+def test_run_that_ended_says_so_of_every_rank() -> None:
+    engine = Engine("run")
+    feed(engine, [hello(0, 2), hello(1, 2), bye(0, 2), bye(1, 2)])
+    assert [rank.state for rank in engine.view().ranks] == ["ended", "ended"]
+
+
+def test_replaying_a_recording_gives_the_same_incidents_and_commands(tmp_path: Path) -> None:
+    sim = SimulatedJob(seed=0, nan_at={150: 1}, lr_factor=_jump).run()
+    recorder = Recorder(tmp_path / "run.sosa")
+    for i, event in enumerate(sim.events):
+        recorder.append(NOW + 0.01 * i, encode(event))  # type: ignore[arg-type]
+    recorder.close()
+    replay = replay_recording(tmp_path / "run.sosa")
+    assert replay.run == "run"
+    assert replay.incidents == sim.incidents
+    assert replay.commands == sim.commands
+    assert replay.commands[-1].verdict is Verdict.HELPED

@@ -1,0 +1,146 @@
+"""One fault, one incident: joining, naming, escalating, closing."""
+
+from __future__ import annotations
+
+from sosa_stream.config import DetectSettings
+from sosa_stream.detect.incidents import Finding, Incident, IncidentState, Severity
+from sosa_stream.detect.tracker import HEALTHY_STEPS, Tracker, make_id
+from sosa_stream.detect.windows import RunWindows
+
+HOSTS = {0: "a", 1: "b"}
+
+
+def _finding(
+    kind: str,
+    step: int,
+    *,
+    first: int | None = None,
+    severity: Severity = Severity.WARNING,
+    ranks: tuple[int, ...] = (),
+) -> Finding:
+    return Finding(
+        kind=kind,
+        severity=severity,
+        step=step,
+        first_step=step if first is None else first,
+        ranks=ranks,
+        message=f"{kind} at {step}",
+        evidence={"step": step},
+    )
+
+
+def _track(*steps: list[Finding], kept_open: frozenset[str] = frozenset(), extra: int = 0) -> Tracker:
+    tracker, windows = Tracker("run"), RunWindows(DetectSettings())
+    for step, findings in enumerate([*steps, *([[]] * extra)]):
+        windows.step = step
+        tracker.take(findings, windows, HOSTS)
+        tracker.pass_step(windows, kept_open)
+    return tracker
+
+
+def _only(tracker: Tracker) -> Incident:
+    (incident,) = tracker.incidents
+    return incident
+
+
+def test_findings_of_one_step_are_one_incident_named_by_precedence() -> None:
+    incident = _only(_track([_finding("nonfinite_gradient", 0, ranks=(0, 1)), _finding("nan_loss", 0, ranks=(1,))]))
+    assert (incident.kind, incident.ranks, incident.hosts) == ("nan_loss", (1,), ("b",))
+    assert incident.symptoms == ("nonfinite_gradient",)
+
+
+def test_a_jump_found_after_its_effects_renames_them_and_keeps_the_id() -> None:
+    early = _track([], [_finding("loss_spike", 1), _finding("exploding_gradient", 1)])
+    late = _track([], [_finding("loss_spike", 1), _finding("exploding_gradient", 1)], [_finding("lr_jump", 2, first=0)])
+    assert _only(late).id == _only(early).id
+    assert (_only(late).kind, _only(late).first_step, _only(late).detected_step) == ("lr_jump", 0, 1)
+    assert set(_only(late).symptoms) == {"loss_spike", "exploding_gradient"}
+
+
+def test_an_open_jump_takes_in_everything_it_brings_about() -> None:
+    kinds = ["loss_spike", "exploding_gradient", "loss_divergence", "nan_loss", "nonfinite_gradient"]
+    tracker = _track(
+        [_finding("lr_jump", 0)], *[[_finding(kind, i, severity=Severity.CRITICAL)] for i, kind in enumerate(kinds, 1)]
+    )
+    assert (_only(tracker).kind, _only(tracker).severity) == ("lr_jump", Severity.CRITICAL)
+    assert set(_only(tracker).symptoms) == set(kinds)
+
+
+def test_what_follows_a_nan_joins_it_but_a_later_jump_is_a_fault_of_its_own() -> None:
+    tracker = _track([_finding("nan_loss", 0)], [_finding("loss_spike", 1)], [], [], [_finding("lr_jump", 4)])
+    assert [(i.kind, i.symptoms) for i in tracker.incidents] == [("nan_loss", ("loss_spike",)), ("lr_jump", ())]
+
+
+def test_a_spike_that_does_not_come_back_becomes_a_divergence_under_the_same_id() -> None:
+    tracker = _track([_finding("loss_spike", 0)], [_finding("loss_divergence", 1, first=0, severity=Severity.CRITICAL)])
+    assert (_only(tracker).kind, _only(tracker).symptoms) == ("loss_divergence", ("loss_spike",))
+    assert _only(tracker).id == make_id("i", "run", 1)
+
+
+def test_severity_rises_and_never_falls() -> None:
+    tracker = _track(
+        [_finding("nan_loss", 0, severity=Severity.WARNING)],
+        [_finding("nan_loss", 1, severity=Severity.CRITICAL)],
+        [_finding("nan_loss", 2, severity=Severity.WARNING)],
+    )
+    assert _only(tracker).severity is Severity.CRITICAL
+
+
+def test_unrelated_groups_stay_apart() -> None:
+    tracker = _track([_finding("loss_spike", 0), _finding("oom", 0, ranks=(1,))])
+    assert sorted(incident.kind for incident in tracker.incidents) == ["loss_spike", "oom"]
+
+
+def test_an_incident_closes_after_enough_healthy_steps_and_not_before() -> None:
+    assert _only(_track([_finding("nan_loss", 0)], extra=HEALTHY_STEPS - 1)).state is IncidentState.OPEN
+    closed = _only(_track([_finding("nan_loss", 0)], extra=HEALTHY_STEPS))
+    assert (closed.state, closed.resolved_step) == (IncidentState.RESOLVED, HEALTHY_STEPS)
+
+
+def test_each_new_finding_starts_the_count_of_healthy_steps_again() -> None:
+    gap: list[list[Finding]] = [[]] * (HEALTHY_STEPS - 2)
+    tracker = _track(
+        [_finding("nan_loss", 0)], *gap, [_finding("nan_loss", HEALTHY_STEPS - 1)], extra=HEALTHY_STEPS - 1
+    )
+    assert _only(tracker).state is IncidentState.OPEN
+
+
+def test_an_incident_with_a_fix_on_probation_stays_open() -> None:
+    kept = frozenset({make_id("i", "run", 1)})
+    assert _only(_track([_finding("nan_loss", 0)], extra=50, kept_open=kept)).state is IncidentState.OPEN
+
+
+def test_the_same_fault_after_closing_is_a_new_incident() -> None:
+    tracker = _track([_finding("nan_loss", 0)], *([[]] * 30), [_finding("nan_loss", 31)])
+    assert [incident.state for incident in tracker.incidents] == [IncidentState.RESOLVED, IncidentState.OPEN]
+
+
+def test_at_the_end_of_the_run_only_what_has_recovered_resolves() -> None:
+    well, ill = _track([_finding("nan_loss", 0)], extra=5), _track([_finding("nan_loss", 0)])
+    well.finish(5)
+    ill.finish(0)
+    assert (_only(well).state, _only(ill).state) == (IncidentState.RESOLVED, IncidentState.OPEN)
+
+
+def test_an_incident_is_shown_when_it_looks_different_and_not_otherwise() -> None:
+    tracker, windows = Tracker("run"), RunWindows(DetectSettings())
+    shown = []
+    for step in range(30):
+        windows.step = step
+        tracker.take([_finding("nan_loss", step)] if step < 5 else [], windows, HOSTS)
+        tracker.pass_step(windows, frozenset())
+        shown += [(step, str(incident.state)) for incident in tracker.changed()]
+    assert shown == [(0, "open"), (24, "resolved")]
+
+
+def test_ids_are_the_same_in_every_process() -> None:
+    assert make_id("i", "run", 1) == "icfafeaf2"
+    assert make_id("c", "run", 1) != "c" + make_id("i", "run", 1)[1:]
+
+
+def test_public_keys_of_an_incident_are_frozen() -> None:
+    incident = _only(_track([_finding("nan_loss", 0, ranks=(1,))]))
+    assert list(incident.as_dict()) == [
+        *("schema_version", "id", "run", "kind", "group", "severity", "state", "first_step", "detected_step"),
+        *("resolved_step", "ranks", "hosts", "evidence", "symptoms", "message", "causes", "fixes"),
+    ]

@@ -1,0 +1,68 @@
+"""What must be pure is pure, by its imports and by its calls; and what watches knows nothing of what breaks."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import sosa_stream
+
+ROOT = Path(sosa_stream.__file__).parent
+PURE = sorted([*ROOT.glob("detect/*.py"), *ROOT.glob("decide/*.py"), ROOT / "engine.py", ROOT / "effects.py"])
+ALLOWED_MODULES = {
+    *("__future__", "collections", "dataclasses", "enum", "functools", "hashlib", "itertools", "math", "typing"),
+    "numpy",
+    *("sosa_stream.config", "sosa_stream.decide", "sosa_stream.detect", "sosa_stream.effects", "sosa_stream.errors"),
+    *("sosa_stream.protocol.actions", "sosa_stream.protocol.messages"),
+}
+FORBIDDEN_NAMES = {"open", "print", "input", "exec", "eval", "compile", "__import__", "globals", "breakpoint"}
+FORBIDDEN_ATTRIBUTES = {
+    *("now", "today", "utcnow", "time", "monotonic", "perf_counter", "random", "environ", "getenv", "urandom"),
+    *("read_text", "write_text", "read_bytes", "write_bytes", "fromfile", "tofile", "load", "save", "memmap", "uuid4"),
+}
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.module or ""
+
+
+def _allowed(module: str) -> bool:
+    return any(module == allowed or module.startswith(allowed + ".") for allowed in ALLOWED_MODULES)
+
+
+@pytest.mark.parametrize("path", PURE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_pure_module_imports_no_clock_file_socket_or_framework(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert [module for module in _imports(tree) if not _allowed(module)] == []
+
+
+@pytest.mark.parametrize("path", PURE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_pure_module_names_nothing_impure(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert names & FORBIDDEN_NAMES == set()
+    assert attributes & FORBIDDEN_ATTRIBUTES == set()
+
+
+def test_watching_code_never_imports_the_fault_injectors() -> None:
+    paths = [*PURE, *ROOT.glob("daemon/**/*.py"), *ROOT.glob("replay/**/*.py")]
+    guilty = [
+        str(path.relative_to(ROOT))
+        for path in paths
+        if any(module.startswith("sosa_stream.faults") for module in _imports(ast.parse(path.read_text())))
+    ]
+    assert guilty == []
+
+
+def test_the_check_itself_sees_an_impure_module() -> None:
+    tree = ast.parse("import time\nfrom os import path\ntime.time()\n")
+    assert [module for module in _imports(tree) if not _allowed(module)] == ["time", "os"]
