@@ -1,0 +1,81 @@
+"""``sosa daemon``: the detector daemon in the foreground."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sosa_stream.cli.settings import add_home, settings_of
+from sosa_stream.errors import UsageError
+
+if TYPE_CHECKING:
+    from sosa_stream.daemon.service import Ready
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "daemon",
+        help="take in metrics, detect, decide, serve /metrics",
+        description="The detector daemon, in the foreground. SIGTERM and SIGINT end it cleanly.",
+    )
+    add_home(parser)
+    parser.add_argument("--bind", metavar="ADDRESS", help="where agents connect, tcp://host:port (commands: port + 1)")
+    parser.add_argument("--http", metavar="HOST:PORT", help="where /metrics, /healthz and /readyz are served")
+    parser.add_argument("--keys", metavar="DIR", help="folder made by `sosa keys new`")
+    parser.add_argument("--insecure", action="store_true", default=None, help="allow a network address without keys")
+    parser.add_argument("--embedded", action="store_true", help="end, after draining, when stdin ends; ignore SIGINT")
+    parser.add_argument("--ready-fd", type=int, metavar="N", help="write one JSON line to this descriptor when bound")
+    parser.set_defaults(act=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    # Here, so that `sosa incidents` and `sosa --help` need not load what only the daemon uses.
+    import asyncio
+
+    from sosa_stream.daemon.logs import configure_logging
+    from sosa_stream.daemon.service import Daemon
+    from sosa_stream.engine import Engine
+    from sosa_stream.protocol.channels import check_bind
+    from sosa_stream.protocol.keys import load_daemon_keys
+
+    settings = settings_of(
+        arguments,
+        daemon__bind=arguments.bind,
+        daemon__http=arguments.http,
+        daemon__keys=arguments.keys,
+        daemon__insecure=arguments.insecure,
+    )
+    keys = load_daemon_keys(Path(settings.daemon.keys)) if settings.daemon.keys else None
+    check_bind(settings.daemon.bind, keys, settings.daemon.insecure)
+    if arguments.ready_fd is not None:
+        _check_writable(arguments.ready_fd)
+    configure_logging()
+
+    def announce(ready: Ready) -> None:
+        if arguments.ready_fd is not None:
+            with os.fdopen(arguments.ready_fd, "w", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(ready)) + "\n")
+
+    async def serve() -> None:
+        await Daemon(
+            settings,
+            engine_factory=lambda name: Engine(name, settings.detect),
+            keys=keys,
+            on_ready=announce,
+            parent=sys.stdin.fileno() if arguments.embedded else None,
+        ).serve()
+
+    asyncio.run(serve())
+    return 0
+
+
+def _check_writable(fd: int) -> None:
+    try:
+        os.write(fd, b"")
+    except OSError as error:
+        raise UsageError(f"--ready-fd {fd} is no descriptor to write to: {error.strerror}") from None

@@ -1,0 +1,257 @@
+"""One run in the daemon: its recording, its sequence numbers, its engine, and the commands that it keeps publishing."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from sosa_stream.daemon.ingest import Intake, Ledger
+from sosa_stream.daemon.schema import APPROVED, RECORDING_NAME, STORE_NAME
+from sosa_stream.daemon.store import Changes, RunRow
+from sosa_stream.decide.commands import CommandState
+from sosa_stream.effects import (
+    Approve,
+    CommandChanged,
+    Effect,
+    Event,
+    IncidentChanged,
+    Notice,
+    Publish,
+    Timer,
+    Withdraw,
+)
+from sosa_stream.engine import RunView
+from sosa_stream.errors import ProtocolError
+from sosa_stream.protocol.codec import Reject
+from sosa_stream.protocol.messages import AgentMessage, Command
+from sosa_stream.protocol.recording import Recorder, decode_record, encode_shell_record, read_recording
+
+log = logging.getLogger(__name__)
+
+TOO_MANY = "too_many"
+UNRECORDABLE = "unrecordable"
+
+HEARD_SECONDS = 60.0
+"""Sources that were silent for longer are no longer told what was received."""
+MAX_SOURCES = 65536
+"""Processes that one run may have had, over all its generations."""
+
+
+class EngineLike(Protocol):
+    """What the daemon needs of an engine."""
+
+    def handle(self, event: Event, now: float) -> list[Effect]: ...
+    @property
+    def has_commands_in_flight(self) -> bool: ...
+    def view(self) -> RunView: ...
+
+
+EngineFactory = Callable[[str], EngineLike]
+
+
+def recording_path(home: Path, run: str) -> Path:
+    """Where a run is recorded.
+
+    Raises:
+        ProtocolError: the run's name cannot be that of a folder in ``home``.
+    """
+    if not run or run.startswith((".", STORE_NAME)) or any(sign in run for sign in "/\\:\0") or not run.isprintable():
+        raise ProtocolError(Reject.BAD_FIELD, f"run {run!r} cannot be the name of a folder")
+    return home / run / RECORDING_NAME
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSnapshot:
+    """A run as the exporter shows it. Immutable; the counts are of this and earlier daemons on the same recording.
+
+    Attributes:
+        incidents: number of incidents by the kind and severity with which they opened.
+        commands: number of commands that came to a state, by state and verdict (`none` before there is one).
+    """
+
+    view: RunView
+    num_received: int
+    num_duplicates: int
+    num_lost: int
+    num_engine_errors: int
+    incidents: Mapping[tuple[str, str], int]
+    commands: Mapping[tuple[str, str], int]
+
+
+class Run:
+    """One run. What changes it goes through `offer` or `tell`, then `commit`: recorded first, then acted upon.
+
+    Opening it replays what is recorded already; `changes` and `in_flight` are then as they were.
+
+    Attributes:
+        in_flight: commands to be published again and again, by id.
+        changes: rows that the store does not have yet; whoever writes them takes them out.
+
+    Raises:
+        UsageError: the recording cannot be written to, or is none.
+    """
+
+    def __init__(self, name: str, recording: Path, engine: EngineLike) -> None:
+        self.name = name
+        self.in_flight: dict[str, Command] = {}
+        self.changes = Changes()
+        self._engine = engine
+        self._ledger = Ledger()
+        self._pending: list[tuple[float, Event]] = []
+        self._now = 0.0
+        self._num_engine_errors = 0
+        self._opened: dict[str, tuple[str, str]] = {}
+        self._reached: set[tuple[str, str, str]] = set()
+        self._touched: set[str] = set()
+        self._snapshot: RunSnapshot | None = None
+        recording.parent.mkdir(parents=True, exist_ok=True)
+        self._recorder = Recorder(recording)
+        try:
+            self._replay(recording)
+        except BaseException:
+            self._recorder.close()
+            raise
+
+    def _replay(self, recording: Path) -> None:
+        num_records = 0
+        for received_at, payload in read_recording(recording):
+            try:
+                event = decode_record(payload)
+            except ProtocolError as error:
+                # Not fatal: a recording of a newer version, or a damaged one, still serves for the rest.
+                log.warning("run %s: a record was left out: %s", self.name, error)
+                continue
+            num_records += 1
+            self._now = received_at
+            if not isinstance(event, Approve | Timer):
+                self._ledger.take(event, received_at)
+            for effect in self._handle(event, received_at):
+                self._perform(effect)
+        if num_records:
+            log.info("run %s: resumed from %d records, %d commands open", self.name, num_records, len(self.in_flight))
+
+    def offer(self, message: AgentMessage, data: bytes, now: float) -> Intake:
+        """Take an agent's message, which is ``data`` on the wire, into the batch if it is new.
+
+        Raises:
+            ProtocolError: the run has too many sources.
+        """
+        source = message.header.source
+        if len(self._ledger) >= MAX_SOURCES and source not in self._ledger:
+            raise ProtocolError(TOO_MANY, f"run {self.name} has {MAX_SOURCES} sources already")
+        self._touched.add(source)
+        self._snapshot = None
+        intake = self._ledger.take(message, self._clock(now))
+        if intake is Intake.ACCEPT:
+            self._recorder.append(self._now, data)
+            self._pending.append((self._now, message))
+        return intake
+
+    def tell(self, event: Approve | Timer, now: float) -> None:
+        """Take what did not come from an agent into the batch."""
+        self._recorder.append(self._clock(now), encode_shell_record(event))
+        self._pending.append((self._now, event))
+
+    def _clock(self, now: float) -> float:
+        # The engine wants time that does not go back; the host's clock may be set.
+        self._now = max(self._now, now)
+        return self._now
+
+    def commit(self) -> list[Command]:
+        """Write the batch to the recording, then hand it to the engine. Returns the commands to publish at once.
+
+        Raises:
+            SosaError: the recording cannot be written; nothing of the batch has been acted upon.
+        """
+        self._recorder.flush()
+        pending, self._pending = self._pending, []
+        effects = [effect for now, event in pending for effect in self._handle(event, now)]
+        for effect in effects:
+            self._perform(effect)
+            if isinstance(effect, Notice):
+                log.warning("run %s: %s", self.name, effect.text)
+        if pending:
+            self._snapshot = None
+        return [effect.command for effect in effects if isinstance(effect, Publish)]
+
+    def _handle(self, event: Event, now: float) -> list[Effect]:
+        try:
+            return self._engine.handle(event, now)
+        except Exception:
+            # One run's odd message must not end the daemon of all runs, and would again after each restart.
+            self._num_engine_errors += 1
+            if self._num_engine_errors == 1:
+                log.exception("run %s: the engine failed on a %s; said once", self.name, type(event).__name__)
+            return []
+
+    def _perform(self, effect: Effect) -> None:
+        match effect:
+            case IncidentChanged(incident=incident):
+                self.changes.incidents[incident.id] = incident
+                self._opened.setdefault(incident.id, (incident.kind, str(incident.severity)))
+            case CommandChanged(record=record):
+                self.changes.commands[record.id] = record
+                self._reached.add((record.id, str(record.state), str(record.verdict or "none")))
+            case Publish(command=command):
+                self.in_flight[command.id] = command
+            case Withdraw(command=command_id):
+                self.in_flight.pop(command_id, None)
+            case Notice():
+                pass
+
+    def approve(self, command: str, who: str, now: float) -> str | None:
+        """Let a proposed command go ahead; `commit` afterwards.
+
+        Returns:
+            `APPROVED`, the reason why not, or None: this run has no such command.
+        """
+        record = next((record for record in self._engine.view().commands if record.id == command), None)
+        if record is None:
+            return None
+        if record.state is not CommandState.PROPOSED:
+            return f"command {command} is {record.state}; only a proposed command can be approved"
+        self.tell(Approve(command=command, who=who), now)
+        return APPROVED
+
+    @property
+    def wants_timer(self) -> bool:
+        return self._engine.has_commands_in_flight
+
+    @property
+    def all_ended(self) -> bool:
+        return self._ledger.all_ended
+
+    def touched(self) -> Mapping[str, int]:
+        """The highest recorded number of each source heard of since the last call. After `commit` only."""
+        touched, self._touched = self._touched, set()
+        received = self._ledger.received(heard_since=0.0)
+        return {source: received[source] for source in touched}
+
+    def recently_heard(self, now: float) -> Mapping[str, int]:
+        """The highest recorded number of each source heard of lately. After `commit` only."""
+        return self._ledger.received(heard_since=now - HEARD_SECONDS)
+
+    def snapshot(self) -> RunSnapshot:
+        """The run as it now is; also notes its row for the store. Made anew only if something has come since."""
+        if self._snapshot is None:
+            view = self._engine.view()
+            self.changes.runs[self.name] = RunRow(
+                run=self.name, generation=view.generation, step=view.step, seen_at=self._now
+            )
+            self._snapshot = RunSnapshot(
+                view=view,
+                num_received=self._ledger.num_accepted,
+                num_duplicates=self._ledger.num_duplicates,
+                num_lost=self._ledger.num_lost,
+                num_engine_errors=self._num_engine_errors,
+                incidents=Counter(self._opened.values()),
+                commands=Counter((state, verdict) for _, state, verdict in self._reached),
+            )
+        return self._snapshot
+
+    def close(self) -> None:
+        self._recorder.close()

@@ -1,0 +1,84 @@
+"""What lies in the daemon's home, for its writer and its readers. Standard library only.
+
+<home>/sosa.db            SQLite: runs, incidents, commands, and requests of people
+<home>/<run>/run.sosa     the recording, from which all of the above can be had again
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sosa_stream.errors import UsageError
+
+STORE_NAME = "sosa.db"
+RECORDING_NAME = "run.sosa"
+SCHEMA_VERSION = 1
+BUSY_TIMEOUT_MS = 5000
+
+APPROVED = "approved"
+"""The answer to a request that was carried out; any other answer says why it was not."""
+
+SCHEMA = f"""
+CREATE TABLE IF NOT EXISTS runs (
+    run TEXT PRIMARY KEY, generation TEXT NOT NULL, step INTEGER NOT NULL,
+    first_seen REAL NOT NULL, last_seen REAL NOT NULL
+);
+CREATE TABLE IF NOT EXISTS incidents (
+    id TEXT PRIMARY KEY, run TEXT NOT NULL, state TEXT NOT NULL, changed_at REAL NOT NULL, record TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS commands (
+    id TEXT PRIMARY KEY, run TEXT NOT NULL, state TEXT NOT NULL, changed_at REAL NOT NULL, record TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS requests (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, command TEXT NOT NULL, action TEXT NOT NULL, who TEXT NOT NULL,
+    at REAL NOT NULL, handled_at REAL, answer TEXT
+);
+CREATE INDEX IF NOT EXISTS requests_open ON requests (id) WHERE handled_at IS NULL;
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
+
+
+def open_store(home: Path, *, read_only: bool = True) -> sqlite3.Connection:
+    """A reader's (or a person's) connection to the store.
+
+    Raises:
+        UsageError: no daemon has been at work in ``home``, or one of another version.
+    """
+    path = home / STORE_NAME
+    if not path.is_file():
+        raise UsageError(f"no store at {path}; name the folder that the daemon writes to with --home")
+    mode = "ro" if read_only else "rw"
+    try:
+        connection = sqlite3.connect(
+            f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT_MS / 1000, isolation_level=None
+        )
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+    except sqlite3.Error as error:
+        raise UsageError(f"cannot read {path}: {error}") from None
+    if version != SCHEMA_VERSION:
+        connection.close()
+        raise UsageError(f"{path} has schema version {version}, this program reads version {SCHEMA_VERSION}")
+    return connection
+
+
+def json_line(value: Mapping[str, Any]) -> str:
+    """One line of valid JSON. JSON has no non-finite numbers: they become the strings NaN, Infinity and -Infinity."""
+    return json.dumps(_json_value(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _json_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(item) for item in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    number = float(value)  # a Python float, or a numpy scalar in evidence
+    if math.isfinite(number):
+        return number
+    return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"

@@ -1,0 +1,303 @@
+"""The daemon's asyncio shell: what comes in is recorded, then acted upon, then acknowledged, in this order.
+
+A daemon killed at any point has acknowledged nothing that is not in a recording, and resumes from the recordings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from sosa_stream.config import Settings
+from sosa_stream.daemon.exporter import Snapshot
+from sosa_stream.daemon.http import HttpServer
+from sosa_stream.daemon.run import TOO_MANY, UNRECORDABLE, EngineFactory, Run, recording_path
+from sosa_stream.daemon.store import Changes, Store
+from sosa_stream.effects import Timer
+from sosa_stream.errors import ProtocolError, SosaError, UsageError
+from sosa_stream.protocol.channels import DaemonChannel
+from sosa_stream.protocol.codec import Reject, decode, encode
+from sosa_stream.protocol.keys import DaemonKeys
+from sosa_stream.protocol.messages import AgentMessage, Command, Received
+
+log = logging.getLogger(__name__)
+
+MAX_RUNS = 1024
+MAX_LOGGED_REJECTS = 1024
+DRAIN_POLL_SECONDS = 0.1
+REQUEST_POLL_SECONDS = 0.2
+SNAPSHOT_SECONDS = 0.2
+TIMER_SECONDS = 1.0
+
+# How an embedded daemon ends once its parent is gone.
+QUIET_AFTER_BYE_SECONDS = 0.3
+QUIET_SECONDS = 2.0
+MOST_DRAIN_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """Where a daemon that has bound everything can be found."""
+
+    address: str
+    http: str
+    pid: int
+
+
+class Daemon:
+    """Serves any number of runs until it is told to stop.
+
+    ``parent`` is a file descriptor whose end of file means that the process which started this daemon is gone: it then
+    takes in what is still under way and ends. Such a daemon ignores SIGINT, which is meant for the training.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        engine_factory: EngineFactory,
+        keys: DaemonKeys | None = None,
+        on_ready: Callable[[Ready], None] = lambda ready: None,
+        parent: int | None = None,
+    ) -> None:
+        self._settings = settings
+        self._home = Path(settings.home)
+        self._engine_factory = engine_factory
+        self._keys = keys
+        self._on_ready = on_ready
+        self._parent = parent
+        self._runs: dict[str, Run] = {}
+        self._unwritten = Changes()
+        self._rejected: Counter[str] = Counter()
+        self._logged_rejects: set[tuple[str, str]] = set()
+        self._last_message_at = time.monotonic()
+        self._snapshot = Snapshot()
+        self._stop = asyncio.Event()
+
+    async def serve(self) -> None:
+        """Serve until SIGTERM, SIGINT or the parent's end; returns once everything is recorded and closed.
+
+        Raises:
+            ConfigError: an address or the store cannot be had.
+            SosaError: a recording can no longer be written. Nothing unrecorded was acknowledged.
+        """
+        self._watch_signals()
+        with ExitStack() as closing:
+            async with (
+                Store(self._home) as self._store,
+                DaemonChannel(self._settings.daemon.bind, keys=self._keys) as self._channel,
+            ):
+                closing.callback(self._close_runs)
+                self._show()
+                with HttpServer(self._settings.daemon.http, lambda: self._snapshot) as http:
+                    ready = Ready(address=self._channel.address, http=http.address, pid=os.getpid())
+                    log.info("metrics come in at %s, http://%s/metrics is served", ready.address, ready.http)
+                    self._on_ready(ready)
+                    await self._run_loops()
+                    await self._finish()
+
+    def _watch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._stop.set)
+        if self._parent is None:
+            loop.add_signal_handler(signal.SIGINT, self._stop.set)
+        else:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    async def _run_loops(self) -> None:
+        # Each loop ends by itself within moments of `_stop`: nothing is cancelled in mid-batch.
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._ingest())
+                tasks.create_task(self._every(self._settings.daemon.republish_seconds, self._republish))
+                tasks.create_task(self._every(TIMER_SECONDS, self._tick))
+                tasks.create_task(self._every(REQUEST_POLL_SECONDS, self._serve_requests))
+                tasks.create_task(self._every(SNAPSHOT_SECONDS, self._refresh))
+                if self._parent is not None:
+                    tasks.create_task(self._outlive_parent(self._parent))
+        except ExceptionGroup as group:
+            expected = group.subgroup(SosaError)
+            if expected is None:
+                raise
+            raise expected.exceptions[0] from None
+
+    async def _finish(self) -> None:
+        while batch := await self._channel.drain(timeout_seconds=0):
+            await self._take(batch)
+        await self._tick()
+        self._show()
+        await self._write_store()
+        log.info("ended with everything recorded")
+
+    def _close_runs(self) -> None:
+        for run in self._runs.values():
+            run.close()
+
+    async def _every(self, seconds: float, act: Callable[[], object]) -> None:
+        while not self._stop.is_set():
+            done = act()
+            if asyncio.iscoroutine(done):
+                await done
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._stop.wait()
+            except TimeoutError:
+                pass
+
+    async def _ingest(self) -> None:
+        while not self._stop.is_set():
+            batch = await self._channel.drain(timeout_seconds=DRAIN_POLL_SECONDS)
+            if batch:
+                await self._take(batch)
+
+    async def _take(self, batch: list[bytes]) -> None:
+        self._last_message_at = time.monotonic()
+        now = time.time()
+        taken: list[tuple[Run, AgentMessage, bytes]] = []
+        for data in batch:
+            source = "of unknown source"
+            try:
+                message = decode(data)
+                if isinstance(message, Command | Received):
+                    raise ProtocolError(Reject.UNKNOWN_KIND, "a control message among the metrics")
+                source = message.header.source
+                taken.append((await self._run(message.header.run), message, data))
+            except ProtocolError as error:
+                self._reject(source, error)
+        # From here to the acknowledgement nothing of these runs is awaited but the store.
+        touched: dict[str, Run] = {}
+        for run, message, data in taken:
+            try:
+                run.offer(message, data, now)
+                touched[run.name] = run
+            except ProtocolError as error:
+                self._reject(message.header.source, error)
+        for run in await self._commit(touched.values()):
+            self._channel.publish(run.name, encode(Received(run=run.name, sources=run.touched())))
+
+    async def _run(self, name: str) -> Run:
+        run = self._runs.get(name)
+        if run is None:
+            recording = recording_path(self._home, name)
+            if len(self._runs) >= MAX_RUNS:
+                raise ProtocolError(TOO_MANY, f"{MAX_RUNS} runs are served already")
+            try:
+                # In a thread, because replaying a long recording takes a while, and other runs' commands must go out.
+                run = await asyncio.to_thread(Run, name, recording, self._engine_factory(name))
+            except (UsageError, OSError) as error:
+                raise ProtocolError(UNRECORDABLE, str(error)) from None
+            self._runs[name] = run
+            log.info("run %s: recorded in %s", name, recording)
+        return run
+
+    async def _commit(self, runs: Iterable[Run]) -> list[Run]:
+        committed = list(runs)
+        for run in committed:
+            for command in run.commit():
+                self._channel.publish(run.name, encode(command))
+        await self._write_store()
+        return committed
+
+    async def _write_store(self) -> None:
+        for run in self._runs.values():
+            self._unwritten.update(run.changes)
+            run.changes = Changes()
+        if not self._unwritten:
+            return
+        writing, self._unwritten = self._unwritten, Changes()
+        try:
+            await self._store.write(writing)
+        except sqlite3.Error as error:
+            # The recording has it all; the rows are kept and tried again with the next ones.
+            log.warning("the store cannot be written, for now: %s", error)
+            writing.update(self._unwritten)
+            self._unwritten = writing
+
+    def _reject(self, source: str, error: ProtocolError) -> None:
+        self._rejected[error.reason] += 1
+        if (source, error.reason) not in self._logged_rejects and len(self._logged_rejects) < MAX_LOGGED_REJECTS:
+            self._logged_rejects.add((source, error.reason))
+            log.warning("a message of source %s was refused, said once: %s", source, error)
+
+    def _republish(self) -> None:
+        for run in self._runs.values():
+            for command in run.in_flight.values():
+                self._channel.publish(run.name, encode(command))
+
+    async def _tick(self) -> None:
+        now = time.time()
+        for run in self._runs.values():
+            if run.wants_timer:
+                run.tell(Timer(), now)
+        for run in await self._commit(self._runs.values()):
+            if heard := run.recently_heard(now):
+                self._channel.publish(run.name, encode(Received(run=run.name, sources=heard)))
+
+    async def _serve_requests(self) -> None:
+        try:
+            for request in await self._store.open_requests():
+                answers = (run.approve(request.command, request.who, time.time()) for run in self._runs.values())
+                # A command of no run of ours may be another daemon's, which shares the home.
+                answer = next((answer for answer in answers if answer is not None), None)
+                if answer is not None:
+                    await self._commit(self._runs.values())
+                    await self._store.answer(request.id, answer)
+                    log.info("%s asked to approve command %s: %s", request.who, request.command, answer)
+        except sqlite3.Error as error:
+            log.warning("requests cannot be read, for now: %s", error)
+
+    def _refresh(self) -> None:
+        for reason, number in self._channel.take_failed_handshakes().items():
+            self._rejected[reason] += number
+            if ("peer", reason) not in self._logged_rejects:
+                self._logged_rejects.add(("peer", reason))
+                log.warning("a peer's handshake failed (%s), said once", reason)
+        self._show()
+
+    def _show(self) -> None:
+        self._snapshot = Snapshot(
+            runs=tuple(run.snapshot() for run in self._runs.values()),
+            rejected=dict(self._rejected),
+            beat_at=time.monotonic(),
+        )
+
+    async def _outlive_parent(self, parent: int) -> None:
+        await self._end_of_file(parent)
+        gone_at = time.monotonic()
+        while not self._stop.is_set():
+            now = time.monotonic()
+            quiet_seconds = now - max(self._last_message_at, gone_at)
+            ended = all(run.all_ended for run in self._runs.values())
+            if quiet_seconds > (QUIET_AFTER_BYE_SECONDS if ended else QUIET_SECONDS) or (
+                now - gone_at > MOST_DRAIN_SECONDS
+            ):
+                self._stop.set()
+            else:
+                await asyncio.sleep(DRAIN_POLL_SECONDS / 2)
+
+    async def _end_of_file(self, fd: int) -> None:
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+
+        def read() -> None:
+            if not os.read(fd, 4096):
+                loop.remove_reader(fd)
+                ended.set()
+
+        try:
+            loop.add_reader(fd, read)
+        except PermissionError:  # a file, such as /dev/null: nobody is at the other end
+            return
+        waits = {asyncio.ensure_future(ended.wait()), asyncio.ensure_future(self._stop.wait())}
+        _, unfinished = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in unfinished:
+            wait.cancel()

@@ -1,0 +1,137 @@
+"""The store: what people and tools query. A view of the recordings, so that losing it loses nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import aiosqlite
+
+from sosa_stream.daemon.schema import BUSY_TIMEOUT_MS, SCHEMA, SCHEMA_VERSION, STORE_NAME, json_line
+from sosa_stream.decide.commands import CommandRecord
+from sosa_stream.detect.incidents import Incident
+from sosa_stream.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRow:
+    """A run as it now is. ``seen_at`` in seconds since the epoch."""
+
+    run: str
+    generation: str
+    step: int
+    seen_at: float
+
+
+@dataclass(slots=True)
+class Changes:
+    """Rows to write, the newest of each; as many as there are runs, incidents and commands, however long it waits."""
+
+    runs: dict[str, RunRow] = field(default_factory=dict)
+    incidents: dict[str, Incident] = field(default_factory=dict)
+    commands: dict[str, CommandRecord] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.runs or self.incidents or self.commands)
+
+    def update(self, newer: Changes) -> None:
+        self.runs.update(newer.runs)
+        self.incidents.update(newer.incidents)
+        self.commands.update(newer.commands)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a person asked for on the command line and no daemon has answered yet."""
+
+    id: int
+    command: str
+    action: str
+    who: str
+
+
+class Store:
+    """``<home>/sosa.db``, shared by all daemons of a home. An async context manager.
+
+    Raises:
+        ConfigError: on entering: the file cannot be opened, or is of another schema version.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self._path = home / STORE_NAME
+        self._write_lock = asyncio.Lock()
+
+    async def __aenter__(self) -> Store:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = await aiosqlite.connect(self._path, isolation_level=None)
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(f"cannot open the store {self._path}: {error}") from None
+        try:
+            await self._prepare()
+        except BaseException as error:
+            await self._db.close()
+            if isinstance(error, sqlite3.Error):
+                raise ConfigError(f"cannot open the store {self._path}: {error}") from None
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._db.close()
+
+    async def _prepare(self) -> None:
+        await self._db.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+        await self._db.execute("PRAGMA journal_mode = WAL")
+        await self._db.execute("PRAGMA synchronous = NORMAL")  # the recording is what must not be lost
+        async with self._db.execute("PRAGMA user_version") as cursor:
+            row = await cursor.fetchone()
+        version = row[0] if row is not None else 0
+        if version not in (0, SCHEMA_VERSION):
+            raise ConfigError(f"{self._path} has schema version {version}, this daemon writes version {SCHEMA_VERSION}")
+        await self._db.executescript(SCHEMA)
+
+    async def write(self, changes: Changes) -> None:
+        """Write rows in one transaction.
+
+        Raises:
+            sqlite3.Error: nothing was written.
+        """
+        now = time.time()
+        async with self._write_lock:  # one connection, one transaction at a time
+            await self._db.execute("BEGIN IMMEDIATE")
+            try:
+                await self._db.executemany(
+                    "INSERT INTO runs VALUES (?1, ?2, ?3, ?4, ?4) ON CONFLICT (run) DO UPDATE SET "
+                    "generation = excluded.generation, step = excluded.step, last_seen = excluded.last_seen",
+                    [(row.run, row.generation, row.step, row.seen_at) for row in changes.runs.values()],
+                )
+                for table, records in (("incidents", changes.incidents), ("commands", changes.commands)):
+                    await self._db.executemany(
+                        f"INSERT INTO {table} VALUES (?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
+                        "state = excluded.state, changed_at = excluded.changed_at, record = excluded.record",
+                        [(r.id, r.run, str(r.state), now, json_line(r.as_dict())) for r in records.values()],
+                    )
+                await self._db.execute("COMMIT")
+            except BaseException:
+                await self._db.execute("ROLLBACK")
+                raise
+
+    async def open_requests(self) -> list[Request]:
+        """Requests without an answer, oldest first."""
+        query = "SELECT id, command, action, who FROM requests WHERE handled_at IS NULL ORDER BY id"
+        async with self._db.execute(query) as cursor:
+            return [Request(id=row[0], command=row[1], action=row[2], who=row[3]) async for row in cursor]
+
+    async def answer(self, request: int, answer: str) -> None:
+        """Answer a request. What is answered already stays as it is."""
+        async with self._write_lock:
+            await self._db.execute(
+                "UPDATE requests SET handled_at = ?, answer = ? WHERE id = ? AND handled_at IS NULL",
+                (time.time(), answer, request),
+            )
