@@ -21,6 +21,8 @@ from sosa_stream.config import AgentSettings
 from sosa_stream.protocol.actions import Action
 from sosa_stream.protocol.messages import Ack, Command, Header
 
+torch.set_num_threads(1)  # nets this small only lose by handing work over, most of all on a busy machine
+
 HEADER = Header(run="run", generation="g", source="nonce", rank=0, world_size=1, host="host", seq=0)
 
 

@@ -62,7 +62,8 @@ class Wakeup:
         except OSError:
             return
 
-    def close(self) -> None:
+    def __del__(self) -> None:
+        # Only when nobody holds it: a number that is closed earlier may by then be somebody else's file.
         os.close(self.fd)
         os.close(self._write)
 

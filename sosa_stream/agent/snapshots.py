@@ -47,12 +47,15 @@ class TrainingState:
     """Where the state lives: the script's optimizers, and the buffers of the modules that own their parameters."""
 
     optimizers: list[Optimizer] = field(default_factory=list)
-    buffers: list[torch.Tensor] | None = None
+    buffers: list[tuple[nn.Module, str]] | None = None
+    """Owner and name of each, because a module may put a new tensor in a buffer's place."""
 
     def tensors(self) -> list[torch.Tensor]:
+        parameters = self._parameters()
         if self.buffers is None:
-            self.buffers = _find_buffers(self._parameters())
-        return [*self._parameters(), *self.buffers]
+            self.buffers = _find_buffers(parameters)
+        buffers = [module._buffers.get(name) for module, name in self.buffers]
+        return [*parameters, *(b for b in buffers if b is not None)]
 
     def _parameters(self) -> list[torch.Tensor]:
         unique = {
@@ -193,18 +196,18 @@ class SnapshotRing:
             self._say(f"snapshots: {size / 1e6:.1f} MB each, up to {self._keep} kept in memory")
 
 
-def _find_buffers(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
+def _find_buffers(parameters: list[torch.Tensor]) -> list[tuple[nn.Module, str]]:
     """The buffers of every module tree that owns one of the parameters. Done once: it looks at all live objects."""
     wanted = {id(p) for p in parameters}
-    buffers: dict[int, torch.Tensor] = {}
+    buffers: dict[int, tuple[nn.Module, str]] = {}
     for module in [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]:
         try:
             if any(id(p) in wanted for p in module.parameters()):
-                buffers.update({id(b): b for b in module.buffers()})
+                for owner in module.modules():
+                    buffers.update({id(b): (owner, name) for name, b in owner._buffers.items() if b is not None})
         except Exception:  # a module that is half built is not ours to judge
             continue
-    named = [b for b in buffers.values() if isinstance(b, torch.Tensor)]
-    return sorted(named, key=lambda b: (b.numel(), id(b)))
+    return list(buffers.values())
 
 
 def _by_position(optimizer: Optimizer) -> Iterable[tuple[int, dict[str, Any]]]:

@@ -1,0 +1,327 @@
+"""What fixes do to training, and that taking them back, or failing half-way, leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from agent_parts import Watch, act, batches, bits, command, toy, train
+from torch import nn
+from torch.optim import LBFGS, SGD, AdamW
+
+from sosa_stream.agent.actuators import EXIT_STOPPED, StopTraining
+from sosa_stream.errors import RefusedError, SosaError
+from sosa_stream.protocol.messages import AckState
+
+
+def watched(steps: int = 0, **settings: Any) -> tuple[Watch, nn.Module, AdamW]:
+    """A toy some steps into its training, with snapshots before every second step."""
+    model = toy()
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    watch = Watch(snapshots=True, **{"snapshot_every_ticks": 2, "quarantine_ticks": 0, "snapshot_keep": 16, **settings})
+    watch.probe.install()
+    train(model, optimizer, batches(steps))
+    return watch, model, optimizer
+
+
+@pytest.fixture(autouse=True)
+def _no_hooks_left() -> Any:
+    yield
+    from torch.optim import optimizer
+
+    optimizer._global_optimizer_pre_hooks.clear()
+    optimizer._global_optimizer_post_hooks.clear()
+
+
+# -- each action and its inverse ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("action", "in_force"),
+    [(act("scale_lr", factor=0.25), (0.25, None)), (act("clip_grad", max_norm=0.5), (1.0, 0.5))],
+    ids=["scale_lr", "clip_grad"],
+)
+def test_a_standing_fix_stands_until_it_is_taken_back(action: Any, in_force: tuple[float, float | None]) -> None:
+    actuators = Watch().actuators
+    fix = command(action)
+    actuators.apply(fix, 0, 0)
+    assert (actuators.lr_multiplier, actuators.max_norm) == in_force
+    assert actuators.standing
+    actuators.apply(command(act("revert", command=fix.id)), 1, 1)
+    assert (actuators.lr_multiplier, actuators.max_norm) == (1.0, None)
+    assert not actuators.standing
+
+
+def test_fixes_can_be_taken_back_in_any_order() -> None:
+    actuators = Watch().actuators
+    first, second = command(act("scale_lr", factor=0.3)), command(act("scale_lr", factor=0.1))
+    loose, tight = command(act("clip_grad", max_norm=5.0)), command(act("clip_grad", max_norm=1.0))
+    for fix in (first, loose, second, tight):
+        actuators.apply(fix, 0, 0)
+    assert actuators.lr_multiplier == pytest.approx(0.03)
+    actuators.apply(command(act("revert", command=first.id)), 1, 1)
+    assert actuators.lr_multiplier == 0.1
+    actuators.apply(command(act("revert", command=loose.id)), 1, 1)
+    assert actuators.max_norm == 1.0
+    actuators.apply(command(act("revert", command=tight.id)), 1, 1)
+    actuators.apply(command(act("revert", command=second.id)), 1, 1)
+    assert (actuators.lr_multiplier, actuators.max_norm) == (1.0, None)  # exactly: ×0.3 ÷0.3 need not be 1
+
+
+def test_a_fix_is_taken_back_once() -> None:
+    actuators = Watch().actuators
+    fix = command(act("scale_lr", factor=0.5))
+    actuators.apply(fix, 0, 0)
+    actuators.apply(command(act("revert", command=fix.id)), 1, 1)
+    with pytest.raises(RefusedError, match=f"{fix.id} was not applied here"):
+        actuators.apply(command(act("revert", command=fix.id)), 2, 2)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_skipped_steps_leave_weights_and_optimizer_state_bit_identical(fused: bool) -> None:
+    model = toy()
+    optimizer = AdamW(model.parameters(), fused=fused)
+    with Watch().installed() as watch:
+        train(model, optimizer, batches(2))
+        before = bits(model, optimizer, buffers=False)
+        watch.fence.due[2] = command(act("skip_step", num_steps=2))
+        train(model, optimizer, batches(2, seed=5))
+        assert bits(model, optimizer, buffers=False) == before
+        train(model, optimizer, batches(1, seed=6))
+        assert bits(model, optimizer, buffers=False) != before
+    assert [row["skipped"] for row in watch.rows] == [0, 0, 1, 1, 0]
+
+
+def test_stop_ends_the_training_thread_with_a_code_of_its_own_and_says_so_first() -> None:
+    watch, model, optimizer = watched(2)
+    watch.fence.due[2] = command(act("stop"))
+    before = bits(model, optimizer, buffers=False)
+    with pytest.raises(StopTraining) as stopped:
+        train(model, optimizer, batches(1))
+    assert stopped.value.code == EXIT_STOPPED != 0
+    assert bits(model, optimizer, buffers=False) == before
+    assert [ack.state for ack in watch.acks] == [AckState.APPLIED]
+
+
+# -- all or nothing ----------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_half_applied_when_a_later_action_fails() -> None:
+    watch, model, optimizer = watched(9)
+    earlier = command(act("rollback", before_step=4))
+    watch.actuators.apply(earlier, 9, 9)
+    watch.actuators.stale_gradients = False
+    train(model, optimizer, batches(4, seed=7))
+    held = [snapshot.step for snapshot in watch.ring._snapshots]  # type: ignore[union-attr]
+    before = bits(model, optimizer)
+    bad = command(
+        act("scale_lr", factor=0.5),
+        act("clip_grad", max_norm=1.0),
+        act("skip_step", num_steps=3),
+        act("rollback", before_step=4),
+        act("revert", command="never seen"),
+    )
+    with pytest.raises(RefusedError, match="never seen"):
+        watch.actuators.apply(bad, 13, 13)
+    actuators = watch.actuators
+    assert bits(model, optimizer) == before
+    assert (actuators.lr_multiplier, actuators.max_norm, actuators.skip_left) == (1.0, None, 0)
+    assert not actuators.stale_gradients  # or the coming step would be skipped for nothing
+    assert [snapshot.step for snapshot in watch.ring._snapshots] == held  # type: ignore[union-attr]
+    actuators.apply(command(act("revert", command=earlier.id)), 13, 13)  # the older rollback can still be undone
+    assert len(actuators.history) == 2
+
+
+def test_a_command_that_fails_is_acknowledged_as_failed_with_the_reason() -> None:
+    watch, model, optimizer = watched(1)
+    watch.fence.due[1] = command(act("scale_lr", factor=0.5), act("revert", command="c-unknown"))
+    train(model, optimizer, batches(1))
+    (ack,) = watch.acks
+    assert (ack.state, ack.tick, ack.step, ack.digest) == (AckState.FAILED, 1, 1, "")
+    assert "c-unknown" in ack.detail
+    assert watch.rows[-1]["lr_multiplier"] == 1.0
+    assert not watch.errors
+
+
+def test_all_learning_rate_fixes_together_stay_within_max_lr_change() -> None:
+    actuators = Watch().actuators
+    actuators._max_lr_change = 100.0
+    actuators.apply(command(act("scale_lr", factor=0.05)), 0, 0)
+    with pytest.raises(RefusedError, match="max_lr_change"):
+        actuators.apply(command(act("scale_lr", factor=0.05)), 1, 1)
+    assert actuators.lr_multiplier == 0.05
+    actuators.apply(command(act("scale_lr", factor=1000.0)), 2, 2)
+    with pytest.raises(RefusedError, match="max_lr_change"):
+        actuators.apply(command(act("scale_lr", factor=3.0)), 3, 3)
+
+
+def test_a_rollback_is_refused_where_no_snapshots_are_kept() -> None:
+    with pytest.raises(SosaError, match="keeps no snapshots"):
+        Watch().actuators.apply(command(act("rollback", before_step=3)), 5, 5)
+
+
+# -- the digest --------------------------------------------------------------------------------------------------------
+
+
+def test_equal_states_have_equal_digests_and_one_flipped_bit_another() -> None:
+    first, model, optimizer = watched(3)
+    first.probe.remove()
+    second, _, other = watched(3)
+    assert first.actuators.digest() == second.actuators.digest()
+    before = first.actuators.digest()
+    weights = model[0].weight.data.view(torch.int32)  # type: ignore[index, union-attr, operator]
+    weights[0, 0] ^= 1
+    assert first.actuators.digest() != before
+    weights[0, 0] ^= 1
+    assert first.actuators.digest() == before
+    moments = other.state[other.param_groups[0]["params"][-1]]["exp_avg_sq"].view(torch.int32)
+    moments[0] ^= 1
+    assert second.actuators.digest() != before
+
+
+def test_the_digest_leaves_out_buffers_which_differ_between_ranks_anyway() -> None:
+    watch, model, _ = watched(2)
+    before = watch.actuators.digest()
+    model[1].running_mean += 1  # type: ignore[index, operator]
+    assert watch.actuators.digest() == before
+
+
+# -- rollback ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_rollback_restores_everything_bit_identically_and_in_place() -> None:
+    watch, model, optimizer = watched(4)
+    references = [*model.parameters(), *model.buffers()]
+    moments = optimizer.state[references[0]]["exp_avg"]
+    pointers = [t.data_ptr() for t in [*references, moments]]
+    before = bits(model, optimizer)
+    train(model, optimizer, batches(3, seed=9))
+    watch.actuators.apply(command(act("rollback", before_step=5)), 7, 7)
+    assert bits(model, optimizer) == before
+    assert [t.data_ptr() for t in [*references, optimizer.state[references[0]]["exp_avg"]]] == pointers
+
+
+def test_training_goes_on_from_a_rollback_as_an_undisturbed_run_would() -> None:
+    data = batches(12)
+    watch, model, optimizer = watched(4)
+    undisturbed = copy.deepcopy(model)
+    other = AdamW(undisturbed.parameters(), lr=0.01)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, batches(3, seed=9))  # the bad time
+    watch.fence.due[7] = command(act("rollback", before_step=5))
+    train(model, optimizer, data[:1])  # at tick 7: back to step 4, and the gradients of the bad weights are not used
+    assert [row["skipped"] for row in watch.rows] == [0.0] * 7 + [1.0]
+    for module in (model, undisturbed):  # that forward pass came before the rollback, so it left no trace in BatchNorm
+        assert module[1].num_batches_tracked == 4  # type: ignore[index]
+    watch.probe.remove()
+    train(undisturbed, other, data[1:])
+    train(model, optimizer, data[1:])
+    assert bits(model, optimizer) == bits(undisturbed, other)
+
+
+def test_a_rollback_can_be_reverted() -> None:
+    watch, model, optimizer = watched(5)
+    present = bits(model, optimizer)
+    fix = command(act("scale_lr", factor=0.5), act("rollback", before_step=3))
+    watch.actuators.apply(fix, 5, 5)
+    assert bits(model, optimizer) != present
+    watch.actuators.stale_gradients = False
+    watch.actuators.apply(command(act("revert", command=fix.id)), 8, 8)
+    assert bits(model, optimizer) == present
+    assert watch.actuators.lr_multiplier == 1.0
+    assert watch.actuators.stale_gradients  # the gradients at hand belong to the weights that are gone
+
+
+def test_only_the_latest_rollback_can_be_reverted_and_the_user_is_told() -> None:
+    watch, _model, optimizer = watched(9)
+    first, second = command(act("rollback", before_step=7)), command(act("rollback", before_step=3))
+    watch.actuators.apply(first, 9, 9)
+    watch.actuators.apply(second, 9, 9)
+    with pytest.raises(RefusedError, match="no longer held"):
+        watch.actuators.apply(command(act("revert", command=first.id)), 9, 9)
+    watch.actuators.apply(command(act("revert", command=second.id)), 9, 9)
+    assert optimizer.state
+
+
+def test_going_back_before_the_first_step_forgets_the_optimizers_state() -> None:
+    watch, model, optimizer = watched(0)
+    before = bits(model, buffers=False)  # the first snapshot is taken when the first forward pass is over
+    train(model, optimizer, batches(1))
+    watch.actuators.apply(command(act("rollback", before_step=0)), 1, 1)
+    assert bits(model, buffers=False) == before
+    assert not any(optimizer.state.get(p) for p in model.parameters())
+    fresh = toy()
+    watch.probe.remove()
+    train(model, optimizer, batches(3))
+    reference = AdamW(fresh.parameters(), lr=0.01)
+    train(fresh, reference, batches(3))
+    assert bits(model, optimizer, buffers=False) == bits(fresh, reference, buffers=False)
+
+
+def test_a_rollback_reaches_a_buffer_that_the_module_replaces_at_every_step() -> None:
+    class Mean(nn.Module):
+        average: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+            self.register_buffer("average", torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.average = 0.9 * self.average + 0.1 * x.mean().detach()
+            return self.weight * x
+
+    model = Mean()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    watch = Watch(snapshots=True, snapshot_every_ticks=1, quarantine_ticks=0)
+    with watch.installed():
+        for value in range(1, 5):
+            model(torch.full((1,), float(value))).sum().backward()
+            optimizer.step()
+            if value == 2:
+                before = model.average.clone()
+        watch.actuators.apply(command(act("rollback", before_step=2)), 4, 4)
+    assert torch.equal(model.average, before)
+
+
+def test_lbfgs_history_is_restored_although_it_lies_in_lists() -> None:
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = ((model(data) - data.sin()) ** 2).mean()
+        loss.backward()
+        return loss
+
+    torch.manual_seed(0)
+    data = torch.linspace(-1, 1, 8).reshape(8, 1)
+    model = nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1))
+    optimizer = LBFGS(model.parameters(), max_iter=2, history_size=3)
+    watch = Watch(snapshots=True, snapshot_every_ticks=1, quarantine_ticks=0)
+    with watch.installed():
+        for _ in range(3):
+            optimizer.step(closure)
+        expected = copy.deepcopy(model.state_dict())
+        state = copy.deepcopy(optimizer.state_dict())
+        for _ in range(3):
+            optimizer.step(closure)
+        watch.actuators.apply(command(act("rollback", before_step=3)), 6, 6)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), expected.values(), strict=True))
+    saved, now = state["state"][0], optimizer.state_dict()["state"][0]
+    assert len(now["old_dirs"]) == len(saved["old_dirs"]) > 0
+    assert all(torch.equal(a, b) for a, b in zip(now["old_dirs"], saved["old_dirs"], strict=True))
+
+
+def test_a_model_that_has_changed_is_not_restored_into() -> None:
+    watch, _model, optimizer = watched(4)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    with pytest.raises(SosaError, match="no longer those of the snapshot"):
+        watch.actuators.apply(command(act("rollback", before_step=3)), 4, 4)
+
+
+def test_history_tells_what_was_done() -> None:
+    actuators = Watch().actuators
+    fix = command(act("scale_lr", factor=0.5))
+    assert actuators.apply(fix, 3, 3) == "learning rate ×0.5"
+    (entry,) = actuators.history
+    assert (entry["id"], entry["applied_step"], entry["reason"]) == (fix.id, 3, "learning rate ×0.5")
