@@ -204,6 +204,13 @@ class RunWindows:
         """What has been learned, in units of a block's noise: (start - best) / block_noise."""
         return 0.0 if self.start is None or self.best is None else (self.start - self.best) / self.block_noise
 
+    @property
+    def norm_ratio(self) -> float:
+        """The gradient norm over its median of the time before the present excursion; 0 where unknown."""
+        norms = self.log_norms
+        level = norms.excursion.level if norms.excursion else norms.band.level
+        return math.exp(min(norms.value - level.center, 700.0)) if level and norms.value is not None else 0.0
+
     def undone(self, loss: float) -> float:
         """Share of the progress that a loss takes back: (loss - center) / (start - best)."""
         level = self.losses.excursion.level if self.losses.excursion else self.losses.band.level

@@ -1,0 +1,14 @@
+"""How findings are put into words."""
+
+from __future__ import annotations
+
+
+def name_ranks(ranks: tuple[int, ...]) -> str:
+    """``rank 1`` or ``ranks 0, 1``; no more than eight are listed."""
+    shown = ", ".join(map(str, ranks[:8])) + (", …" if len(ranks) > 8 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+
+
+def number(value: float | None) -> str:
+    """Four digits, or ``unknown``."""
+    return "unknown" if value is None else f"{value:.4g}"
