@@ -1,4 +1,4 @@
-"""``python -m sosa_stream.cli``, the same as ``sosa``."""
+"""``python -m sosa_stream.cli``: the same as ``sosa``."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sosa_stream.cli.settings import add_home, settings_of
+from sosa_stream.config import CONFIG_VARIABLE, Settings, load_settings
 from sosa_stream.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,14 +23,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="take in metrics, detect, decide, serve /metrics",
         description="The detector daemon, in the foreground. SIGTERM and SIGINT end it cleanly.",
     )
-    add_home(parser)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings, a sosa.toml (default: $SOSA_CONFIG)")
+    parser.add_argument("--home", metavar="DIR", help="folder for the store and the recordings (default: sosa-runs)")
     parser.add_argument("--bind", metavar="ADDRESS", help="where agents connect, tcp://host:port (commands: port + 1)")
     parser.add_argument("--http", metavar="HOST:PORT", help="where /metrics, /healthz and /readyz are served")
     parser.add_argument("--keys", metavar="DIR", help="folder made by `sosa keys new`")
     parser.add_argument("--insecure", action="store_true", default=None, help="allow a network address without keys")
     parser.add_argument("--embedded", action="store_true", help="end, after draining, when stdin ends; ignore SIGINT")
     parser.add_argument("--ready-fd", type=int, metavar="N", help="write one JSON line to this descriptor when bound")
-    parser.set_defaults(act=run)
+    parser.set_defaults(func=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -43,13 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     from sosa_stream.protocol.channels import check_bind
     from sosa_stream.protocol.keys import load_daemon_keys
 
-    settings = settings_of(
-        arguments,
-        daemon__bind=arguments.bind,
-        daemon__http=arguments.http,
-        daemon__keys=arguments.keys,
-        daemon__insecure=arguments.insecure,
-    )
+    settings = _settings(arguments)
     keys = load_daemon_keys(Path(settings.daemon.keys)) if settings.daemon.keys else None
     check_bind(settings.daemon.bind, keys, settings.daemon.insecure)
     if arguments.ready_fd is not None:
@@ -72,6 +67,21 @@ def run(arguments: argparse.Namespace) -> int:
 
     asyncio.run(serve())
     return 0
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    path = arguments.config
+    if path is None and os.environ.get(CONFIG_VARIABLE):
+        path = Path(os.environ[CONFIG_VARIABLE])
+    flags = {
+        "home": arguments.home,
+        "daemon.bind": arguments.bind,
+        "daemon.http": arguments.http,
+        "daemon.keys": arguments.keys,
+        "daemon.insecure": arguments.insecure,
+    }
+    given = {name: value for name, value in flags.items() if value is not None}
+    return load_settings(path=path, env=os.environ, overrides=given)
 
 
 def _check_writable(fd: int) -> None:

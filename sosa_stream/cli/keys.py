@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
+
+from sosa_stream.protocol.keys import new_keys
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser("keys", help="make the keys of daemon and agents")
-    actions = parser.add_subparsers(title="actions", dest="action", required=True, metavar="ACTION")
-    new = actions.add_parser(
-        "new",
-        help="make both key pairs in a new folder",
-        description="Make both key pairs. The daemon needs daemon.key_secret and clients/; "
-        "training hosts need daemon.key and agent.key_secret.",
-    )
+def add_parser(subparsers: Any) -> None:
+    """Add ``keys``."""
+    parser = subparsers.add_parser("keys", help="make the keys of a daemon and its agents")
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    new = actions.add_parser("new", help="make a new pair for the daemon and one for its agents")
     new.add_argument("folder", type=Path, metavar="FOLDER")
-    new.set_defaults(act=run)
+    new.set_defaults(func=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from sosa_stream.protocol.keys import new_keys
-
-    for path in new_keys(arguments.folder):
-        print(path)
+    new_keys(arguments.folder)
+    print(
+        f"keys are in {arguments.folder}. The daemon: sosa daemon --keys {arguments.folder}. The jobs: copy "
+        "daemon.key and agent.key_secret to their hosts and set SOSA_DAEMON_KEYS to that folder."
+    )
     return 0

@@ -1,89 +1,98 @@
-"""``sosa incidents`` and ``sosa commands``: what the store holds, for people or as one JSON object per line."""
+"""``sosa incidents`` and ``sosa commands``: what the daemon has kept, for people and for scripts."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sqlite3
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
-from sosa_stream.cli.settings import add_home, settings_of
-from sosa_stream.daemon.schema import open_store
-from sosa_stream.errors import SosaError
-
-Record = Mapping[str, Any]
-
-INCIDENT_COLUMNS: Mapping[str, Callable[[Record], str]] = {
-    "RUN": lambda record: record["run"],
-    "INCIDENT": lambda record: record["id"],
-    "SEVERITY": lambda record: record["severity"],
-    "KIND": lambda record: record["kind"],
-    "STATE": lambda record: record["state"],
-    "STEPS": lambda record: f"{record['first_step']}-{_known(record['resolved_step'])}",
-    "RANKS": lambda record: _ranks(record["ranks"]),
-    "MESSAGE": lambda record: record["message"],
-}
-COMMAND_COLUMNS: Mapping[str, Callable[[Record], str]] = {
-    "RUN": lambda record: record["run"],
-    "COMMAND": lambda record: record["id"],
-    "STATE": lambda record: record["state"],
-    "VERDICT": lambda record: _known(record["verdict"]),
-    "STEP": lambda record: _known(record["applied_step"]),
-    "FIX": lambda record: ", ".join(_action(action) for action in record["actions"]),
-    "REASON": lambda record: record["reason"],
-}
-SHOWN_RANKS = 8
+from sosa_stream.cli.home import add_home, home_of, table
+from sosa_stream.daemon.schema import json_line, open_store
+from sosa_stream.errors import UsageError
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    for table, text in (("incidents", "what went wrong"), ("commands", "what was proposed, done, and came of it")):
-        parser = subparsers.add_parser(table, help=f"list {text}")
-        add_home(parser)
-        parser.add_argument("--run", metavar="RUN", help="only this run")
-        parser.add_argument("--json", action="store_true", help="one JSON object per line")
-        parser.set_defaults(act=run, table=table)
+def add_parser(subparsers: Any) -> None:
+    """Add ``incidents`` and ``commands``."""
+    _add(subparsers, "incidents", "what went wrong, and what was done about it", incident_table)
+    _add(subparsers, "commands", "the fixes that were proposed or applied, and their verdicts", command_table)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    columns = INCIDENT_COLUMNS if arguments.table == "incidents" else COMMAND_COLUMNS
-    settings = settings_of(arguments)
-    with closing(open_store(Path(settings.home))) as store:
-        query = f"SELECT record FROM {arguments.table} WHERE ?1 IS NULL OR run = ?1 ORDER BY rowid"
-        try:
-            lines = [row[0] for row in store.execute(query, (arguments.run,))]
-        except sqlite3.Error as error:
-            raise SosaError(f"cannot read the store in {settings.home}: {error}") from None
+def _add(subparsers: Any, what: str, help_text: str, show: Callable[[list[dict[str, Any]]], str]) -> None:
+    parser = subparsers.add_parser(what, help=help_text)
+    parser.add_argument("--run", metavar="RUN", help="only of this run")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    add_home(parser)
+    parser.set_defaults(func=lambda arguments: _run(arguments, what, show))
+
+
+def _run(arguments: argparse.Namespace, what: str, show: Callable[[list[dict[str, Any]]], str]) -> int:
+    records = read_records(arguments, what)
     if arguments.json:
-        for line in lines:
-            print(line)
+        for record in records:
+            print(json_line(record))
+    elif records:
+        print(show(records))
     else:
-        print_table(columns, [json.loads(line) for line in lines], nothing=f"no {arguments.table}")
+        print(f"no {what}" + (f" of run {arguments.run}" if arguments.run else ""))
     return 0
 
 
-def print_table(columns: Mapping[str, Callable[[Record], str]], records: Sequence[Record], *, nothing: str) -> None:
-    """Print one line per record, columns aligned; ``nothing`` if there is none."""
-    if not records:
-        print(nothing)
-        return
-    rows = [list(columns), *([cell(record) for cell in columns.values()] for record in records)]
-    widths = [max(len(row[index]) for row in rows) for index in range(len(columns))]
-    for row in rows:
-        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+def read_records(arguments: argparse.Namespace, what: str) -> list[dict[str, Any]]:
+    """The stored records, in the order in which they came up.
+
+    Raises:
+        UsageError: no store, or no such run in it.
+    """
+    with closing(open_store(home_of(arguments))) as store:
+        if arguments.run is not None:
+            runs = [run for (run,) in store.execute("SELECT run FROM runs ORDER BY run")]
+            if arguments.run not in runs:
+                raise UsageError(f"no run {arguments.run!r} here; known are {', '.join(runs) or 'none'}")
+        rows = store.execute(
+            f"SELECT record FROM {what} WHERE ?1 IS NULL OR run = ?1 ORDER BY rowid", (arguments.run,)
+        ).fetchall()
+    return [json.loads(record) for (record,) in rows]
 
 
-def _known(value: object) -> str:
-    return "" if value is None else str(value)
+def incident_table(records: list[dict[str, Any]]) -> str:
+    rows = [
+        (
+            record["id"],
+            record["run"],
+            record["kind"],
+            record["severity"],
+            record["state"],
+            record["detected_step"],
+            ",".join(map(str, record["ranks"])) or "all",
+            record["message"],
+        )
+        for record in records
+    ]
+    return table(("ID", "RUN", "KIND", "SEVERITY", "STATE", "STEP", "RANKS", "MESSAGE"), rows)
 
 
-def _ranks(ranks: Sequence[int]) -> str:
-    text = ",".join(map(str, ranks[:SHOWN_RANKS]))
-    return text + ",…" if len(ranks) > SHOWN_RANKS else text
+def command_table(records: list[dict[str, Any]]) -> str:
+    rows = [
+        (
+            record["id"],
+            record["run"],
+            record["incident"],
+            ", ".join(_words(action) for action in record["actions"]),
+            f"{record['confidence']:.2f}",
+            record["state"],
+            record["applied_step"],
+            record["verdict"],
+        )
+        for record in records
+    ]
+    return table(("ID", "RUN", "INCIDENT", "ACTIONS", "CONFIDENCE", "STATE", "STEP", "VERDICT"), rows)
 
 
-def _action(action: Record) -> str:
-    params: Iterable[str] = (f"{name}={value}" for name, value in action["params"].items())
-    return f"{action['action']}({' '.join(params)})"
+def _words(action: dict[str, Any]) -> str:
+    params = ", ".join(
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in action["params"].items()
+    )
+    return f"{action['action']}({params})"
