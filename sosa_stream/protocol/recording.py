@@ -158,11 +158,12 @@ def decode_record(payload: bytes) -> Event:
 
 def _decode_shell_record(payload: bytes) -> Event:
     body = msgpack.unpackb(payload)  # `decode` has shown that this is a map with a version
-    if body["kind"] == "timer":
+    kind = body.get("kind")
+    if kind == "timer":
         return Timer()
-    if body["kind"] == "approve":
+    if kind == "approve":
         command, who = body.get("command"), body.get("who")
         if not isinstance(command, str) or not isinstance(who, str):
             raise ProtocolError(Reject.BAD_FIELD, "approve: command and who must be strings")
         return Approve(command=command, who=who)
-    raise ProtocolError(Reject.UNKNOWN_KIND, f"kind {str(body['kind'])[:40]!r}")
+    raise ProtocolError(Reject.UNKNOWN_KIND, f"kind {str(kind)[:40]!r}")

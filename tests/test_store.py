@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import sqlite3
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sosa_stream.daemon.schema import APPROVED, json_line, open_store
+from sosa_stream.daemon.store import Changes, RunRow, Store
+from sosa_stream.decide.commands import CommandRecord, CommandState
+from sosa_stream.detect.incidents import Group, Incident, IncidentState, Severity
+from sosa_stream.errors import ConfigError, UsageError
+from sosa_stream.protocol.actions import Action
+
+INCIDENT = Incident(
+    id="i1",
+    run="r",
+    kind="nan_loss",
+    group=Group.NUMERICAL,
+    severity=Severity.CRITICAL,
+    state=IncidentState.OPEN,
+    first_step=3,
+    detected_step=4,
+    evidence={"value": math.nan},
+)
+COMMAND = CommandRecord(
+    id="c1",
+    run="r",
+    generation="g",
+    incident="i1",
+    actions=(Action(action="stop"),),
+    confidence=0.5,
+    state=CommandState.PROPOSED,
+    reason="because",
+)
+
+
+def with_store(home: Path, act: Callable[[Store], Awaitable[None]]) -> None:
+    async def run() -> None:
+        async with Store(home) as store:
+            await act(store)
+
+    asyncio.run(run())
+
+
+def changes(*, incident: Incident = INCIDENT, command: CommandRecord = COMMAND, seen_at: float = 1.0) -> Changes:
+    return Changes(
+        runs={"r": RunRow(run="r", generation="g", step=7, seen_at=seen_at)},
+        incidents={incident.id: incident},
+        commands={command.id: command},
+    )
+
+
+def test_a_row_is_the_newest_public_record_and_keeps_its_place(tmp_path: Path) -> None:
+    async def act(store: Store) -> None:
+        await store.write(changes())
+        await store.write(changes(incident=replace(INCIDENT, id="i2"), seen_at=2.0))
+        await store.write(changes(incident=replace(INCIDENT, state=IncidentState.RESOLVED), seen_at=3.0))
+
+    with_store(tmp_path, act)
+    reader = open_store(tmp_path)
+    rows = [json.loads(row[0]) for row in reader.execute("SELECT record FROM incidents ORDER BY rowid")]
+    assert [(row["id"], row["state"]) for row in rows] == [("i1", "resolved"), ("i2", "open")]
+    assert rows[0] == {**INCIDENT.as_dict(), "state": "resolved", "evidence": {"value": "NaN"}}
+    assert reader.execute("SELECT record FROM commands").fetchall() == [(json_line(COMMAND.as_dict()),)]
+    assert reader.execute("SELECT * FROM runs").fetchall() == [("r", "g", 7, 1.0, 3.0)]
+    reader.close()
+
+
+def test_a_request_is_answered_once(tmp_path: Path) -> None:
+    async def act(store: Store) -> None:
+        writer = open_store(tmp_path, read_only=False)
+        writer.execute("INSERT INTO requests (command, action, who, at) VALUES ('c1', 'approve', 'ann', 1.0)")
+        (request,) = await store.open_requests()
+        assert (request.command, request.action, request.who) == ("c1", "approve", "ann")
+        await store.answer(request.id, APPROVED)
+        await store.answer(request.id, "something else")
+        assert await store.open_requests() == []
+        assert writer.execute("SELECT answer FROM requests").fetchall() == [(APPROVED,)]
+        writer.close()
+
+    with_store(tmp_path, act)
+
+
+def test_a_failed_write_leaves_nothing_and_the_next_one_works(tmp_path: Path) -> None:
+    async def act(store: Store) -> None:
+        broken = changes()
+        broken.commands["c1"] = replace(COMMAND, run=None)  # type: ignore[arg-type]
+        with pytest.raises(sqlite3.IntegrityError):
+            await store.write(broken)
+        reader = open_store(tmp_path)
+        assert reader.execute("SELECT count(*) FROM incidents").fetchone() == (0,)
+        await store.write(changes())
+        assert reader.execute("SELECT count(*) FROM incidents").fetchone() == (1,)
+        reader.close()
+
+    with_store(tmp_path, act)
+
+
+def test_two_daemons_share_a_home(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with Store(tmp_path) as one, Store(tmp_path) as other:
+            await asyncio.gather(
+                *(
+                    store.write(changes(incident=replace(INCIDENT, id=f"i{i}")))
+                    for i in range(20)
+                    for store in (one, other)
+                )
+            )
+
+    asyncio.run(run())
+    reader = open_store(tmp_path)
+    assert reader.execute("SELECT count(*) FROM incidents").fetchone() == (20,)
+    reader.close()
+
+
+def test_another_schema_version_is_refused_by_writer_and_reader(tmp_path: Path) -> None:
+    connection = sqlite3.connect(tmp_path / "sosa.db")
+    connection.execute("PRAGMA user_version = 99")
+    connection.close()
+
+    async def act(store: Store) -> None:
+        raise AssertionError("opened")
+
+    with pytest.raises(ConfigError, match="schema version 99"):
+        with_store(tmp_path, act)
+    with pytest.raises(UsageError, match="schema version 99"):
+        open_store(tmp_path)
+
+
+def test_a_reader_cannot_write_and_makes_no_store(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no store at"):
+        open_store(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+    async def act(store: Store) -> None:
+        reader = open_store(tmp_path)
+        with pytest.raises(sqlite3.OperationalError, match="readonly"):
+            reader.execute("DELETE FROM runs")
+        reader.close()
+
+    with_store(tmp_path, act)
+
+
+def test_json_lines_are_json_whatever_the_evidence(tmp_path: Path) -> None:
+    text = json_line({"a": [math.inf, -math.inf, math.nan, 1.5], "b": {"c": None, "d": True, "e": 3, "f": "é"}})
+    assert text == '{"a":["Infinity","-Infinity","NaN",1.5],"b":{"c":null,"d":true,"e":3,"f":"é"}}'
