@@ -97,6 +97,7 @@ def trial(number: int, address: str, settings: Settings) -> float | None:
         versions={},
         parameters=(),
         progress=lambda: Progress(tick=0, step=0, phase=Phase.FORWARD),
+        refusal=lambda command: "",
         say=lambda text: None,
     )
     ending = threading.Event()

@@ -15,7 +15,7 @@ import torch
 from torch.optim import Optimizer
 
 from sosa_stream.agent.snapshots import Snapshot, SnapshotRing, TrainingState
-from sosa_stream.errors import RefusedError, SosaError
+from sosa_stream.errors import RefusedError
 from sosa_stream.protocol.actions import Action
 from sosa_stream.protocol.messages import Command
 
@@ -60,11 +60,28 @@ class Actuators:
         """Whether a fix is in force that all ranks must go on applying alike."""
         return self.lr_multiplier != 1.0 or self.max_norm is not None
 
+    def refusal(self, command: Command, step: int) -> str:
+        """Why this rank could not carry ``command`` out as things stand, or nothing.
+
+        Asked before the rank holds the command: one that cannot must say so before the others are bound.
+        """
+        for action in command.actions:
+            if action.action == "rollback" and (
+                self._snapshots is None or not self._snapshots.may_choose(action.params["before_step"], step)
+            ):
+                return f"rollback: no healthy snapshot from before step {action.params['before_step']} is held"
+            if action.action == "revert" and action.params["command"] not in self._undo:
+                return f"revert: command {action.params['command']} is not in force here"
+            if action.action == "scale_lr" and not self._within_bounds(self.lr_multiplier * action.params["factor"]):
+                return f"scale_lr: beyond auto.max_lr_change {self._max_lr_change:g} in all"
+        return ""
+
     def apply(self, command: Command, tick: int, step: int) -> str:
         """Carry out all actions of ``command`` as one. Returns what was done, in words.
 
         Raises:
-            SosaError: an action could not be carried out; those before it have been undone.
+            SosaError: an action cannot be carried out, on no rank; those before it have been undone.
+            Exception: whatever else went wrong on this rank alone, such as memory; likewise undone.
         """
         done: list[Undo] = []
         words: list[str] = []
@@ -75,13 +92,11 @@ class Actuators:
                 undo, text = self._apply_one(action, command, tick, step)
                 done.append(undo)
                 words.append(text)
-        except Exception as error:
+        except Exception:
             for undo in reversed(done):
                 undo()
             self.stale_gradients, self._before_rollback = stale, saved
-            if isinstance(error, SosaError):
-                raise
-            raise SosaError(f"{type(error).__name__}: {error}") from error
+            raise
         if self._rolled_back_to is not None and self._snapshots is not None:
             self._snapshots.forget_after(self._rolled_back_to)
         self._undo[command.id] = done
@@ -126,7 +141,7 @@ class Actuators:
 
     def _scale_lr(self, factor: float) -> tuple[Undo, str]:
         after = self.lr_multiplier * factor
-        if not 1 / self._max_lr_change <= after <= self._max_lr_change:
+        if not self._within_bounds(after):
             raise RefusedError(f"scale_lr: ×{after:g} in all is beyond auto.max_lr_change {self._max_lr_change:g}")
         token = object()
         self._lr_factors[token] = factor
@@ -137,6 +152,9 @@ class Actuators:
             self._reckon()
 
         return undo, f"learning rate ×{after:g}"
+
+    def _within_bounds(self, multiplier: float) -> bool:
+        return 1 / self._max_lr_change <= multiplier <= self._max_lr_change
 
     def _set_clip(self, max_norm: float) -> tuple[Undo, str]:
         token = object()

@@ -239,6 +239,7 @@ class Agent:
             versions={"torch": torch.__version__},
             parameters=self._parameters,
             progress=self._progress,
+            refusal=lambda command: self.actuators.refusal(command, self.probe.step),
             say=self.say,
         )
         self.probe.fence = fence
@@ -309,12 +310,12 @@ class Agent:
 
     def _on_error(self, error: BaseException, in_force: bool) -> None:
         """Something of ours failed. Where all ranks must act alike this rank ends; elsewhere training goes on."""
-        if in_force:
+        if in_force and self._identity.world_size > 1:
             self.say(f"this rank cannot know what the others do and ends with exit code {EXIT_IN_DOUBT}: {error}")
             sys.stderr.flush()
             os._exit(EXIT_IN_DOUBT)
         where = "".join(traceback.format_exception(error)[-3:])
-        self.say(f"an internal error stopped the watching, training goes on: {type(error).__name__}: {error}\n{where}")
+        self.say(f"an internal error, training goes on: {type(error).__name__}: {error}\n{where}")
 
 
 _current: Agent | None = None

@@ -59,6 +59,7 @@ class Courier:
         versions: dict[str, str],
         parameters: Sequence[str],
         progress: Callable[[], Progress],
+        refusal: Callable[[Command], str],
         say: Callable[[str], None],
     ) -> None:
         self._settings = settings
@@ -68,6 +69,7 @@ class Courier:
         self._outbox = outbox
         self._fence = fence
         self._progress = progress
+        self._cannot = refusal
         self._say = say
         self._seen: set[str] = set()
         self._next_heartbeat = 0.0
@@ -164,7 +166,7 @@ class Courier:
             return "this run has no store to agree on a step with: it can only be observed"
         if self._fence_closed:
             return "the fence of this run is closed"
-        return may_apply(self._settings, command)
+        return may_apply(self._settings, command) or self._cannot(command)
 
     def _serve_fence(self, now: float) -> None:
         if self._fence is None:

@@ -157,6 +157,9 @@ class Probe:
             state = AckState.APPLIED
         except SosaError as error:
             detail, digest, state = str(error), "", AckState.FAILED
+        except Exception as error:  # the other ranks may well have managed: this one must not go on beside them
+            detail, digest, state = f"{type(error).__name__}: {error}", "", AckState.FAILED
+            self._on_error(error, True)
         self._outbox.add_message(
             lambda header: Ack(
                 header=header, command=command.id, state=state, tick=tick, step=step, detail=detail[:500], digest=digest
@@ -284,7 +287,7 @@ class Probe:
         try:
             self._snapshots.observe(self.tick, self.step, self._norm if self._norm_is_shared else None)
         except Exception as error:
-            self._snapshots = None
+            self._snapshots.turn_off()  # this rank then refuses to hold a rollback, before any rank is bound
             self._on_error(error, False)
 
     def _put_back(self) -> None:

@@ -175,6 +175,17 @@ class SnapshotRing:
         held = ", ".join(str(s.step) for s in self._snapshots) or "none"
         raise NoSnapshotError(f"no healthy snapshot {quarantine} steps before step {before_step} (held: {held})")
 
+    def may_choose(self, before_step: int, present_step: int) -> bool:
+        """Whether a snapshot of that age is held at all: what can be told without reading the device."""
+        oldest = present_step - self._max_rollback_steps
+        newest = before_step - self._settings.quarantine_ticks
+        return any(oldest <= snapshot.step <= newest for snapshot in tuple(self._snapshots))
+
+    def turn_off(self) -> None:
+        """Keep none and take none."""
+        self._off = True
+        self._snapshots.clear()
+
     def forget_after(self, step: int) -> None:
         """After a rollback: what was copied later may be poisoned."""
         self._snapshots = [s for s in self._snapshots if s.step <= step]
@@ -189,8 +200,7 @@ class SnapshotRing:
         size = max(1, snapshot.size_bytes)
         self._keep = min(self._settings.snapshot_keep, self._settings.snapshot_max_bytes // size)
         if self._keep < 2:
-            self._off = True
-            self._snapshots.clear()
+            self.turn_off()
             self._say(f"snapshots are off: agent.snapshot_max_bytes holds fewer than two of {size / 1e6:.1f} MB")
         elif self._snapshots:
             self._say(f"snapshots: {size / 1e6:.1f} MB each, up to {self._keep} kept in memory")
