@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -118,7 +119,7 @@ def test_ages_are_spread_geometrically_within_the_number_kept(keep: int) -> None
         assert ages == sorted(ages, reverse=True)
         assert ages[-1] == 0
         # However long ago a fault began, one of them is from before it and wastes no more than a factor of its age.
-        gaps = [(old + 10) / (young + 10) for old, young in zip(ages, ages[1:], strict=False)]
+        gaps = [(old + 10) / (young + 10) for old, young in itertools.pairwise(ages)]
         assert max(gaps) <= (220 if keep == 4 else 12)
 
 

@@ -112,7 +112,7 @@ def _load(target: Target) -> tuple[CodeType, types.ModuleType]:
         code, module.__spec__, filename = _find_module(target.name)
         module.__package__ = module.__spec__.name.rpartition(".")[0] if module.__spec__ else ""
     else:
-        filename = os.path.abspath(target.name)
+        filename = os.path.join(os.getcwd(), target.name)  # as Python names it: absolute, else as it was given
         _set_first_path(str(Path(filename).resolve().parent))
         try:
             with io.open_code(filename) as file:
@@ -148,7 +148,7 @@ def _compile(source: bytes, filename: str) -> CodeType:
     try:
         return compile(source, filename, "exec", dont_inherit=True)  # or our own `annotations` would be the script's
     except SyntaxError as error:
-        sys.excepthook(SyntaxError, error, None)
+        sys.excepthook(type(error), error.with_traceback(None), None)
         raise SystemExit(1) from None
 
 

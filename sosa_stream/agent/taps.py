@@ -1,8 +1,8 @@
 """Where a script that knows nothing of us lets its loss and its gradient norm be seen.
 
 Four functions of torch are wrapped, and put back by `Taps.remove`: ``torch.autograd.backward`` (which
-``Tensor.backward`` calls), ``GradScaler.scale`` (to see the loss unscaled), ``GradScaler.update`` (a step that the scaler
-skipped took no loss: it is not the next one's) and ``clip_grad_norm_`` (whose result is the gradient norm that we would
+``Tensor.backward`` calls), ``GradScaler.scale`` (to see the loss unscaled), ``GradScaler.update`` (the loss of a step
+that the scaler skipped is not the next one's) and ``clip_grad_norm_`` (whose result is the gradient norm that we would
 otherwise compute again). What is raised is torch's own; what we cannot see is left out.
 """
 

@@ -85,6 +85,7 @@ class SOSATrainingWrapper:
         self._best = BestCheckpoint(Path(checkpoint_dir), model, optimizer, checkpoint_every)
         self._num_steps = 0
         self._anomaly_steps = 0
+        self._told_of_disk = False
         self._agent: core.Agent | None = None
         self._owns_agent = True
         self._distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -236,7 +237,12 @@ class SOSATrainingWrapper:
         error = self.monitor.detect_error()
         self._anomaly_steps += error is not None
         if not self._distributed or dist.get_rank() == 0:
-            self._best.observe(step, value, trusted=error is None)
+            try:
+                self._best.observe(step, value, trusted=error is None)
+            except Exception as problem:  # a full disk, say, is no reason to end a training
+                if not self._told_of_disk:
+                    self._told_of_disk = True
+                    self._say(f"sosa: the best checkpoint cannot be written, training goes on: {problem}")
 
     def _fixes(self) -> list[dict[str, Any]]:
         """What was applied: with verdicts where this process decides, as this rank did it where the daemon does."""
@@ -311,7 +317,8 @@ def _settings(config: Any, auto_fix: bool, max_fixes_per_error: int) -> tuple[bo
     overrides.setdefault("auto.max_fixes_per_error", max_fixes_per_error)
     overrides.setdefault("mode", Mode.AUTO if auto_fix else Mode.SUGGEST)
     settings = load_settings(path=Path(path) if path else None, env=os.environ, overrides=overrides)
-    if settings.auto.allow == Settings().auto.allow and "auto.allow" not in overrides:
+    default = settings.auto.allow == Settings().auto.allow and "auto.allow" not in overrides
+    if settings.mode is Mode.AUTO and default:
         settings = replace(settings, auto=replace(settings.auto, allow=WRAPPER_ALLOW))
     return enabled and os.environ.get("SOSA_DISABLE", "") not in ("1", "true"), settings
 

@@ -1,0 +1,373 @@
+"""``python -m sosa_stream.agent script.py``: the script must not be able to tell, whatever it does and however it ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+
+DEADLINE_SECONDS = 60.0
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """A folder with a space in its name, in which scripts are written and started."""
+    folder = tmp_path / "my scripts"
+    folder.mkdir()
+    return folder
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(dedent(text).lstrip("\n"), encoding="utf-8")
+    return path
+
+
+def _environment(folder: Path, extra: dict[str, str] | None) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SOSA_", "PYTHON"))}
+    return {**kept, "SOSA_HOME": str(folder.parent / "home"), "SOSA_MODE": "observe", **(extra or {})}
+
+
+def run(folder: Path, *words: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Plain Python, in ``folder``."""
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        env=_environment(folder, env),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_SECONDS,
+        check=False,
+    )
+
+
+def watched(folder: Path, *words: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return run(folder, "-m", "sosa_stream.agent", *words, env=env)
+
+
+def same(folder: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], subprocess.CompletedProcess[str]]:
+    """The same words to plain Python and to us."""
+    return run(folder, *words), watched(folder, *words)
+
+
+SHOW = """
+    import sys
+    print(sys.argv)
+    print(sys.path[0])
+    print(__name__, __file__, __package__, __builtins__.__class__)
+    print(sys.modules["__main__"].__dict__ is globals())
+    print(sorted(name for name in globals() if name not in ("__cached__", "__annotations__")))
+    import sibling
+    print(sibling.VALUE)
+"""
+
+
+@pytest.mark.parametrize("words", [["./show.py", "--lr", "0.1", "-x"], ["sub/show.py", "-m", "x"]])
+def test_argv_path_name_file_and_siblings_are_as_under_plain_python(here: Path, words: list[str]) -> None:
+    for folder in (here, here / "sub"):
+        write(folder, "show.py", SHOW)
+        write(folder, "sibling.py", f"VALUE = {folder.name!r}")
+    plain, ours = same(here, *words)
+    assert plain.returncode == 0, plain.stderr
+    assert (ours.stdout.replace("'__loader__', ", ""), ours.stderr, ours.returncode) == (
+        plain.stdout.replace("'__loader__', ", ""),
+        "",
+        0,
+    )
+
+
+@pytest.mark.parametrize("name", ["package", "package.inner"])
+def test_a_module_runs_as_with_python_m(here: Path, name: str) -> None:
+    show = """
+        import sys
+        from . import sibling
+        print(sys.argv, sys.path[0], __name__, __file__, __package__, __spec__.name, sibling.VALUE)
+    """
+    write(here, "package/__init__.py", "")
+    write(here, "package/sibling.py", "VALUE = 7")
+    write(here, "package/__main__.py", show)
+    write(here, "package/inner.py", show)
+    plain, ours = same(here, "-m", name, "--lr", "0.1")
+    assert plain.returncode == 0, plain.stderr
+    assert (ours.stdout, ours.stderr, ours.returncode) == (plain.stdout, "", 0)
+
+
+def test_the_scripts_annotations_are_its_own(here: Path) -> None:
+    """Compiled from a file of ours, a script would inherit our ``from __future__ import annotations``."""
+    write(here, "typed.py", "def f(x: int): ...\nprint(f.__annotations__)\n")
+    plain, ours = same(here, "typed.py")
+    assert ours.stdout == plain.stdout == "{'x': <class 'int'>}\n"
+
+
+# -- how it ends -------------------------------------------------------------------------------------------------------
+
+RAISES = {
+    "plain": """
+        def inner(x):
+            return 1 / x
+
+
+        inner(0)
+    """,
+    "chained": """
+        def inner():
+            try:
+                {}["key"]
+            except KeyError as error:
+                raise RuntimeError("no key") from error
+
+
+        inner()
+    """,
+    "through torch": """
+        import torch
+
+        parameter = torch.nn.Parameter(torch.ones(2))
+
+
+        def fail(grad):
+            raise ValueError("in a hook")
+
+
+        parameter.register_hook(fail)
+        parameter.sum().backward()
+    """,
+    "in a closure": """
+        import torch
+
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+
+
+        def closure():
+            raise ValueError("in the closure")
+
+
+        optimizer.step(closure)
+    """,
+    "syntax": """
+        print("never"
+        x = = 1
+    """,
+}
+
+
+@pytest.mark.parametrize("kind", list(RAISES))
+def test_a_script_that_raises_shows_the_traceback_of_plain_python(here: Path, kind: str) -> None:
+    write(here, "script.py", RAISES[kind])
+    plain, ours = same(here, "script.py")
+    assert plain.returncode == 1
+    assert (ours.stderr, ours.stdout, ours.returncode) == (plain.stderr, plain.stdout, 1)
+
+
+@pytest.mark.parametrize(
+    ("argument", "code", "text"), [("3", 3, ""), ("'text'", 1, "text\n"), ("None", 0, ""), ("0", 0, "")]
+)
+def test_sys_exit_passes_through(here: Path, argument: str, code: int, text: str) -> None:
+    write(here, "script.py", f"import sys\nsys.exit({argument})\n")
+    ours = watched(here, "script.py")
+    assert (ours.returncode, ours.stderr) == (code, text)
+
+
+def test_atexit_functions_of_the_script_run_and_its_output_is_whole(here: Path) -> None:
+    write(here, "script.py", "import atexit\natexit.register(lambda: print('last'))\nprint('first', end=' ')\n")
+    ours = watched(here, "script.py")
+    assert (ours.stdout, ours.stderr, ours.returncode) == ("first last\n", "", 0)
+
+
+def _interrupt(folder: Path, *words: str) -> tuple[int, str, str]:
+    process = subprocess.Popen(
+        [sys.executable, *words],
+        cwd=folder,
+        env=_environment(folder, None),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=DEADLINE_SECONDS)
+    return process.returncode, out, err
+
+
+def test_ctrl_c_ends_the_script_as_it_ends_under_plain_python(here: Path) -> None:
+    write(
+        here,
+        "script.py",
+        """
+        import atexit, sys, threading
+        atexit.register(lambda: print("cleaned up"))
+        print("not flushed yet", end=" ")
+        print("ready", file=sys.stderr, flush=True)
+        threading.Event().wait()
+        """,
+    )
+    plain = _interrupt(here, "script.py")
+    assert plain[:2] == (-signal.SIGINT, "not flushed yet cleaned up\n")
+    assert "KeyboardInterrupt" in plain[2]
+    assert _interrupt(here, "-m", "sosa_stream.agent", "script.py") == plain
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "message"),
+    [
+        (["absent.py"], {}, "cannot run 'absent.py': No such file or directory"),
+        (["-m", "no_such_module"], {}, "there is no module 'no_such_module' that can be run"),
+        (["script.py"], {"SOSA_MODE": "bold"}, "SOSA_MODE must be one of observe, suggest, auto, not 'bold'"),
+        (["script.py"], {"SOSA_MOOD": "auto"}, "unknown variable SOSA_MOOD"),
+        (["script.py"], {"SOSA_CONFIG": "absent.toml"}, "cannot read absent.toml"),
+        (["--inject", "nan_bach@3", "script.py"], {}, "--inject nan_bach@3: unknown kind 'nan_bach'"),
+        (["--inject=nan_batch@x", "script.py"], {}, "--inject nan_batch@x: write the step as"),
+        (["--inject"], {}, "--inject needs a value"),
+        (["--unknown", "script.py"], {}, "unknown option --unknown"),
+        ([], {}, "no script given"),
+    ],
+)
+def test_a_users_mistake_is_one_clear_sentence_and_exit_code_2(
+    here: Path, words: list[str], env: dict[str, str], message: str
+) -> None:
+    write(here, "script.py", "print('ran')")
+    ours = watched(here, *words, env=env)
+    assert ours.returncode == 2
+    assert ours.stdout == ""
+    first, *rest = ours.stderr.splitlines()
+    assert message in first
+    assert first.startswith("sosa: ")
+    assert not rest or rest[0].startswith("usage: ")
+
+
+def test_help_is_shown_on_stdout(here: Path) -> None:
+    ours = watched(here, "--help")
+    assert ours.returncode == 0
+    assert ours.stdout.startswith("usage: python -m sosa_stream.agent")
+
+
+def test_sosa_disable_only_runs_the_script(here: Path) -> None:
+    write(here, "script.py", "import sys\nprint('torch' in sys.modules, 'zmq' in sys.modules)\nsys.exit(4)\n")
+    # Even wrong settings are not looked at: whoever switches it off wants it out of the way.
+    ours = watched(here, "script.py", env={"SOSA_DISABLE": "1", "SOSA_MODE": "bold"})
+    assert (ours.returncode, ours.stdout, ours.stderr) == (4, "False False\n", "")
+    assert not (here.parent / "home").exists()
+
+
+# -- real scripts ------------------------------------------------------------------------------------------------------
+
+TRAIN = """
+    import torch
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in range(20):
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).square().mean().backward()
+        optimizer.step()
+    print([p.detach().numpy().tobytes().hex() for p in model.parameters()])
+"""
+
+
+def test_a_training_script_computes_the_same_bits_and_is_recorded(here: Path) -> None:
+    write(here, "train.py", TRAIN)
+    plain, ours = same(here, "train.py")
+    assert (ours.stdout, ours.returncode) == (plain.stdout, 0), ours.stderr
+    (recording,) = (here.parent / "home").glob("train-*/run.sosa")
+    assert recording.stat().st_size > 100
+
+
+def _daemons(home: Path) -> list[int]:
+    """Processes that were told to keep their state in ``home``."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                command = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if str(home).encode() in command and b"daemon" in command:
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("ending", ["1 / 0", "import os; os.kill(os.getpid(), 9)"])
+def test_no_daemon_outlives_the_script_however_it_ends(here: Path, ending: str) -> None:
+    write(here, "train.py", dedent(TRAIN) + ending)
+    watched(here, "train.py")  # its pipes are read to their end: nobody holds them open any more
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while _daemons(here.parent / "home"):
+        assert time.monotonic() < deadline, "the daemon is still there"
+        time.sleep(0.05)
+
+
+def test_forked_data_loader_workers_run_and_end_cleanly(here: Path) -> None:
+    write(
+        here,
+        "train.py",
+        """
+        import torch
+        from torch.utils.data import DataLoader, TensorDataset
+
+        model = torch.nn.Linear(4, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        data = TensorDataset(torch.randn(64, 4))
+        for epoch in range(2):
+            for (x,) in DataLoader(data, batch_size=8, num_workers=2, multiprocessing_context="fork"):
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+                optimizer.step()
+        print("done")
+        """,
+    )
+    ours = watched(here, "train.py")
+    assert (ours.stdout, ours.stderr, ours.returncode) == ("done\n", "", 0)
+
+
+def test_processes_spawned_by_the_script_find_its_functions(here: Path) -> None:
+    write(
+        here,
+        "script.py",
+        """
+        import multiprocessing
+
+
+        def square(x):
+            return x * x
+
+
+        if __name__ == "__main__":
+            with multiprocessing.get_context("spawn").Pool(2) as pool:
+                print(pool.map(square, [1, 2, 3]))
+        """,
+    )
+    ours = watched(here, "script.py")
+    assert (ours.stdout, ours.stderr, ours.returncode) == ("[1, 4, 9]\n", "", 0)
+
+
+def test_an_injected_fault_is_carried_out_and_told_as_what_it_is(here: Path) -> None:
+    write(here, "train.py", TRAIN)
+    ours = watched(here, "--inject", "exception@5", "train.py")
+    assert ours.returncode == 1
+    assert re.search(r"RuntimeError: injected by exception@5", ours.stderr)
+    assert "sosa_stream" not in ours.stderr
+
+
+def test_a_daemon_that_cannot_be_reached_is_no_reason_to_fail(here: Path) -> None:
+    write(here, "train.py", TRAIN)
+    plain = run(here, "train.py")
+    # Port 9 discards: nobody answers there.
+    ours: Any = watched(here, "train.py", env={"SOSA_DAEMON": "tcp://127.0.0.1:9"})
+    assert (ours.stdout, ours.returncode) == (plain.stdout, 0)
+    assert len(ours.stderr.splitlines()) == 1
+    assert "not acknowledged" in ours.stderr
