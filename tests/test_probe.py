@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -644,3 +645,30 @@ def test_the_guard_of_a_fused_optimizer_never_makes_the_host_wait_either() -> No
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert not watch.errors
+
+
+def test_sharded_gradients_are_measured_where_they_lie_and_never_guarded_alone(tmp_path: Path) -> None:
+    """The norm of one rank's shard is not that of the others: a decision by it would split the ranks."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        parameter = nn.Parameter(distribute_tensor(torch.zeros(4), mesh, [Shard(0)]))
+        optimizer = SGD([parameter], lr=1.0)
+        with Watch(guard=True, snapshots=True, snapshot_every_ticks=1, quarantine_ticks=0).installed() as watch:
+            parameter.grad = distribute_tensor(torch.full((4,), 2.0), mesh, [Shard(0)])
+            optimizer.step()
+            watch.actuators.digest()
+            watch.actuators.apply(command(act("rollback", before_step=0)), 1, 1)
+            assert isinstance(parameter, DTensor)
+            assert torch.equal(parameter.to_local(), torch.zeros(4))
+            watch.actuators.stale_gradients = False
+            parameter.grad = distribute_tensor(torch.full((4,), math.nan), mesh, [Shard(0)])
+            optimizer.step()
+        assert [row["grad_norm"] for row in watch.rows[:1]] == [4.0]
+        assert [row["skipped"] for row in watch.rows] == [0.0, 0.0]
+        assert not watch.errors
+    finally:
+        dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""``python -m sosa_stream.agent script.py``: the script must not be able to tell, whatever it does and however it ends."""
+"""``python -m sosa_stream.agent script.py``: the script cannot tell, whatever it does, however it ends."""
 
 from __future__ import annotations
 

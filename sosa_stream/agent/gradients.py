@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 
@@ -16,11 +16,24 @@ def parameters_with_gradients(optimizer: Optimizer) -> list[torch.Tensor]:
 
 def local_gradients(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
     """The gradients that lie in this process; a sharded one's norm would be a hidden collective (`.to_local()`)."""
-    return [g.to_local() if isinstance(g, DTensor) else g for g in (p.grad for p in parameters) if g is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return [to_local(gradient) for gradient in gradients] if _dtensor_class() else gradients
 
 
 def is_sharded(parameters: list[torch.Tensor]) -> bool:
-    return any(isinstance(p, DTensor) for p in parameters)
+    sharded = _dtensor_class()
+    return sharded is not None and any(isinstance(p, sharded) for p in parameters)
+
+
+def to_local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a sharded tensor that lies in this process; any other tensor as it is."""
+    sharded = _dtensor_class()
+    return tensor.to_local() if sharded is not None and isinstance(tensor, sharded) else tensor  # type: ignore[attr-defined]
+
+
+def _dtensor_class() -> type[torch.Tensor] | None:
+    """`DTensor` if anybody has imported it: by ourselves it would make every script start a second later."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 
 def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:

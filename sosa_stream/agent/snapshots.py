@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from sosa_stream.agent.gradients import to_local
 from sosa_stream.config import AgentSettings
 from sosa_stream.errors import SosaError
 
@@ -98,23 +98,23 @@ class TrainingState:
         live = self.tensors()
         if len(live) != len(snapshot.tensors) or len(self.optimizers) != len(snapshot.optimizer_state):
             raise NoSnapshotError("the parameters or optimizers are no longer those of the snapshot")
-        if any(_local(a).shape != b.shape for a, b in zip(live, snapshot.tensors, strict=True)):
+        if any(to_local(a).shape != b.shape for a, b in zip(live, snapshot.tensors, strict=True)):
             raise NoSnapshotError("a parameter has changed its shape since the snapshot")
         with torch.no_grad():
             for tensor, saved in zip(live, snapshot.tensors, strict=True):
-                _local(tensor).copy_(saved)
+                to_local(tensor).copy_(saved)
             for optimizer, saved_state in zip(self.optimizers, snapshot.optimizer_state, strict=True):
                 _restore_optimizer(optimizer, saved_state)
 
     def local_tensors(self) -> Iterable[torch.Tensor]:
         """Parameters and optimizer state as they lie in this process, in a fixed order (buffers may differ)."""
         for parameter in self._parameters():
-            yield _local(parameter)
+            yield to_local(parameter)
         for optimizer in self.optimizers:
             for _, values in _by_position(optimizer):
                 for _, value in sorted(values.items()):
                     if isinstance(value, torch.Tensor):
-                        yield _local(value)
+                        yield to_local(value)
 
 
 class SnapshotRing:
@@ -244,17 +244,13 @@ def _restore_optimizer(optimizer: Optimizer, saved: dict[int, dict[str, Any]]) -
             for name, value in before.items():
                 present = now.get(name)
                 if isinstance(present, torch.Tensor) and isinstance(value, torch.Tensor):
-                    _local(present).copy_(_local(value))
+                    to_local(present).copy_(to_local(value))
                 else:
                     now[name] = _copy_value(value)
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _copy(tensor: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
-    local = _local(tensor.detach())
+    local = to_local(tensor.detach())
     if into is not None and into.shape == local.shape and into.dtype == local.dtype and into.device == local.device:
         return into.copy_(local)
     return local.clone()
