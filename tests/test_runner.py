@@ -183,38 +183,21 @@ def test_atexit_functions_of_the_script_run_and_its_output_is_whole(here: Path) 
     assert (ours.stdout, ours.stderr, ours.returncode) == ("first last\n", "", 0)
 
 
-def _interrupt(folder: Path, *words: str) -> tuple[int, str, str]:
-    process = subprocess.Popen(
-        [sys.executable, *words],
-        cwd=folder,
-        env=_environment(folder, None),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    assert process.stderr.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=DEADLINE_SECONDS)
-    return process.returncode, out, err
-
-
 def test_ctrl_c_ends_the_script_as_it_ends_under_plain_python(here: Path) -> None:
     write(
         here,
         "script.py",
         """
-        import atexit, sys, threading
+        import atexit, signal
         atexit.register(lambda: print("cleaned up"))
         print("not flushed yet", end=" ")
-        print("ready", file=sys.stderr, flush=True)
-        threading.Event().wait()
+        signal.raise_signal(signal.SIGINT)  # from outside it would strike anywhere, and no two tracebacks be alike
         """,
     )
-    plain = _interrupt(here, "script.py")
-    assert plain[:2] == (-signal.SIGINT, "not flushed yet cleaned up\n")
-    assert "KeyboardInterrupt" in plain[2]
-    assert _interrupt(here, "-m", "sosa_stream.agent", "script.py") == plain
+    plain, ours = same(here, "script.py")
+    assert (plain.returncode, plain.stdout) == (-signal.SIGINT, "not flushed yet cleaned up\n")
+    assert "KeyboardInterrupt" in plain.stderr
+    assert (ours.returncode, ours.stdout, ours.stderr) == (plain.returncode, plain.stdout, plain.stderr)
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
