@@ -27,7 +27,6 @@ from sosa_stream.protocol.messages import (
     Hello,
     MetricFrame,
     Phase,
-    Received,
 )
 
 DEADLINE_SECONDS = 20.0
@@ -119,6 +118,7 @@ class RingAgent:
         self.ring: list[bytes] = []
         self.acknowledged = 0
         self.commands: list[Command] = []
+        self.num_received = 0
         self._sent = 0
         self._reconnects = 0
         self._progress_at = time.monotonic()
@@ -159,7 +159,9 @@ class RingAgent:
         for message in self.channel.receive():
             if isinstance(message, Command):
                 self.commands.append(message)
-            elif isinstance(message, Received) and message.sources.get(self.source, 0) > self.acknowledged:
+                continue
+            self.num_received += 1
+            if message.sources.get(self.source, 0) > self.acknowledged:
                 self.acknowledged = message.sources[self.source]
                 self._progress_at = time.monotonic()
         stalled = time.monotonic() > self._progress_at + 1.0

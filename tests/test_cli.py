@@ -1,0 +1,251 @@
+"""The command line's surface: commands, flags, exit codes, tables and JSON."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sosa_stream import __version__, cli
+from sosa_stream.cli import main
+from sosa_stream.daemon.store import Changes, RunRow, Store
+from sosa_stream.decide.commands import CommandRecord, CommandState
+from sosa_stream.detect.incidents import Group, Incident, IncidentState, Severity
+from sosa_stream.protocol.actions import Action
+from sosa_stream.protocol.codec import encode
+from sosa_stream.protocol.recording import Recorder
+from sosa_stream.testing import NOW, SimulatedJob
+
+INCIDENT = Incident(
+    id="i1",
+    run="alpha",
+    kind="nan_loss",
+    group=Group.NUMERICAL,
+    severity=Severity.CRITICAL,
+    state=IncidentState.OPEN,
+    first_step=3,
+    detected_step=4,
+    ranks=(1,),
+    message="loss is NaN",
+)
+COMMAND = CommandRecord(
+    id="c1",
+    run="alpha",
+    generation="g",
+    incident="i1",
+    actions=(Action(action="clip_grad", params={"max_norm": 1.0}),),
+    confidence=0.5,
+    state=CommandState.PROPOSED,
+    reason="because",
+)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    async def fill() -> None:
+        async with Store(tmp_path) as store:
+            await store.write(
+                Changes(
+                    runs={run: RunRow(run=run, generation="g", step=5, seen_at=NOW) for run in ("alpha", "beta")},
+                    incidents={"i1": INCIDENT, "i2": replace(INCIDENT, id="i2", run="beta")},
+                    commands={"c1": COMMAND, "c2": replace(COMMAND, id="c2", state=CommandState.VERIFIED)},
+                )
+            )
+
+    asyncio.run(fill())
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for variable in ("SOSA_HOME", "SOSA_CONFIG", "SOSA_DAEMON"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def options(parser: argparse.ArgumentParser, path: str = "") -> Iterator[tuple[str, list[str]]]:
+    flags = []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, inner in action.choices.items():
+                yield from options(inner, f"{path} {name}".strip())
+        else:
+            flags += action.option_strings or [action.dest.upper()]
+    yield path, sorted(flags)
+
+
+def test_the_commands_and_flags_are_frozen() -> None:
+    surface = dict(options(cli.parser()))
+    surface.pop("demo")  # frozen by its own tests
+    both = ["--help", "-h"]
+    assert surface == {
+        "": sorted([*both, "--version"]),
+        "daemon": sorted(
+            [
+                *both,
+                *("--bind", "--config", "--embedded", "--home", "--http", "--insecure", "--keys", "--ready-fd"),
+            ]
+        ),
+        "incidents": sorted([*both, "--home", "--json", "--run"]),
+        "commands": sorted([*both, "--home", "--json", "--run"]),
+        "approve": sorted([*both, "--home", "COMMAND"]),
+        "replay": sorted([*both, "--json", "RECORDING"]),
+        "keys": both,
+        "keys new": sorted([*both, "FOLDER"]),
+    }
+
+
+def code_of(*arguments: str) -> int:
+    try:
+        return main(arguments)
+    except SystemExit as end:  # argparse's way
+        return int(end.code or 0)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["incidents", "--nonsense"],
+        ["approve"],
+        ["keys"],
+        ["incidents", "--home", "nowhere"],
+        ["commands", "--home", "nowhere"],
+        ["approve", "c", "--home", "nowhere"],
+        ["replay", "nowhere.sosa"],
+        ["daemon", "--bind", "nowhere"],
+        ["daemon", "--bind", "tcp://0.0.0.0:0"],
+        ["daemon", "--keys", "nowhere"],
+        ["daemon", "--config", "nowhere.toml"],
+        ["daemon", "--ready-fd", "99"],
+        ["daemon", "--bind", "tcp://127.0.0.1:0", "--http", "nowhere"],
+    ],
+    ids=" ".join,
+)
+def test_a_users_mistake_is_told_in_one_line_with_exit_code_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert code_of(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    last = captured.err.strip().splitlines()[-1]
+    assert last.startswith("sosa")
+    assert "Traceback" not in captured.err
+
+
+def test_a_wrong_variable_is_told_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("SOSA_MOOD", "good")
+    assert code_of("incidents") == 2
+    assert "SOSA_MOOD" in capsys.readouterr().err
+
+
+def test_version_and_help_end_with_0(capsys: pytest.CaptureFixture[str]) -> None:
+    assert code_of("--version") == 0
+    assert capsys.readouterr().out == f"sosa {__version__}\n"
+    assert code_of("--help") == 0
+
+
+def test_incidents_are_a_table(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert code_of("incidents", "--home", str(home)) == 0
+    heading, *rows = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["ID", "RUN", "KIND", "SEVERITY", "STATE", "STEP", "RANKS", "MESSAGE"]
+    assert rows[0].split() == ["i1", "alpha", "nan_loss", "critical", "open", "4", "1", "loss", "is", "NaN"]
+    assert [row.split()[0] for row in rows] == ["i1", "i2"]
+
+
+def test_commands_are_a_table(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert code_of("commands", "--home", str(home)) == 0
+    heading, *rows = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["ID", "RUN", "INCIDENT", "ACTIONS", "CONFIDENCE", "STATE", "STEP", "VERDICT"]
+    assert "clip_grad(max_norm=1)" in rows[0]
+    assert [row.split()[0] for row in rows] == ["c1", "c2"]
+
+
+def test_json_lines_are_the_public_records(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert code_of("incidents", "--json", "--home", str(home)) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[0]) == INCIDENT.as_dict()
+    assert code_of("commands", "--json", "--home", str(home)) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[0]) == COMMAND.as_dict()
+
+
+def test_the_public_records_have_these_keys() -> None:
+    assert list(INCIDENT.as_dict()) == [
+        *("schema_version", "id", "run", "kind", "group", "severity", "state", "first_step", "detected_step"),
+        *("resolved_step", "ranks", "hosts", "evidence", "symptoms", "message", "causes", "fixes"),
+    ]
+    assert list(COMMAND.as_dict()) == [
+        *("schema_version", "id", "run", "incident", "actions", "confidence", "state", "applied_step", "verdict"),
+        "reason",
+    ]
+
+
+def test_one_run_can_be_asked_for_and_an_unknown_one_is_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert code_of("incidents", "--run", "beta", "--json", "--home", str(home)) == 0
+    assert [json.loads(line)["id"] for line in capsys.readouterr().out.splitlines()] == ["i2"]
+    assert code_of("incidents", "--run", "gamma", "--home", str(home)) == 2
+    assert "alpha, beta" in capsys.readouterr().err
+
+
+def test_the_home_may_come_from_the_variable(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SOSA_HOME", str(home))
+    assert code_of("incidents") == 0
+    assert "nan_loss" in capsys.readouterr().out
+
+
+def test_approving_what_is_unknown_or_done_is_exit_code_1(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert code_of("approve", "c9", "--home", str(home)) == 1
+    assert "no command 'c9'" in capsys.readouterr().err
+    assert code_of("approve", "c2", "--home", str(home)) == 1
+    assert "verified" in capsys.readouterr().err
+
+
+def test_approving_without_a_daemon_says_so_and_leaves_nothing_for_a_later_one(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sosa_stream.cli.approve.ANSWER_SECONDS", 0.1)
+    assert code_of("approve", "c1", "--home", str(home)) == 1
+    assert "no daemon has answered" in capsys.readouterr().err
+
+    async def requests() -> int:
+        async with Store(home) as store:
+            return len(await store.open_requests())
+
+    assert asyncio.run(requests()) == 0
+
+
+def test_keys_are_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert code_of("keys", "new", str(tmp_path / "keys")) == 0
+    assert (tmp_path / "keys" / "daemon.key").is_file()
+    assert code_of("keys", "new", str(tmp_path / "keys")) == 2
+    assert "already holds" in capsys.readouterr().err
+
+
+def test_a_replay_lists_what_the_engine_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    simulation = SimulatedJob(seed=1, num_steps=200, nan_at={120: 1}).run()
+    recorder = Recorder(tmp_path / "run.sosa")
+    for index, event in enumerate(simulation.events):
+        recorder.append(NOW + 0.01 * index, encode(event))  # type: ignore[arg-type]
+    recorder.close()
+    assert code_of("replay", "--json", str(tmp_path / "run.sosa")) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["kind"] for record in found] == [incident.kind for incident in simulation.incidents]
+    assert found
+    assert code_of("replay", str(tmp_path / "run.sosa")) == 0
+    assert found[0]["kind"] in capsys.readouterr().out
+
+
+def test_the_module_is_the_same_as_the_script() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "sosa_stream.cli", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"sosa {__version__}\n"

@@ -1,0 +1,319 @@
+"""The daemon as a process: what is refused, what survives its death, what it does for people."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import urllib.error
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from daemon_process import DaemonProcess, RingAgent, frame, wait_until
+
+from sosa_stream.effects import CommandChanged, Event, Publish
+from sosa_stream.engine import Engine
+from sosa_stream.errors import ProtocolError
+from sosa_stream.protocol.channels import AgentChannel
+from sosa_stream.protocol.codec import encode
+from sosa_stream.protocol.keys import load_agent_keys, new_keys
+from sosa_stream.protocol.messages import Ack, AckState, Command, Header, MetricFrame
+from sosa_stream.protocol.recording import decode_record, read_recording
+from sosa_stream.testing import AUTO_POLICY, NOW, SimulatedJob
+
+
+def recorded_steps(home: Path, run: str = "run") -> list[int]:
+    """The steps of all frames in a run's recording, in its order."""
+    events = [decode_record(payload) for _, payload in read_recording(home / run / "run.sosa")]
+    return [int(step) for event in events if isinstance(event, MetricFrame) for step in event.steps]
+
+
+def sick_run(mode: str) -> list[Event]:
+    """The messages of a run whose learning rate jumps, up to the one that makes the engine want a fix."""
+    job = SimulatedJob(
+        seed=1,
+        num_steps=400,
+        policy={**AUTO_POLICY, "mode": mode},
+        lr_factor=lambda step: 1000.0 if step >= 200 else 1.0,
+        stop_at=260,
+    )
+    events = job.run().events
+    engine = Engine("run")
+    for index, event in enumerate(events):
+        if any(isinstance(effect, CommandChanged | Publish) for effect in engine.handle(event, NOW + 0.01 * index)):
+            return events[: index + 1]
+    raise AssertionError("the engine wanted no fix")
+
+
+def feed(agents: list[RingAgent], events: list[Event]) -> None:
+    """Put the messages of a simulated run into the rings of its ranks and send them."""
+    for event in events:
+        assert not isinstance(event, Ack)
+        agent = agents[event.header.rank]  # type: ignore[union-attr]
+        head = agent.header(len(agent.ring) + 1)
+        agent.ring.append(encode(replace(event, header=head)))  # type: ignore[type-var, arg-type]
+        # In the order of the simulation: ranks must not run ahead of each other.
+        wait_until(agent.pump, "an acknowledgement")
+
+
+@pytest.fixture
+def agent_of() -> Callable[..., RingAgent]:
+    agents: list[RingAgent] = []
+
+    def make(*args: object, **kwargs: object) -> RingAgent:
+        agents.append(RingAgent(*args, **kwargs))  # type: ignore[arg-type]
+        return agents[-1]
+
+    yield make  # type: ignore[misc]
+    for agent in agents:
+        agent.channel.close()
+
+
+def test_each_refusal_is_counted_by_reason_and_logged_once(tmp_path: Path) -> None:
+    header = Header(run="run", generation="g", source="s", rank=0, world_size=1, host="h", seq=1)
+    good = encode(frame(header, 0))
+    bad = {
+        "malformed": b"\xc1",
+        "oversized": bytes(4 * 1024 * 1024 + 1),
+        "wrong_version": good.replace(b"\xa1v\x01", b"\xa1v\x09", 1),
+        "unknown_kind": good.replace(b"metrics", b"metricz", 1),
+        "bad_field": encode(frame(replace(header, run="../escape"), 0)),
+    }
+    with DaemonProcess(tmp_path / "home") as daemon:
+        channel = AgentChannel(daemon.address, "run")
+        for data in bad.values():
+            assert channel.send(data)
+            assert channel.send(data)
+        for reason in bad:
+            wait_until(lambda reason=reason: daemon.metric("sosa_frames_rejected_total", reason=reason) == 2, reason)
+        assert channel.send(good)
+        wait_until(lambda: daemon.metric("sosa_frames_received_total", run="run") == 1, "the good frame")
+        channel.close()
+        assert daemon.terminate() == 0
+        assert sum("was refused" in line for line in daemon.log().splitlines()) == len(bad)
+    assert recorded_steps(tmp_path / "home") == [0]
+    assert sorted(path.name for path in (tmp_path / "home").iterdir() if path.is_dir()) == ["run"]
+
+
+def test_a_wrong_key_is_counted_and_the_right_one_let_in(tmp_path: Path) -> None:
+    new_keys(tmp_path / "ours")
+    new_keys(tmp_path / "theirs")
+    with DaemonProcess(tmp_path / "home", "--keys", str(tmp_path / "ours")) as daemon:
+        with RingAgent(daemon.address, keys=load_agent_keys(tmp_path / "theirs")) as stranger:
+            stranger.add_frames(range(3))
+            stranger.pump()
+            wait_until(lambda: daemon.metric("sosa_frames_rejected_total", reason="wrong_key"), "a refusal")
+            assert not stranger.pump()
+        with RingAgent(daemon.address, keys=load_agent_keys(tmp_path / "ours")) as friend:
+            friend.add_frames(range(5))
+            wait_until(friend.pump, "acknowledgement")
+    assert recorded_steps(tmp_path / "home") == list(range(5))
+
+
+def test_killed_in_mid_stream_nothing_that_the_ring_holds_is_lost(tmp_path: Path) -> None:
+    home, num_frames, address = tmp_path / "home", 3000, ""
+    daemon = DaemonProcess(home)
+    address = daemon.address
+    with RingAgent(address) as agent:
+        agent.add_hello()
+        agent.add_frames(range(num_frames))
+        for kill_at in (500, 1500, 2500):
+            wait_until(lambda kill_at=kill_at: agent.pump() or agent.acknowledged >= kill_at, f"{kill_at} frames")
+            daemon.kill()
+            assert recorded_steps(home)[-1] + 2 >= agent.acknowledged, "acknowledged, and not in the recording"
+            daemon = DaemonProcess(home, bind=address)
+        with daemon:
+            wait_until(agent.pump, "all frames")
+            assert recorded_steps(home) == list(range(num_frames))
+            # Counters are those of the recording: they go on over a restart.
+            wait_until(lambda: daemon.metric("sosa_frames_received_total", run="run") == num_frames + 1, "the counter")
+            assert daemon.metric("sosa_frames_lost_total", run="run") == 0
+            assert agent.channel.reconnects >= 3
+
+
+def test_what_a_full_ring_gave_up_is_counted_as_lost_and_the_rest_taken(tmp_path: Path) -> None:
+    with DaemonProcess(tmp_path / "home") as daemon, RingAgent(daemon.address) as agent:
+        agent.add_frames(range(2))
+        wait_until(agent.pump, "two frames")
+        agent.add_frames(range(2, 8))
+        agent._sent = 5  # 3, 4 and 5 have left the ring
+        agent.channel.send(agent.heartbeat(oldest=6))
+        wait_until(agent.pump, "the rest")
+        wait_until(lambda: daemon.metric("sosa_frames_lost_total", run="run") == 3, "the lost ones")
+    assert recorded_steps(tmp_path / "home") == [0, 1, 5, 6, 7]
+
+
+def test_what_is_sent_twice_is_recorded_once(tmp_path: Path) -> None:
+    with DaemonProcess(tmp_path / "home") as daemon, RingAgent(daemon.address) as agent:
+        agent.add_frames(range(4))
+        wait_until(agent.pump, "acknowledgement")
+        agent._sent = 0
+        agent.pump()
+        wait_until(lambda: daemon.metric("sosa_frames_duplicate_total", run="run") == 4, "the duplicates")
+    assert recorded_steps(tmp_path / "home") == list(range(4))
+
+
+def test_two_runs_at_once_are_kept_apart(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    with (
+        DaemonProcess(home) as daemon,
+        RingAgent(daemon.address, "one", source="a") as one,
+        RingAgent(daemon.address, "two", source="b") as two,
+    ):
+        one.add_frames(range(100))
+        two.add_frames(range(1000, 1200))
+        wait_until(lambda: one.pump() & two.pump(), "both runs")
+        wait_until(lambda: daemon.metric("sosa_frames_received_total", run="two") == 200, "the second run")
+        assert daemon.metric("sosa_frames_received_total", run="one") == 100
+    assert recorded_steps(home, "one") == list(range(100))
+    assert recorded_steps(home, "two") == list(range(1000, 1200))
+
+
+def test_a_command_is_published_until_acknowledged_also_by_a_daemon_that_was_restarted(
+    tmp_path: Path, agent_of: Callable[..., RingAgent]
+) -> None:
+    home = tmp_path / "home"
+    daemon = DaemonProcess(home)
+    agents = [agent_of(daemon.address, source=f"s{rank}", rank=rank) for rank in range(2)]
+
+    def heard(count: int) -> list[Command]:
+        wait_until(lambda: agents[0].pump() and len(agents[0].commands) >= count, f"{count} publications")
+        return agents[0].commands
+
+    feed(agents, sick_run("auto"))
+    first = heard(2)[0]
+    daemon.kill()
+    num_before = len(agents[0].commands)
+    with DaemonProcess(home, bind=daemon.address) as daemon:
+        # Nothing is known of a run until it is heard of: then its recording is replayed.
+        agents[0].channel.send(agents[0].heartbeat(oldest=len(agents[0].ring) + 1))
+        again = heard(num_before + 2)
+        assert all(command == first for command in again)
+
+        def acknowledge(state: AckState) -> None:
+            for agent in agents:
+                agent.add(lambda header: Ack(header=header, command=first.id, state=state, tick=210, step=210))
+                wait_until(agent.pump, "an acknowledged ack")
+
+        for state in (AckState.HELD, AckState.COMMITTED, AckState.APPLIED):
+            acknowledge(state)
+
+        def quiet() -> bool:
+            # Rounds of the daemon's once-a-second word, in which several publications would have come.
+            num_commands, num_received = len(agents[0].commands), agents[0].num_received
+            wait_until(lambda: agents[0].pump() and agents[0].num_received >= num_received + 3, "the daemon's word")
+            return len(agents[0].commands) == num_commands
+
+        wait_until(quiet, "the end of publishing")
+        wait_until(
+            lambda: daemon.metric("sosa_commands_total", run="run", state="applied", verdict="none") == 1,
+            "the applied command among the metrics",
+        )
+
+
+def test_a_person_approves_a_proposal_once(tmp_path: Path, agent_of: Callable[..., RingAgent]) -> None:
+    home = tmp_path / "home"
+
+    def sosa(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "sosa_stream.cli", *arguments, "--home", str(home)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+
+    with DaemonProcess(home) as daemon:
+        agents = [agent_of(daemon.address, source=f"s{rank}", rank=rank) for rank in range(2)]
+        feed(agents, sick_run("suggest"))
+        listed = sosa("commands").stdout.splitlines()
+        assert "proposed" in listed[1]
+        command = listed[1].split()[0]
+        approved = sosa("approve", command)
+        assert (approved.returncode, approved.stderr) == (0, "")
+        wait_until(lambda: agents[0].pump() and agents[0].commands, "the command")
+        assert agents[0].commands[0].id == command
+        assert agents[0].commands[0].approved
+        again = sosa("approve", command)
+        assert again.returncode == 1
+        assert "only a proposed" in again.stderr
+    events = [decode_record(payload) for _, payload in read_recording(home / "run" / "run.sosa")]
+    assert sum(type(event).__name__ == "Approve" for event in events) == 1
+    # What a person did is part of the recording: a replay comes to the same commands.
+    replayed = subprocess.run(
+        [sys.executable, "-m", "sosa_stream.cli", "replay", str(home / "run" / "run.sosa")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert command in replayed.stdout
+
+
+def test_sigterm_and_sigint_end_it_cleanly_with_everything_recorded(tmp_path: Path) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        home = tmp_path / number.name
+        with DaemonProcess(home) as daemon, RingAgent(daemon.address) as agent:
+            agent.add_frames(range(50))
+            wait_until(agent.pump, "acknowledgement")
+            daemon.process.send_signal(number)
+            assert daemon.process.wait(20) == 0
+        assert recorded_steps(home) == list(range(50))
+        assert "Traceback" not in daemon.log()
+
+
+def test_an_embedded_daemon_ends_when_its_parent_is_gone_and_all_have_said_bye(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    with DaemonProcess(home, "--embedded", stdin=subprocess.PIPE) as daemon, RingAgent(daemon.address) as agent:
+        agent.add_frames(range(10))
+        wait_until(agent.pump, "acknowledgement")
+        daemon.process.send_signal(signal.SIGINT)  # meant for the training
+        agent.add_frames(range(10, 20))
+        agent.add_bye()
+        assert daemon.process.stdin is not None
+        daemon.process.stdin.close()
+        wait_until(agent.pump, "what was under way")
+        assert daemon.process.wait(20) == 0
+    assert recorded_steps(home) == list(range(20))
+
+
+def test_an_embedded_daemon_whose_agents_were_killed_ends_too(tmp_path: Path) -> None:
+    with DaemonProcess(tmp_path / "home", "--embedded", stdin=subprocess.PIPE) as daemon:
+        with RingAgent(daemon.address) as agent:
+            agent.add_frames(range(10))
+            wait_until(agent.pump, "acknowledgement")
+        assert daemon.process.stdin is not None
+        daemon.process.stdin.close()
+        assert daemon.process.wait(20) == 0
+
+
+def test_two_daemons_of_one_home_do_not_write_one_recording(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    with (
+        DaemonProcess(home) as one,
+        DaemonProcess(home) as other,
+        RingAgent(one.address) as agent,
+        RingAgent(other.address, source="t") as intruder,
+    ):
+        agent.add_frames(range(3))
+        wait_until(agent.pump, "acknowledgement")
+        intruder.add_frames(range(3))
+        intruder.pump()
+        wait_until(lambda: other.metric("sosa_frames_rejected_total", reason="unrecordable"), "a refusal")
+    assert recorded_steps(home) == list(range(3))
+
+
+def test_health_readiness_and_metrics_are_served(tmp_path: Path) -> None:
+    with DaemonProcess(tmp_path / "home") as daemon:
+        assert daemon.get("/healthz") == "ok\n"
+        assert daemon.get("/readyz") == "ready\n"
+        assert daemon.metric("sosa_frames_rejected_total", reason="malformed") == 0
+        assert "# TYPE sosa_run_step gauge" in daemon.get("/metrics")
+        with pytest.raises(urllib.error.HTTPError):
+            daemon.get("/other")
+
+
+def test_a_run_whose_name_is_no_folder_is_refused(tmp_path: Path) -> None:
+    from sosa_stream.daemon.run import recording_path
+
+    for name in ("", ".", "..", "a/b", "/etc", "a\\b", ".hidden", "sosa.db", "sosa.db-wal", "a\0b"):
+        with pytest.raises(ProtocolError) as caught:
+            recording_path(tmp_path, name)
+        assert caught.value.reason == "bad_field"
+    assert recording_path(tmp_path, "train-2025.01_é") == tmp_path / "train-2025.01_é" / "run.sosa"
