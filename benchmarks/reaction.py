@@ -41,7 +41,7 @@ class ArrivalFence:
         self.arrived = threading.Event()
         self.at = 0.0
 
-    def submit(self, command: Command) -> None:
+    def submit(self, command: Command, *, refuse: bool = False) -> None:
         self.at = time.perf_counter()
         self.arrived.set()
 
@@ -124,7 +124,6 @@ def trial(number: int, address: str, settings: Settings) -> float | None:
     wakeup.set()
     thread.join()
     courier.close("trial over", 0, timeout_seconds=2.0)
-    wakeup.close()
     return fence.at - started if came else None
 
 

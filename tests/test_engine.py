@@ -293,3 +293,21 @@ def test_replaying_a_recording_gives_the_same_incidents_and_commands(tmp_path: P
     assert replay.incidents == sim.incidents
     assert replay.commands == sim.commands
     assert replay.commands[-1].verdict is Verdict.HELPED
+
+
+@pytest.mark.parametrize("back_at", [303, 340, 420])
+def test_a_rate_that_was_held_down_is_let_go_once_the_scripts_own_comes_back(back_at: int) -> None:
+    """At 303 it comes back while the ranks may still be agreeing, at 340 during or right after the probation."""
+    sim = SimulatedJob(seed=1, lr_factor=lambda step: 1000.0 if 300 <= step < back_at else 1.0).run()
+    held, released = [c for c in sim.commands if any(a.action == "scale_lr" for a in c.actions)]
+    assert [i.kind for i in sim.incidents] == ["lr_jump"]
+    assert "rollback" in [a.action for a in held.actions]
+    factor = held.actions[0].params["factor"] * released.actions[0].params["factor"]
+    assert factor == pytest.approx(1.0)
+    assert (released.state, released.verdict) == (CommandState.VERIFIED, Verdict.HELPED)
+
+
+def test_a_schedule_that_runs_out_lets_no_held_rate_go() -> None:
+    for seed in SEEDS:
+        sim = SimulatedJob(seed=seed, lr_factor=_jump).run()
+        assert len(sim.commands) == 1

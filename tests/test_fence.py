@@ -387,6 +387,26 @@ def test_closing_aborts_an_open_attempt_so_that_the_others_need_not_wait() -> No
     assert fences[1].arrive(50) is None
 
 
+def test_a_rank_that_refuses_ends_the_command_for_all_and_stays_open_for_the_next() -> None:
+    store = MemoryStore()
+    ranks = [Fence(rank=rank, world_size=2, generation="g", store=store, settings=FAST) for rank in range(2)]
+    for rank in ranks:
+        rank.arrive(0)
+    ranks[0].submit(command(1))
+    ranks[1].submit(command(1), refuse=True)
+    told: list[list[Notice]] = [[], []]
+    for now in range(1, 20):
+        for rank, notices in zip(ranks, told, strict=True):
+            notices += rank.pump(float(now))
+    assert all(isinstance(notices[-1], Aborted) for notices in told)
+    for rank in ranks:
+        rank.submit(command(2))
+    for now in range(20, 40):
+        for rank, notices in zip(ranks, told, strict=True):
+            notices += rank.pump(float(now))
+    assert all(isinstance(notices[-1], Committed) for notices in told)
+
+
 def test_a_closed_fence_says_so_once_and_gives_up_every_later_command() -> None:
     store = MemoryStore()
     fences = [Fence(rank=rank, world_size=2, generation="g", store=store, settings=FAST) for rank in range(2)]

@@ -155,9 +155,8 @@ class Courier:
         refusal = self._refusal(command)
         if refusal:
             self._ack(command, AckState.REJECTED, refusal)
-            return
-        assert self._fence is not None
-        self._fence.submit(command)
+        if self._fence is not None and command.generation == self._membership.generation:
+            self._fence.submit(command, refuse=bool(refusal))
 
     def _refusal(self, command: Command) -> str:
         if command.generation != self._membership.generation:

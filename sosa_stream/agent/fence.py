@@ -67,9 +67,10 @@ class Reason(StrEnum):
     LEFT = "left"
     APART = "apart"
     CLOSED = "closed"
+    REFUSED = "refused"
 
 
-ENDS_COMMAND = frozenset({Reason.EXPIRED, Reason.LEFT, Reason.APART, Reason.CLOSED})
+ENDS_COMMAND = frozenset({Reason.EXPIRED, Reason.LEFT, Reason.APART, Reason.CLOSED, Reason.REFUSED})
 """After these no further attempt is made, however many are left."""
 
 CLOSES_FENCE = frozenset({Reason.APART, Reason.CLOSED})
@@ -84,6 +85,7 @@ EXPLANATIONS = {
     Reason.LEFT: "a rank has ended its training",
     Reason.APART: "the ranks are too many optimizer steps apart to share a tick",
     Reason.CLOSED: "the fence of a rank is closed",
+    Reason.REFUSED: "a rank could not carry it out",
 }
 
 

@@ -120,6 +120,7 @@ class Fence:
         self._refusal: Reason | None = None
         self._waiting_commands: dict[str, Command] = {}
         self._known: set[str] = set()
+        self._refused: set[str] = set()
         self._notices: list[Notice] = []
 
         # Only for who holds this lock: one thread at a time talks to the store.
@@ -139,11 +140,16 @@ class Fence:
             return flight.agreement.verdict is None or self._stop == NEVER
         return bool(self._waiting_commands)
 
-    def submit(self, command: Command) -> None:
-        """Take in a command of this generation, once: an id that is known, applied or given up is ignored."""
+    def submit(self, command: Command, *, refuse: bool = False) -> None:
+        """Take in a command of this generation, once: an id that is known, applied or given up is ignored.
+
+        With ``refuse`` this rank takes part only to end it: the others then need not hold it until it expires.
+        """
         with self._changed:
             if command.id not in self._known:
                 self._known.add(command.id)
+                if refuse:
+                    self._refused.add(command.id)
                 self._waiting_commands[command.id] = command
 
     def pump(self, now: float) -> list[Notice]:
@@ -300,14 +306,15 @@ class Fence:
     def _local(self, now: float) -> Local:
         if self._tick != IDLE and self._first_ticked_at is None:
             self._first_ticked_at = now
-        first = self._first_ticked_at
+        first, flight = self._first_ticked_at, self._flight
         with self._changed:
+            refused = Reason.REFUSED if flight is not None and flight.command.id in self._refused else None
             return Local(
                 tick=self._tick,
                 step_seconds=self._step_seconds,
                 overdue=self._waiting,
                 idle_settled=first is not None and now - first >= IDLE_SETTLES_SECONDS,
-                refusal=self._refusal,
+                refusal=self._refusal or refused,
             )
 
     def _perform(self, operation: Operation) -> Result:

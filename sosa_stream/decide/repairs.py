@@ -10,7 +10,7 @@ from sosa_stream.decide.playbook import GUARD_CONFIDENCE, Situation
 from sosa_stream.decide.policy import Budget, Choice, RunPolicy, choose
 from sosa_stream.decide.probation import Probation
 from sosa_stream.detect.tracker import OpenIncident, Tracker, in_band, make_id
-from sosa_stream.detect.windows import RunWindows
+from sosa_stream.detect.windows import LR_RATIO, RunWindows
 from sosa_stream.effects import Effect, Notice, Publish, Withdraw
 from sosa_stream.protocol.actions import Action
 from sosa_stream.protocol.messages import Ack, Command
@@ -19,6 +19,7 @@ HORIZON_TICKS, HORIZON_SECONDS = 500, 10.0
 """A command that no fence has agreed on within this many ticks, and at least this long, is given up."""
 LATE_TICKS = 100
 """Ticks past the expiry before the daemon calls it expired: the agents do so first."""
+RELEASE_LR, RELEASE_CONFIDENCE, RELEASE_PATIENCE_STEPS = "release_lr", 0.9, 60
 PROPOSAL_STEPS = 2000
 """Steps after which a proposal that nobody approved is out of date."""
 
@@ -40,6 +41,10 @@ class Repairs:
         self._proposed_at: dict[str, int] = {}
         self._effects: list[Effect] = []
         self._blocked: set[str] = set()
+        # Commands that hold the learning rate down, by what factor, and whether the reason for it has gone.
+        self._holding: dict[str, float] = {}
+        self._asked_at_lr: dict[str, float] = {}
+        self._released: set[str] = set()
 
     @property
     def in_flight(self) -> bool:
@@ -66,6 +71,7 @@ class Repairs:
         for entry in self.ledger.live:
             if entry.record.state is _S.APPROVED and not self._busy():
                 self._publish(entry, windows)
+        self._release_lr(windows)
         for known in self._tracker.open:
             if not self._busy():
                 self._consider(known, windows)
@@ -101,6 +107,7 @@ class Repairs:
         if entry.reverts is not None:
             self._reverted(entry)
         else:
+            self._note_hold(entry, windows)
             found = self._tracker.find(entry.record.incident)
             step = entry.record.applied_step
             self._probations[entry.record.id] = Probation(
@@ -132,6 +139,36 @@ class Repairs:
                 self.ledger.move(entry, _S.EXPIRED, why="the run ended")
                 self._effects.append(Withdraw(command=entry.record.id))
         self.end_generation("the run ended")
+
+    def _note_hold(self, entry: Entry, windows: RunWindows) -> None:
+        for action in entry.record.actions:
+            if action.action == "scale_lr" and action.params["factor"] * LR_RATIO < 1.0:
+                factor = self._holding[entry.record.id] = action.params["factor"]
+                asked, now = self._asked_at_lr.get(entry.record.id), windows.script_lr
+                if asked is not None and now is not None and now <= LR_RATIO * factor * asked:
+                    self._released.add(entry.record.id)  # it came back while the ranks were agreeing
+
+    def _release_lr(self, windows: RunWindows) -> None:
+        """A rate that was held down is let go once the script's own has come back: else training would crawl on."""
+        for command_id, factor in list(self._holding.items()):
+            if windows.script_lr_fell(LR_RATIO * factor):
+                self._released.add(command_id)
+            if command_id not in self._released or self._busy():
+                continue
+            held = self.ledger.get(command_id)
+            del self._holding[command_id]
+            self._released.discard(command_id)
+            if held is None or held.record.state is _S.REVERTED:
+                continue
+            actions = (Action(action="scale_lr", params={"factor": 1.0 / factor}),)
+            entry = self._entry(
+                held.record.incident, actions, RELEASE_CONFIDENCE, "the script's own learning rate is back", None
+            )
+            entry.fix, entry.patience_steps = RELEASE_LR, RELEASE_PATIENCE_STEPS
+            self.ledger.add(entry)
+            self._proposed_at[entry.record.id] = windows.step
+            if self.policy.may_apply(actions, RELEASE_CONFIDENCE):
+                self._publish(entry, windows)
 
     def _busy(self) -> bool:
         """A fix is in flight or on probation. The guard's skips are done, and do not count."""
@@ -187,6 +224,8 @@ class Repairs:
         horizon = max(HORIZON_TICKS, math.ceil(HORIZON_SECONDS / seconds) if seconds > 1e-6 else 0)
         entry.expires_tick = windows.tick + horizon
         self.ledger.move(entry, _S.PUBLISHED)
+        if windows.script_lr is not None:
+            self._asked_at_lr[entry.record.id] = windows.script_lr
         record = entry.record
         self._effects.append(
             Publish(
@@ -285,7 +324,7 @@ class Repairs:
         for entry in self.ledger.live:
             record = entry.record
             if record.state in (_S.PROPOSED, _S.APPROVED):
-                over = self._tracker.find(record.incident) is None
+                over = self._tracker.find(record.incident) is None and entry.fix != RELEASE_LR
                 if over or windows.step - self._proposed_at[record.id] > PROPOSAL_STEPS:
                     self.ledger.move(entry, _S.EXPIRED, why="the incident resolved" if over else "nobody approved it")
             elif record.state in (_S.PUBLISHED, _S.HELD) and windows.tick > entry.expires_tick + LATE_TICKS:

@@ -189,6 +189,23 @@ class RunWindows:
         self._lrs = Ring(LR_WINDOW + LR_LAG)
         self._lr_steps = Ring(LR_LAG + 2)
         self._lr_borne = 0.0
+        self._script_lrs = Ring(4)
+
+    @property
+    def script_lr(self) -> float | None:
+        """The learning rate as the script set it last, without what our fixes multiply it with."""
+        return float(self._script_lrs.last(1)[0]) if len(self._script_lrs) else None
+
+    def script_lr_fell(self, ratio: float) -> bool:
+        """Whether the rate that the script sets fell to ``ratio`` or less in one step, three steps ago, and stays.
+
+        A schedule that runs out falls by as much, but not from one step to the next, or not to a rate above zero.
+        """
+        lrs = self._script_lrs.last()
+        if len(lrs) < 4:
+            return False
+        before, *after = lrs.tolist()
+        return 0.0 < after[0] <= ratio * before and all(after[0] / 3 <= lr <= 3 * after[0] for lr in after[1:])
 
     @property
     def progress(self) -> float:
@@ -269,6 +286,7 @@ class RunWindows:
         else:
             self.log_norms.take(self.step, float(np.log(self.grad_norm)), self.hold)
         if self.lr is not None:
+            self._script_lrs.push(self.lr / self.lr_multiplier if self.lr_multiplier else self.lr)
             self._follow_lr(self.lr)
         if self.layer_ratio is not None and self.first_norm is not None:
             vanished = self.layer_ratio < 1e-3 and self.first_norm < 1e-4
