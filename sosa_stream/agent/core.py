@@ -97,6 +97,7 @@ class Agent:
             guard=settings.guard_wanted,
             digest_after_fix=settings.agent.digest_after_fix,
             on_error=self._on_error,
+            tell=self._tell,
             after_tick=self._after_tick,
         )
         self._courier: Courier | None = None
@@ -127,12 +128,16 @@ class Agent:
         self._pump_local()
         _started(self)
 
-    def say(self, text: str) -> None:
-        """One sentence for the user, once."""
-        if text not in self._said:
+    def say(self, text: str, every_rank: bool = False) -> None:
+        """One sentence for the user, once, by rank 0 unless each rank has its own to say."""
+        if text not in self._said and (every_rank or self._identity.rank == 0):
             self._said.add(text)
             with contextlib.suppress(Exception):
-                self._say_to(text)
+                self._say_to(f"rank {self._identity.rank}: {text}" if every_rank and self._identity.rank else text)
+
+    def _tell(self, text: str) -> None:
+        if not self._local:  # in one process the Engine's own words say more
+            self.say(text)
 
     # -- the agent's thread ----------------------------------------------------------------------------------------
 
@@ -311,11 +316,14 @@ class Agent:
     def _on_error(self, error: BaseException, in_force: bool) -> None:
         """Something of ours failed. Where all ranks must act alike this rank ends; elsewhere training goes on."""
         if in_force and self._identity.world_size > 1:
-            self.say(f"this rank cannot know what the others do and ends with exit code {EXIT_IN_DOUBT}: {error}")
+            self.say(
+                f"this rank cannot know what the others do and ends with exit code {EXIT_IN_DOUBT}: {error}",
+                every_rank=True,
+            )
             sys.stderr.flush()
             os._exit(EXIT_IN_DOUBT)
         where = "".join(traceback.format_exception(error)[-3:])
-        self.say(f"an internal error, training goes on: {type(error).__name__}: {error}\n{where}")
+        self.say(f"an internal error, training goes on: {type(error).__name__}: {error}\n{where}", every_rank=True)
 
 
 _current: Agent | None = None

@@ -90,7 +90,8 @@ class TeeLink:
             if isinstance(message, Hello):
                 message = replace(message, policy={**message.policy, "mode": "suggest"})
             if not isinstance(message, Ack):
-                self._local.hand_over(message)
+                # As a world of one: the others' rows, which a step would wait for, do not pass here.
+                self._local.hand_over(replace(message, header=replace(message.header, rank=0, world_size=1)))
         return sent
 
     def receive(self) -> list[ControlMessage]:

@@ -45,6 +45,8 @@ class TrainingMonitor:
     tell: Callable[[str], None]
     suggests: bool = True
     """Whether a proposal is all that happens, and so worth printing."""
+    decides: bool = True
+    """Whether the fixes seen here are those that are made; in a distributed job the daemon decides."""
     incidents: dict[str, Incident] = field(default_factory=dict)
     commands: dict[str, CommandRecord] = field(default_factory=dict)
     _told: dict[str, object] = field(default_factory=dict)
@@ -93,7 +95,8 @@ class TrainingMonitor:
                 self._tell_incident(incident)
             case CommandChanged(record=record):
                 self.commands[record.id] = record
-                self._tell_command(record)
+                if self.decides:
+                    self._tell_command(record)
             case Notice(text=text):
                 self.tell(text)
 

@@ -31,6 +31,8 @@ from sosa_stream.agent.taps import Taps
 from sosa_stream.errors import SosaError
 from sosa_stream.protocol.messages import Ack, AckState, Command, Phase
 
+MOST_SKIPS_TOLD = 10
+
 
 class Probe:
     """Hooks around optimizer steps. One per process.
@@ -38,6 +40,7 @@ class Probe:
     Args:
         guard: keep non-finite gradients from the weights (one scalar read per step unless the optimizer is fused).
         on_error: told of an internal error; the argument says whether control is lost (True) or only observation.
+        tell: given a sentence when training is changed: a fix applied, an update skipped.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Probe:
         guard: bool,
         digest_after_fix: bool,
         on_error: Callable[[BaseException, bool], None],
+        tell: Callable[[str], None] = lambda text: None,
         after_tick: Callable[[], None] | None = None,
     ) -> None:
         self.tick = 0
@@ -66,6 +70,8 @@ class Probe:
         self._snapshots = snapshots
         self._digest_after_fix = digest_after_fix
         self._on_error = on_error
+        self._tell = tell
+        self._num_skips_told = 0
         self._after_tick = after_tick
         self._learning_rate = LearningRate()
         # Step-calls under way, each with the frame that called our hook: one whose frame is gone has raised.
@@ -165,6 +171,7 @@ class Probe:
                 header=header, command=command.id, state=state, tick=tick, step=step, detail=detail[:500], digest=digest
             )
         )
+        self._tell(f"step {step}: {state} command {command.id}: {detail} ({command.reason})")
         if self._actuators.stop_wanted:
             raise StopTraining
 
@@ -206,6 +213,10 @@ class Probe:
         bad_here = not bool(torch.isfinite(norm))  # the guard's one scalar read
         if bad_here:
             self._skip(optimizer)
+            if self._num_skips_told < MOST_SKIPS_TOLD:
+                self._num_skips_told += 1
+                last = "; further ones are only recorded" if self._num_skips_told == MOST_SKIPS_TOLD else ""
+                self._tell(f"step {self.step}: non-finite gradients, update skipped{last}")
         return bad_here
 
     def _skip(self, optimizer: Optimizer) -> None:

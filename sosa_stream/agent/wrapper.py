@@ -91,7 +91,10 @@ class SOSATrainingWrapper:
         self._distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         run = core.run_name(self.settings, os.environ, sys.argv[0] if sys.argv else "")
         self.monitor = TrainingMonitor(
-            Engine(run, self.settings.detect), self._say, suggests=self.settings.mode is not Mode.AUTO
+            Engine(run, self.settings.detect),
+            self._say,
+            suggests=self.settings.mode is not Mode.AUTO,
+            decides=not self._distributed,
         )
         if self.enabled:
             self._start(run)
