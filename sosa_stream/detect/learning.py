@@ -13,7 +13,7 @@ from sosa_stream.detect.incidents import Finding, Severity
 from sosa_stream.detect.numerical import EXPLODED_RATIO
 from sosa_stream.detect.statistics import REFRESH_EVERY
 from sosa_stream.detect.windows import LR_SUFFER_STEPS, RunWindows
-from sosa_stream.detect.wording import number
+from sosa_stream.detect.wording import number, times
 
 SPIKE_SHARE = 0.1
 """A spike takes back at least this share of the progress: below it, nobody needs to look."""
@@ -49,7 +49,7 @@ def lr_jump(windows: RunWindows) -> Finding | None:
         severity=Severity.CRITICAL if nonfinite or share >= 0.5 else Severity.WARNING,
         step=windows.step,
         first_step=jump.step,
-        message=f"learning rate rose ×{ratio:.3g} at step {jump.step} ({jump.before:.3g} to {jump.after:.3g})"
+        message=f"learning rate rose {times(ratio)} at step {jump.step} ({jump.before:.3g} to {jump.after:.3g})"
         + (f", loss {level.center:.4g} to {number(windows.loss)}" if level else ""),
         evidence={
             "lr_before": jump.before,
@@ -62,7 +62,7 @@ def lr_jump(windows: RunWindows) -> Finding | None:
             "share_undone": share,
         },
         causes=(
-            f"the scheduler or the script set the learning rate ×{ratio:.3g}",
+            f"the scheduler or the script set the learning rate {times(ratio)}",
             "a warm-up or a cycle was restarted",
             "a resumed run lost its scheduler's state",
         ),

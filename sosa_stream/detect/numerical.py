@@ -6,7 +6,7 @@ import math
 
 from sosa_stream.detect.incidents import Finding, Severity
 from sosa_stream.detect.windows import RunWindows
-from sosa_stream.detect.wording import name_ranks, number
+from sosa_stream.detect.wording import name_ranks, number, times
 
 EXPLODED_RATIO = 5.0
 """A gradient norm this far above its median has exploded, if it is above its band."""
@@ -96,7 +96,7 @@ def exploding_gradient(windows: RunWindows) -> Finding | None:
         severity=Severity.CRITICAL if suffers and ratio > 100.0 else Severity.WARNING,
         step=windows.step,
         first_step=excursion.first_step,
-        message=f"gradient norm {number(windows.grad_norm)} is ×{ratio:.3g} its median of {math.exp(level.center):.3g}",
+        message=f"gradient norm {number(windows.grad_norm)} is {times(ratio)} its median of {math.exp(level.center):.3g}",
         evidence={
             "value": windows.grad_norm,
             "baseline": math.exp(level.center),
