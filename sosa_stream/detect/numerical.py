@@ -96,7 +96,7 @@ def exploding_gradient(windows: RunWindows) -> Finding | None:
         severity=Severity.CRITICAL if suffers and ratio > 100.0 else Severity.WARNING,
         step=windows.step,
         first_step=excursion.first_step,
-        message=f"gradient norm {number(windows.grad_norm)} is {times(ratio)} its median of {math.exp(level.center):.3g}",
+        message=f"gradient norm {number(windows.grad_norm)} is {times(ratio)} its median {math.exp(level.center):.3g}",
         evidence={
             "value": windows.grad_norm,
             "baseline": math.exp(level.center),
