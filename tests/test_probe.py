@@ -667,8 +667,12 @@ def test_sharded_gradients_are_measured_where_they_lie_and_never_guarded_alone(t
             watch.actuators.stale_gradients = False
             parameter.grad = distribute_tensor(torch.full((4,), math.nan), mesh, [Shard(0)])
             optimizer.step()
+            before = parameter.to_local().clone()
+            nn.utils.clip_grad_norm_([parameter], 1.0)  # its norm is of all shards: with it the guard may decide
+            optimizer.step()
+            torch.testing.assert_close(parameter.to_local(), before, rtol=0, atol=0, equal_nan=True)
         assert [row["grad_norm"] for row in watch.rows[:1]] == [4.0]
-        assert [row["skipped"] for row in watch.rows] == [0.0, 0.0]
+        assert [row["skipped"] for row in watch.rows] == [0.0, 0.0, 1.0]
         assert not watch.errors
     finally:
         dist.destroy_process_group()

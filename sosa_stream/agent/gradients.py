@@ -31,6 +31,15 @@ def to_local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if sharded is not None and isinstance(tensor, sharded) else tensor  # type: ignore[attr-defined]
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A 0-d tensor as this process holds it; None for a sharded one whose parts nobody has added up yet."""
+    sharded = _dtensor_class()
+    if sharded is None or not isinstance(tensor, sharded):
+        return tensor
+    replicated = all(placement.is_replicate() for placement in tensor.placements)  # type: ignore[attr-defined]
+    return to_local(tensor) if replicated else None
+
+
 def _dtensor_class() -> type[torch.Tensor] | None:
     """`DTensor` if anybody has imported it: by ourselves it would make every script start a second later."""
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)

@@ -16,6 +16,7 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.utils import clip_grad
 
+from sosa_stream.agent.gradients import whole
 from sosa_stream.protocol.messages import Phase
 
 UNSCALED = "_sosa_unscaled"
@@ -120,7 +121,7 @@ class Taps:
             norm = original(parameters, max_norm, norm_type, *args, **kwargs)
             self._clip_norm = None
             if isinstance(norm, torch.Tensor) and float(norm_type) == 2.0 and not isinstance(max_norm, torch.Tensor):
-                self._clip_norm, self._clip_bound = norm.detach(), float(max_norm)
+                self._clip_norm, self._clip_bound = whole(norm.detach()), float(max_norm)
                 self._clipped = [p for p in parameters if p.grad is not None]
             return norm
 
