@@ -176,6 +176,8 @@ class Run:
                 log.warning("run %s: %s", self.name, effect.text)
         if pending:
             self._snapshot = None
+        if self.changes:
+            self.snapshot()  # a run is in the store no later than its first incident
         return [effect.command for effect in effects if isinstance(effect, Publish)]
 
     def _handle(self, event: Event, now: float) -> list[Effect]:
