@@ -31,5 +31,16 @@ class ProtocolError(SosaError):
         self.detail = detail
 
 
+class CommandRefusedError(ProtocolError):
+    """A command that can be answered, but asks for an unknown action or an out-of-bound value.
+
+    ``command`` is its id.
+    """
+
+    def __init__(self, reason: str, detail: str, *, command: str) -> None:
+        super().__init__(reason, detail)
+        self.command = command
+
+
 class RefusedError(SosaError):
     """A command names an unknown action, an out-of-bound value, or what this rank may not do."""

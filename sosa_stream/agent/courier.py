@@ -17,6 +17,7 @@ from sosa_stream.agent.link import Link
 from sosa_stream.agent.membership import Membership
 from sosa_stream.agent.outbox import Outbox
 from sosa_stream.config import Mode, Settings
+from sosa_stream.errors import CommandRefusedError
 from sosa_stream.protocol.actions import Action
 from sosa_stream.protocol.messages import Ack, AckState, Bye, Command, Header, Hello, Phase, Received
 
@@ -76,6 +77,7 @@ class Courier:
         self._next_flush = 0.0
         self._reconnects = 0
         self._fence_closed = False
+        self._told_refused = False
         outbox.add_message(
             lambda header: Hello(
                 header=header,
@@ -114,6 +116,7 @@ class Courier:
             elif message.id not in self._seen:
                 self._seen.add(message.id)
                 self._take(message)
+        self._answer_refused()
         if self._link.reconnects != self._reconnects:
             self._reconnects = self._link.reconnects
             self._outbox.ring.rewind()
@@ -154,9 +157,19 @@ class Courier:
         """A command has come: hold it at the fence, or refuse it with the reason."""
         refusal = self._refusal(command)
         if refusal:
-            self._ack(command, AckState.REJECTED, refusal)
+            self._ack(command.id, AckState.REJECTED, refusal)
         if self._fence is not None and command.generation == self._membership.generation:
             self._fence.submit(command, refuse=bool(refusal))
+
+    def _answer_refused(self) -> None:
+        """What the codec did not let through: a command that can be answered is, of the rest the user is told once."""
+        for error in self._link.take_refused():
+            if not self._told_refused:
+                self._told_refused = True
+                self._say(f"a control message was refused, said once: {error}")
+            if isinstance(error, CommandRefusedError) and error.command not in self._seen:
+                self._seen.add(error.command)
+                self._ack(error.command, AckState.REJECTED, error.detail)
 
     def _refusal(self, command: Command) -> str:
         if command.generation != self._membership.generation:
@@ -173,20 +186,20 @@ class Courier:
         for notice in self._fence.pump(now):
             match notice:
                 case Held(command=command):
-                    self._ack(command, AckState.HELD, "")
+                    self._ack(command.id, AckState.HELD, "")
                 case Committed(command=command, tick=tick, member=True):
-                    self._ack(command, AckState.COMMITTED, f"at tick {tick}")
+                    self._ack(command.id, AckState.COMMITTED, f"at tick {tick}")
                 case Aborted(command=command, reason=reason):
-                    self._ack(command, AckState.ABORTED, reason)
+                    self._ack(command.id, AckState.ABORTED, reason)
                 case Closed(reason=reason):
                     self._fence_closed = True
                     self._say(f"the fence is closed, nothing will be applied from here on: {reason}")
 
-    def _ack(self, command: Command, state: AckState, detail: str) -> None:
+    def _ack(self, command: str, state: AckState, detail: str) -> None:
         at = self._progress()
         self._outbox.add_message(
             lambda header: Ack(
-                header=header, command=command.id, state=state, tick=at.tick, step=at.step, detail=detail[:500]
+                header=header, command=command, state=state, tick=at.tick, step=at.step, detail=detail[:500]
             )
         )
 

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from sosa_stream.effects import Effect, Publish, Withdraw
 from sosa_stream.engine import Engine
+from sosa_stream.errors import ProtocolError
 from sosa_stream.protocol.codec import decode
 from sosa_stream.protocol.messages import Ack, AgentMessage, Command, ControlMessage, Heartbeat, Hello, Received
 
@@ -22,6 +23,8 @@ class Link(Protocol):
     def send(self, data: bytes) -> bool: ...
 
     def receive(self) -> list[ControlMessage]: ...
+
+    def take_refused(self) -> list[ProtocolError]: ...
 
     def wait(self, timeout_seconds: float, wake_fd: int) -> None: ...
 
@@ -58,6 +61,9 @@ class LocalLink:
     def receive(self) -> list[ControlMessage]:
         acknowledged, self._acknowledged = self._acknowledged, None
         return [*([acknowledged] if acknowledged is not None else []), *self._published.values()]
+
+    def take_refused(self) -> list[ProtocolError]:
+        return []
 
     def wait(self, timeout_seconds: float, wake_fd: int) -> None:
         raise AssertionError("an in-process link is pumped by the training step, not by a thread")
@@ -96,6 +102,9 @@ class TeeLink:
 
     def receive(self) -> list[ControlMessage]:
         return self._channel.receive()
+
+    def take_refused(self) -> list[ProtocolError]:
+        return self._channel.take_refused()
 
     def wait(self, timeout_seconds: float, wake_fd: int) -> None:
         self._channel.wait(timeout_seconds, wake_fd)

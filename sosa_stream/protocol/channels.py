@@ -104,6 +104,7 @@ class AgentChannel:
         self._topic = topic(run)
         self.rejected: Counter[str] = Counter()
         self.reconnects = 0
+        self._refused: list[ProtocolError] = []
         self._connections = 0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
@@ -149,7 +150,14 @@ class AgentChannel:
                 messages.append(self._decode(parts))
             except ProtocolError as error:
                 self.rejected[error.reason] += 1
+                if len(self._refused) < MAX_DRAINED:
+                    self._refused.append(error)
         return messages
+
+    def take_refused(self) -> list[ProtocolError]:
+        """Why control messages were refused since the last call."""
+        refused, self._refused = self._refused, []
+        return refused
 
     def _decode(self, parts: list[bytes]) -> ControlMessage:
         if len(parts) != 2 or parts[0] != self._topic:
@@ -230,8 +238,9 @@ class DaemonChannel:
                 port = int(bytes(self._pull.getsockopt(zmq.LAST_ENDPOINT)).rstrip(b"\0").rpartition(b":")[2])
                 self._pub.bind(f"tcp://{self._host}:{port + 1}")
             except zmq.ZMQError as error:
-                for socket in (self._pull, self._pub):
+                for socket, monitor in zip((self._pull, self._pub), self._monitors, strict=True):
                     socket.disable_monitor()
+                    monitor.close(linger=0)
                     socket.close(linger=0)
                 if not tries_left:
                     raise ConfigError(

@@ -14,7 +14,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from sosa_stream.errors import ProtocolError, RefusedError
+from sosa_stream.errors import CommandRefusedError, ProtocolError, RefusedError
 from sosa_stream.protocol.actions import Action
 from sosa_stream.protocol.messages import (
     PROTOCOL_VERSION,
@@ -167,9 +167,10 @@ def decode(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Message:
         raise ProtocolError(Reject.UNKNOWN_KIND, f"kind {str(kind)[:40]!r}")
     try:
         return decoder(_Body(body, limits))
-    except (ProtocolError, RefusedError) as error:
-        detail = error.detail if isinstance(error, ProtocolError) else str(error)
-        raise ProtocolError(Reject.BAD_FIELD, f"{kind}: {detail}") from None
+    except CommandRefusedError:
+        raise
+    except ProtocolError as error:
+        raise ProtocolError(Reject.BAD_FIELD, f"{kind}: {error.detail}") from None
 
 
 def _header(header: Header) -> dict[str, Any]:
@@ -385,7 +386,10 @@ def _command(body: _Body) -> Command:
             raise ProtocolError(Reject.BAD_FIELD, "an action is a map of action and params")
         if not isinstance(item["action"], str) or not isinstance(item["params"], dict):
             raise ProtocolError(Reject.BAD_FIELD, "an action has a name and a map of params")
-        actions.append(Action(action=item["action"], params=item["params"]))
+        try:
+            actions.append(Action(action=item["action"], params=item["params"]))
+        except RefusedError as error:
+            raise CommandRefusedError(Reject.BAD_FIELD, f"command: {error}", command=body.name("id")) from None
     if not actions:
         raise ProtocolError(Reject.BAD_FIELD, "a command holds at least one action")
     return Command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import pytest
@@ -65,6 +66,8 @@ def test_nothing_is_proposed_to_a_run_that_is_only_observed(start: Callable[...,
     job.wait(job.incidents, "the incident")
     job.wait_more_steps(50)
     job.finish()
+    printed = job.sosa("incidents", "--json").stdout.splitlines()
+    assert [json.loads(line) for line in printed] == job.incidents(serious=False)
     assert [incident["kind"] for incident in job.incidents()] == ["lr_jump"]
     assert job.commands() == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -15,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sosa_stream.cli.records import read_records
+from sosa_stream.errors import SosaError
 from sosa_stream.protocol.messages import Ack, AgentMessage, MetricFrame
 from sosa_stream.protocol.recording import decode_record, read_recording
 
@@ -149,8 +152,11 @@ class Job:
         )
 
     def records(self, what: str) -> list[dict[str, Any]]:
-        done = self.sosa(what, "--json")
-        return [json.loads(line) for line in done.stdout.splitlines()] if done.returncode == 0 else []
+        """What `sosa incidents --json` or `sosa commands --json` prints, without a process for each look."""
+        try:
+            return read_records(argparse.Namespace(home=self.home, run=None), what)
+        except SosaError:  # no store yet
+            return []
 
     def incidents(self, *, serious: bool = True) -> list[dict[str, Any]]:
         """Its incidents, without those that are only worth knowing."""
