@@ -110,15 +110,23 @@ class Agent:
 
     # -- starting --------------------------------------------------------------------------------------------------
 
-    def start(self, tee: LocalLink | None = None) -> None:
-        """Watch, with a thread that talks to the daemon, and to ``tee`` if this rank wants to see for itself."""
-        self._tee = tee
+    def start(self) -> None:
+        """Watch, with a thread that talks to the daemon."""
         self.probe.install(self._optimizer)
         if self._optimizer is None:
             self.taps.install()
         self._thread = threading.Thread(target=self._serve, name="sosa-agent", daemon=True)
         self._thread.start()
         _started(self)
+
+    def show(self, tee: LocalLink) -> None:
+        """Let ``tee`` see, from the agent's thread, what this rank sends from here on."""
+        self._tee = tee
+
+    @property
+    def watches_everything(self) -> bool:
+        """Whether every optimizer of the process is watched, not one wrapper's."""
+        return self._optimizer is None
 
     def start_local(self, link: LocalLink) -> None:
         """Watch with the Engine in this process: detection and repair happen inside the step."""
@@ -220,7 +228,7 @@ class Agent:
             self._coordinator = Coordinator(store, self._identity.world_size, membership)
         keys = load_agent_keys(Path(self.settings.daemon.keys)) if self.settings.daemon.keys else None
         channel = AgentChannel(membership.daemon, membership.run, keys=keys)
-        self._join(membership, channel if self._tee is None else TeeLink(channel, self._tee), store)
+        self._join(membership, TeeLink(channel, lambda: self._tee), store)
         return True
 
     def _join(self, membership: Membership, link: Link, store: RegisterStore | None) -> None:

@@ -73,12 +73,13 @@ class LocalLink:
 
 
 class TeeLink:
-    """A channel whose outgoing frames this process also reads itself, so that a rank can show what it sees.
+    """A channel whose outgoing frames this process may also read itself, so that a rank can show what it sees.
 
-    The Engine here only suggests: what is done is between the daemon and the fence, so acks are kept from it.
+    ``local`` gives the reader, or None while nobody wants to see. Its Engine only suggests: what is done is between the
+    daemon and the fence, so acks are kept from it.
     """
 
-    def __init__(self, channel: Link, local: LocalLink) -> None:
+    def __init__(self, channel: Link, local: Callable[[], LocalLink | None]) -> None:
         self._channel = channel
         self._local = local
         self._last_seq = 0
@@ -89,25 +90,28 @@ class TeeLink:
 
     def send(self, data: bytes) -> bool:
         sent = self._channel.send(data)
-        message = decode(data)
-        assert not isinstance(message, Command | Received)
-        if sent and message.header.seq > self._last_seq:  # not a heartbeat, and not sent again
-            self._last_seq = message.header.seq
-            if isinstance(message, Hello):
-                message = replace(message, policy={**message.policy, "mode": "suggest"})
-            if not isinstance(message, Ack):
-                # As a world of one: the others' rows, which a step would wait for, do not pass here.
-                self._local.hand_over(replace(message, header=replace(message.header, rank=0, world_size=1)))
+        local = self._local()
+        if sent and local is not None:
+            self._show(data, local)
         return sent
 
     def receive(self) -> list[ControlMessage]:
         return self._channel.receive()
-
-    def take_refused(self) -> list[ProtocolError]:
-        return self._channel.take_refused()
 
     def wait(self, timeout_seconds: float, wake_fd: int) -> None:
         self._channel.wait(timeout_seconds, wake_fd)
 
     def close(self) -> None:
         self._channel.close()
+
+    def _show(self, data: bytes, local: LocalLink) -> None:
+        message = decode(data)
+        assert not isinstance(message, Command | Received)
+        if message.header.seq <= self._last_seq:  # a heartbeat, or sent again
+            return
+        self._last_seq = message.header.seq
+        if isinstance(message, Hello):
+            message = replace(message, policy={**message.policy, "mode": "suggest"})
+        if not isinstance(message, Ack):
+            # As a world of one: the others' rows, which a step would wait for, do not pass here.
+            local.hand_over(replace(message, header=replace(message.header, rank=0, world_size=1)))

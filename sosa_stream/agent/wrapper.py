@@ -94,7 +94,6 @@ class SOSATrainingWrapper:
             Engine(run, self.settings.detect),
             self._say,
             suggests=self.settings.mode is not Mode.AUTO,
-            decides=not self._distributed,
         )
         if self.enabled:
             self._start(run)
@@ -206,9 +205,11 @@ class SOSATrainingWrapper:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _start(self, run: str) -> None:
+        here = LocalLink(self.monitor.engine, self.monitor.on_effect)
         there = core.current()
-        if there is not None and there._optimizer is None:  # under `-m sosa_stream.agent`
-            self._agent, self._owns_agent = there, False
+        if there is not None and there.watches_everything:  # under `-m sosa_stream.agent`
+            self._agent, self._owns_agent, self.monitor.decides = there, False, False
+            there.show(here)
             return
         ranks = dist.get_world_size() if self._distributed else 1
         names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
@@ -222,9 +223,10 @@ class SOSATrainingWrapper:
             say=lambda text: self._say(f"sosa: {text}"),
         )
         self._agent.say(_promise(self.settings))
-        here = LocalLink(self.monitor.engine, self.monitor.on_effect)
         if ranks > 1:
-            self._agent.start(tee=here)
+            self.monitor.decides = False
+            self._agent.show(here)
+            self._agent.start()
         else:
             self._agent.start_local(here)
 
@@ -249,7 +251,7 @@ class SOSATrainingWrapper:
 
     def _fixes(self) -> list[dict[str, Any]]:
         """What was applied: with verdicts where this process decides, as this rank did it where the daemon does."""
-        if self._distributed and self._agent is not None:
+        if not self.monitor.decides and self._agent is not None:
             return self._agent.actuators.history
         records = self.monitor.commands.values()
         return [record.as_dict() for record in records if record.applied_step is not None]
