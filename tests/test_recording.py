@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sosa_stream.effects import Approve, Timer
@@ -57,6 +57,7 @@ def test_a_recording_cut_anywhere_is_read_to_its_last_whole_record_and_goes_on_f
         assert list(read_recording(path)) == [*records[:num_whole], (9.0, b"next")]
 
 
+@settings(deadline=None)  # it writes files, and disks are slow when they like
 @given(tail=st.binary(max_size=40))
 def test_whatever_follows_the_last_record_reading_never_fails(
     tmp_path_factory: pytest.TempPathFactory, tail: bytes
