@@ -98,6 +98,9 @@ class TeeLink:
     def receive(self) -> list[ControlMessage]:
         return self._channel.receive()
 
+    def take_refused(self) -> list[ProtocolError]:
+        return self._channel.take_refused()
+
     def wait(self, timeout_seconds: float, wake_fd: int) -> None:
         self._channel.wait(timeout_seconds, wake_fd)
 

@@ -26,6 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
 MOST_STEPS = 100_000
+CHECKPOINT_STEP = 100
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -102,7 +103,7 @@ def main() -> None:
             scheduler.step()
             lines.write(json.dumps({"step": step, "pid": os.getpid(), "loss": repr(loss.item())}) + "\n")
             time.sleep(arguments.sleep)
-            if arguments.kill_once is not None and rank == 0 and step % 20 == 19:
+            if step == CHECKPOINT_STEP and rank == 0 and arguments.kill_once is not None:
                 state = {"model": network, "optimizer": optimizer, "scheduler": scheduler}
                 unfinished = checkpoint.with_suffix(".tmp")
                 torch.save({"step": step + 1, **{name: part.state_dict() for name, part in state.items()}}, unfinished)

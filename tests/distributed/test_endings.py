@@ -24,10 +24,10 @@ def test_an_exception_is_told_with_its_rank_and_step_and_comes_through_as_it_was
     job.ended(code=1)
     assert_nothing_is_left(job)
 
-    assert "ValueError: no such sample in step 60" in job.log
-    assert "in main\n    raise ValueError" in job.log
-    trace = job.log.rpartition("Traceback (most recent call last):")[0].rpartition("Traceback")[2]
-    assert "sosa_stream/agent" not in trace
+    trace = [line.removeprefix("[rank1]: ") for line in job.log.splitlines() if line.startswith("[rank1]: ")]
+    assert trace[0] == "Traceback (most recent call last):"
+    assert trace[-1] == "ValueError: no such sample in step 60"
+    assert [line.rpartition(", in ")[2] for line in trace if line.startswith("  File")] == ["<module>", "main"]
     incident = next(incident for incident in job.incidents() if incident["kind"] == "exception")
     assert (incident["ranks"], incident["first_step"]) == ([1], 60)
     assert "ValueError" in incident["message"]
@@ -87,11 +87,12 @@ def test_a_script_that_ends_with_a_fix_in_flight_ends_at_once_and_the_fix_has_a_
     command = job.wait_command("held", "committed")
     job.finish()
     assert_nothing_is_left(job)
-    (ended,) = job.commands()
-    assert ended["id"] == command["id"]
-    assert ended["state"] in ("aborted", "expired")
-    assert ended["verdict"] == "not_applied"
-    assert job.applied_at(command["id"]) == {}
+    ended = job.commands()
+    assert ended[0]["id"] == command["id"]
+    for command in ended:
+        assert command["state"] in ("aborted", "expired")
+        assert command["verdict"] == "not_applied"
+        assert job.applied_at(command["id"]) == {}
     job.digest()
 
 
