@@ -17,7 +17,10 @@ def parameters_with_gradients(optimizer: Optimizer) -> list[torch.Tensor]:
 def local_gradients(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
     """The gradients that lie in this process; a sharded one's norm would be a hidden collective (`.to_local()`)."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    return [to_local(gradient) for gradient in gradients] if _dtensor_class() else gradients
+    sharded = _dtensor_class()
+    if sharded is None:
+        return gradients
+    return [g.to_local() if isinstance(g, sharded) else g for g in gradients]  # type: ignore[attr-defined]
 
 
 def is_sharded(parameters: list[torch.Tensor]) -> bool:
@@ -54,9 +57,13 @@ def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
         low = same[0].dtype in (torch.float16, torch.bfloat16)
         norms.extend(torch._foreach_norm(same, 2, torch.float32) if low else torch._foreach_norm(same, 2))
     first = norms[0].device
-    total: torch.Tensor = torch.linalg.vector_norm(
-        torch.stack([n.to(first, torch.float32, non_blocking=True) for n in norms])
-    )
+    alike = [
+        n
+        if n.device == first and n.dtype == torch.float32
+        else n.to(first, torch.float32, non_blocking=first.type != "cpu")
+        for n in norms
+    ]
+    total: torch.Tensor = torch.linalg.vector_norm(torch.stack(alike))
     return total
 
 
