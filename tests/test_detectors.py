@@ -181,6 +181,37 @@ def test_uncaught_error_names_its_rank_and_host(kind: str, error: str, message: 
     assert incident.evidence["phase"] == "forward"
 
 
+GLOO_LOST_PEER = (
+    "[pair.cc:553] Connection closed by peer [127.0.0.1]:22953. This is typically caused by a remote worker"
+)
+
+
+@pytest.mark.parametrize("own_error", ["ValueError", "torch.OutOfMemoryError"])
+def test_a_rank_that_only_lost_its_peer_is_not_named_beside_it(own_error: str) -> None:
+    engine = Engine("run")
+    raised, saw = (
+        ExceptionReport(header=header(rank, 2), type=error, message=message, stack=(), step=7, phase=Phase.BACKWARD)
+        for rank, error, message in ((1, own_error, "no"), (0, "RuntimeError", GLOO_LOST_PEER))
+    )
+    feed(engine, [hello(0, 2), hello(1, 2), raised, saw])
+    (incident,) = engine.view().incidents
+    assert (incident.ranks, incident.evidence["type"]) == ((1,), own_error)
+
+
+def test_the_cause_takes_the_place_of_a_lost_peer_that_was_told_first() -> None:
+    engine = Engine("run")
+    saw, raised = (
+        ExceptionReport(header=header(rank, 2), type=error, message=message, stack=(), step=7, phase=Phase.BACKWARD)
+        for rank, error, message in ((0, "RuntimeError", GLOO_LOST_PEER), (1, "ValueError", "no"))
+    )
+    feed(engine, [hello(0, 2), hello(1, 2), saw])
+    (incident,) = engine.view().incidents
+    assert (incident.ranks, incident.causes) == ((0,), ("another rank has ended: its own log says why",))
+    feed(engine, [raised])
+    (incident,) = engine.view().incidents
+    assert (incident.ranks, incident.evidence["type"], incident.evidence["lost_peer"]) == ((1,), "ValueError", False)
+
+
 def test_missing_column_makes_a_detector_blind_and_not_healthy() -> None:
     engine = Engine("run")
     feed(engine, [hello(), frame(LEARNING[:100])])

@@ -73,6 +73,7 @@ class Courier:
         self._cannot = refusal
         self._say = say
         self._seen: set[str] = set()
+        self._rejected: set[str] = set()
         self._next_heartbeat = 0.0
         self._next_flush = 0.0
         self._reconnects = 0
@@ -157,6 +158,7 @@ class Courier:
         """A command has come: hold it at the fence, or refuse it with the reason."""
         refusal = self._refusal(command)
         if refusal:
+            self._rejected.add(command.id)
             self._ack(command.id, AckState.REJECTED, refusal)
         if self._fence is not None and command.generation == self._membership.generation:
             self._fence.submit(command, refuse=bool(refusal))
@@ -185,6 +187,8 @@ class Courier:
             return
         for notice in self._fence.pump(now):
             match notice:
+                case Held(command=command) | Aborted(command=command) if command.id in self._rejected:
+                    continue  # the fence ends it for the others; this rank's word on it was `rejected`
                 case Held(command=command):
                     self._ack(command.id, AckState.HELD, "")
                 case Committed(command=command, tick=tick, member=True):

@@ -8,6 +8,10 @@ from sosa_stream.detect.wording import name_ranks
 
 OUT_OF_MEMORY_TYPES = frozenset({"OutOfMemoryError", "torch.OutOfMemoryError", "torch.cuda.OutOfMemoryError"})
 
+LOST_PEER_TYPES = frozenset({"DistBackendError", "torch.distributed.DistBackendError"})
+LOST_PEER_WORDS = ("closed by peer", "reset by peer", "remote worker", "remote process exited")
+"""How the collectives of gloo and NCCL say that another rank is gone (torch 2.13)."""
+
 
 def oom(windows: RunWindows) -> Finding | None:
     """A rank ran out of memory: torch.OutOfMemoryError, or an error that says ``out of memory``."""
@@ -55,9 +59,12 @@ def _exception(windows: RunWindows, kind: str) -> Finding:
     report = windows.reports.exception
     assert report is not None
     rank = report.header.rank
+    lost_peer = report.type in LOST_PEER_TYPES or any(words in report.message for words in LOST_PEER_WORDS)
     causes = (
         ("the batch or the sequence is too large for the device", "memory grows from step to step: a kept graph")
         if kind == "oom"
+        else ("another rank has ended: its own log says why",)
+        if lost_peer
         else (f"raised in {report.stack[-1]}" if report.stack else "no stack was sent",)
     )
     return Finding(
@@ -72,6 +79,7 @@ def _exception(windows: RunWindows, kind: str) -> Finding:
             "message": report.message,
             "stack": list(report.stack),
             "phase": str(report.phase),
+            "lost_peer": lost_peer,
         },
         causes=causes,
     )

@@ -183,9 +183,12 @@ class Tracker:
     def _join(self, known: OpenIncident, finding: Finding, hosts: Mapping[int, str]) -> None:
         incident = known.incident
         known.last_found_step = max(known.last_found_step, finding.step)
+        if _only_saw_it(finding, incident):
+            return
         if finding.kind == incident.kind:
-            ranks = tuple(sorted({*incident.ranks, *finding.ranks}))
-            worse = finding.severity > incident.severity
+            cause = bool(incident.evidence.get("lost_peer")) and not finding.evidence.get("lost_peer")
+            ranks = finding.ranks if cause else tuple(sorted({*incident.ranks, *finding.ranks}))
+            worse = cause or finding.severity > incident.severity
             incident = replace(
                 incident,
                 severity=max(incident.severity, finding.severity),
@@ -193,6 +196,7 @@ class Tracker:
                 hosts=_hosts(ranks, hosts),
                 evidence=finding.evidence if worse else incident.evidence,
                 message=finding.message if worse else incident.message,
+                causes=finding.causes if cause else incident.causes,
             )
         elif _names(finding, incident):
             symptoms = tuple(kind for kind in (*incident.symptoms, incident.kind) if kind != finding.kind)
@@ -240,11 +244,17 @@ def in_band(known: OpenIncident, windows: RunWindows) -> bool:
 
 
 def _belongs(finding: Finding, incident: Incident) -> bool:
-    if finding.kind == incident.kind:
+    if finding.kind == incident.kind or _only_saw_it(finding, incident):
         return True
     if finding.kind in FOLLOWS.get(incident.kind, ()):
         return True
     return incident.kind in FOLLOWS.get(finding.kind, ()) and finding.first_step <= incident.first_step + TOGETHER_STEPS
+
+
+def _only_saw_it(finding: Finding, incident: Incident) -> bool:
+    """Whether a rank reports no fault of its own, but that the rank of an open incident has ended."""
+    lost_peer = bool(finding.evidence.get("lost_peer")) and not incident.evidence.get("lost_peer")
+    return lost_peer and incident.group is Group.SYSTEM
 
 
 def _names(finding: Finding, incident: Incident) -> bool:

@@ -12,6 +12,8 @@ from sosa_stream.protocol.messages import Bye, Hello
 pytestmark = pytest.mark.torchrun
 
 AUTO = {"SOSA_MODE": "auto", "SOSA_AUTO_ALLOW": "skip_step,scale_lr,rollback", "SOSA_AGENT_DIGEST_AFTER_FIX": "1"}
+# Without it torch's own restart fails three times of four: gloo reads the dead rank's address from the shared store.
+OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 LR_JUMP = ("lr_jump@150:factor=1000",)
 
 
@@ -33,12 +35,14 @@ def test_an_exception_is_told_with_its_rank_and_step_and_comes_through_as_it_was
     assert "ValueError" in incident["message"]
     goodbyes = {event.header.rank: event.exit_code for event in job.recorded() if isinstance(event, Bye)}
     assert goodbyes[1] == 1
-    assert [incident["kind"] for incident in job.incidents() if 1 in incident["ranks"]] == ["exception"]
+    assert [incident["kind"] for incident in job.incidents()] == ["exception"]
 
 
 def test_after_a_restart_old_commands_are_dead_and_the_run_goes_on_under_its_name(start: Callable[..., Job]) -> None:
     # A proposal is open when rank 1 dies. The rate jumps again in the second start: a proposal of its own.
-    job = start("--until-told", "--kill-once", "400", inject=LR_JUMP, launcher=("--max-restarts", "1"))
+    job = start(
+        "--until-told", "--kill-once", "400", inject=LR_JUMP, settings=OWN_STORE, launcher=("--max-restarts", "1")
+    )
     old = job.wait_command("proposed")
     job.wait((job.out / "killed").exists, "the death of rank 1")
     job.wait(
@@ -62,7 +66,8 @@ def test_after_a_restart_old_commands_are_dead_and_the_run_goes_on_under_its_nam
     ended = next(command for command in job.commands() if command["id"] == old["id"])
     assert (ended["state"], ended["verdict"]) == ("expired", "not_applied")
     assert "generation" in ended["reason"]
-    kinds = [incident["kind"] for incident in job.incidents()]
+    # Rank 0 may have been quick enough to tell that rank 1 was gone.
+    kinds = [incident["kind"] for incident in job.incidents() if not incident["evidence"].get("lost_peer")]
     assert kinds == ["lr_jump", "lr_jump"]
     assert first != second
     job.digest()
