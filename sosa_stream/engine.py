@@ -144,7 +144,7 @@ class Engine:
         if self._started:
             self._past_generations.add(self._generation)
             self._repairs.end_generation("a new generation began")
-            self._tracker.forget_levels()
+            self._tracker.begin_generation()
         self._generation = self._repairs.generation = header.generation
         self._windows = RunWindows(self._settings)
         self._alignment = Alignment(min(max(header.world_size, 1), MAX_WORLD_SIZE))

@@ -311,3 +311,22 @@ def test_a_schedule_that_runs_out_lets_no_held_rate_go() -> None:
     for seed in SEEDS:
         sim = SimulatedJob(seed=seed, lr_factor=_jump).run()
         assert len(sim.commands) == 1
+
+
+def test_a_fault_of_a_new_generation_is_an_incident_of_its_own_with_a_fix_of_its_own() -> None:
+    noise = np.random.default_rng(0).normal(scale=0.02, size=400)
+    losses = 1.0 + 2.0 * np.exp(-np.arange(400) / 60.0) + noise
+    losses[301:] += 50.0
+    lr = np.where(np.arange(400) >= 300, 1.0, 1e-3)
+    engine = Engine("run")
+    for generation in ("g1", "g2"):
+        feed(engine, [hello(policy={"mode": "suggest"}, generation=generation)])
+        feed(engine, [frame(losses, lr=lr, generation=generation)])
+    first, second = engine.view().incidents
+    assert (first.kind, second.kind) == ("lr_jump", "lr_jump")
+    # It was over once the second start had been well for a while, at steps that count from zero again.
+    assert (first.state, first.resolved_step) == (IncidentState.RESOLVED, 19)
+    assert second.state is IncidentState.OPEN
+    old, new = engine.view().commands
+    assert (old.incident, old.state) == (first.id, CommandState.EXPIRED)
+    assert (new.incident, new.state) == (second.id, CommandState.PROPOSED)

@@ -69,6 +69,8 @@ class OpenIncident:
     num_nonfinite: int = 0
     """Steps with a non-finite value since it opened."""
     last_found_step: int = -1
+    of_past: bool = False
+    """Of an earlier generation: nothing joins it and nothing is done about it any more."""
 
     @property
     def holds_band(self) -> bool:
@@ -87,7 +89,8 @@ class Tracker:
 
     @property
     def open(self) -> tuple[OpenIncident, ...]:
-        return tuple(self._open.values())
+        """Those of this generation."""
+        return tuple(known for known in self._open.values() if not known.of_past)
 
     @property
     def incidents(self) -> tuple[Incident, ...]:
@@ -97,7 +100,7 @@ class Tracker:
     @property
     def hold(self) -> bool:
         """Whether the bands must keep what is above them out."""
-        return any(known.holds_band for known in self._open.values())
+        return any(known.holds_band for known in self.open)
 
     def find(self, incident_id: str) -> OpenIncident | None:
         return self._open.get(incident_id)
@@ -117,9 +120,11 @@ class Tracker:
         ``kept_open`` are incidents with a fix in flight or on probation.
         """
         nonfinite = bool(windows.bad_loss or windows.bad_grad)
-        for known in self.open:
+        for known in tuple(self._open.values()):
             known.num_nonfinite += nonfinite
             healthy = known.last_found_step < windows.step and not nonfinite and in_band(known, windows)
+            if known.of_past:
+                healthy = healthy and not self.hold
             known.num_healthy = known.num_healthy + 1 if healthy else 0
             if (
                 known.num_healthy >= SLOW_STEPS.get(known.incident.kind, HEALTHY_STEPS)
@@ -129,9 +134,18 @@ class Tracker:
 
     def finish(self, step: int) -> None:
         """The run is over: what is back in its band resolves, the rest stays open."""
-        for known in self.open:
+        for known in tuple(self._open.values()):
             if known.num_healthy >= HEALTHY_STEPS_AT_END:
                 self._resolve(known, step)
+
+    def begin_generation(self) -> None:
+        """Steps count from zero again: what is open is over once the new generation is well for a while.
+
+        A fault of the new one is an incident of its own, with fixes of its own.
+        """
+        self.forget_levels()
+        for known in self._open.values():
+            known.of_past, known.last_found_step, known.num_healthy = True, -1, 0
 
     def forget_levels(self) -> None:
         """A new segment: what was before is no longer comparable."""
@@ -151,7 +165,7 @@ class Tracker:
 
     def _cause_of(self, finding: Finding) -> OpenIncident | None:
         """The open incident that explains a finding: the same kind, one that brings it about, or its own effect."""
-        fits = [known for known in self._open.values() if _belongs(finding, known.incident)]
+        fits = [known for known in self.open if _belongs(finding, known.incident)]
         return min(fits, key=lambda known: (_precedence(known.incident.kind), known.incident.first_step), default=None)
 
     def _open_incident(self, finding: Finding, windows: RunWindows, hosts: Mapping[int, str]) -> None:
