@@ -227,7 +227,7 @@ class Engine:
             self._windows.hold = self._tracker.hold
             self._windows.take(row)
             if self._windows.segment != segment:
-                self._tracker.forget_levels()
+                self._tracker.begin_segment()
             self._detect()
             self._tracker.pass_step(self._windows, self._repairs.kept_open)
             self._repairs.step(self._windows)

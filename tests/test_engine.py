@@ -330,3 +330,10 @@ def test_a_fault_of_a_new_generation_is_an_incident_of_its_own_with_a_fix_of_its
     old, new = engine.view().commands
     assert (old.incident, old.state) == (first.id, CommandState.EXPIRED)
     assert (new.incident, new.state) == (second.id, CommandState.PROPOSED)
+
+
+def test_a_broken_run_is_not_called_resolved_because_its_damage_has_become_usual() -> None:
+    sim = SimulatedJob(seed=2, num_steps=900, lr_factor=_jump, policy={"mode": "suggest", "snapshots": False}).run()
+    (incident,) = sim.incidents
+    assert incident.kind == "lr_jump"
+    assert incident.state is IncidentState.OPEN

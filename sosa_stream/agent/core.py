@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.optim import Optimizer
@@ -43,6 +44,8 @@ EXIT_IN_DOUBT = 75
 
 JOIN_SECONDS = 0.05
 NO_GROUP_SECONDS = 60.0
+LAST_JOIN_SECONDS = 3.0
+"""How long the end of a very short script is held up for its ranks to find each other and hand their frames over."""
 CLOSE_SECONDS = 5.0
 DAEMON_STOP_SECONDS = 10.0
 
@@ -167,8 +170,7 @@ class Agent:
                 courier.wait()
             else:  # rank 0 goes on answering the other ranks' hellos until all have joined
                 time.sleep(JOIN_SECONDS)
-                if self._coordinator.poll():
-                    self._coordinator = None
+                self._coordinate()
             courier.pump()
             if self._embedded is not None:
                 self._embedded.poll()
@@ -176,7 +178,16 @@ class Agent:
                     self.say(f"{self._embedded.given_up}; training goes on unwatched")
         if self.probe.fence is not None:
             self.probe.fence.close()
+        deadline = time.monotonic() + LAST_JOIN_SECONDS
+        while self._coordinator is not None and time.monotonic() < deadline:  # a short script's other ranks
+            self._coordinate()
+            time.sleep(JOIN_SECONDS)
         courier.close(*self._closing, timeout_seconds=CLOSE_SECONDS)
+
+    def _coordinate(self) -> None:
+        assert self._coordinator is not None
+        if _ask(self._coordinator.poll):
+            self._coordinator = None
 
     def _find_others(self) -> bool:
         """Join a generation: through the job's store where there is a process group, else alone."""
@@ -187,7 +198,10 @@ class Agent:
         started = time.monotonic()
         store: RegisterStore | None = None
         joiner: Joiner | None = None
+        give_up_at = 0.0
         while True:
+            if self._closing is not None:
+                give_up_at = give_up_at or time.monotonic() + LAST_JOIN_SECONDS
             if self._embedded is not None:
                 self._embedded.poll()
             address = settings.agent.daemon or (self._embedded.address if self._embedded else "")
@@ -206,10 +220,10 @@ class Agent:
                     return self._join_by_channel(self._alone(address), store)
             else:
                 joiner = joiner or Joiner(store, identity.rank, identity.nonce)
-                membership = joiner.poll()
+                membership = _ask(joiner.poll)
                 if membership is not None:
                     return self._join_by_channel(membership, store)
-                if self._closing is not None:
+                if give_up_at and time.monotonic() > give_up_at:
                     return False
             time.sleep(JOIN_SECONDS)
 
@@ -248,7 +262,8 @@ class Agent:
             link=link,
             outbox=self._outbox,
             fence=fence,
-            device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            # Never the first to touch CUDA: a script that forks afterwards could not use it in its children.
+            device=torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu",  # type: ignore[no-untyped-call]
             versions={"torch": torch.__version__},
             parameters=self._parameters,
             progress=self._progress,
@@ -334,6 +349,8 @@ class Agent:
         self.say(f"an internal error, training goes on: {type(error).__name__}: {error}\n{where}", every_rank=True)
 
 
+Answer = TypeVar("Answer")
+
 _current: Agent | None = None
 _fork_hook_installed = False
 
@@ -351,6 +368,14 @@ def run_name(settings: Settings, env: Mapping[str, str], script: str) -> str:
         stem = Path(script).stem or "notebook"
         name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:100] or "run"
+
+
+def _ask(question: Callable[[], Answer]) -> Answer | None:
+    """A store fails in many ways, most of all when the job ends; each means only that there is no answer yet."""
+    try:
+        return question()
+    except Exception:
+        return None
 
 
 def _started(agent: Agent) -> None:

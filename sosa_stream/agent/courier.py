@@ -139,7 +139,7 @@ class Courier:
 
     def close(self, reason: str, exit_code: int, timeout_seconds: float) -> None:
         """Say goodbye and give what is in the ring ``timeout_seconds`` to be acknowledged."""
-        dropped = self._outbox.ring.dropped
+        dropped = self._outbox.num_dropped
         self._outbox.add_message(
             lambda header: Bye(header=header, reason=reason[:500], exit_code=exit_code, dropped=dropped)
         )

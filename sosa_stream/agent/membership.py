@@ -64,9 +64,13 @@ class Joiner:
         self._store = store
         self._rank = rank
         self._nonce = nonce
-        store.set(f"{PREFIX}/hello/{rank}", nonce)
+        self._said_hello = False
 
     def poll(self) -> Membership | None:
+        """What rank 0 has answered, if it has."""
+        if not self._said_hello:
+            self._store.set(f"{PREFIX}/hello/{self._rank}", self._nonce)
+            self._said_hello = True
         text = read(self._store, f"{PREFIX}/welcome/{self._nonce}")
         if text is None:
             return None

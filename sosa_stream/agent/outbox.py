@@ -131,9 +131,11 @@ class Outbox:
         self._messages: deque[Callable[[Header], AgentMessage]] = deque(maxlen=4096)
         self._usual_names: tuple[str, ...] = ()
         self._usual: list[float] = []
+        self._num_rows_dropped = 0
 
     def add_row(self, row: Row) -> None:
         """From the training thread. A value known to be non-finite, or far from its usual size, leaves at once."""
+        self._num_rows_dropped += len(self._rows) == MAX_WAITING_ROWS
         self._rows.append(row)
         if self._is_sudden(row.names, row.scalars.values):
             self.wakeup.set()
@@ -157,6 +159,11 @@ class Outbox:
         self._messages.append(build)
         self.wakeup.set()
 
+    @property
+    def num_dropped(self) -> int:
+        """Frames that the full ring gave up, and rows that found no room before there was a daemon to send them to."""
+        return self.ring.dropped + self._num_rows_dropped
+
     def flush(self, header: Callable[[int], Header]) -> None:
         """From the agent's thread: encode what waits into the ring. ``header(seq)`` makes the header of a message."""
         messages = len(self._messages)  # taken first: their rows, added before them, must not leave after them
@@ -172,7 +179,7 @@ class Outbox:
     def heartbeat(self, header: Header, tick: int, step: int, phase: Phase) -> bytes:
         return encode(
             Heartbeat(
-                header=header, tick=tick, step=step, phase=phase, oldest=self.ring.oldest, dropped=self.ring.dropped
+                header=header, tick=tick, step=step, phase=phase, oldest=self.ring.oldest, dropped=self.num_dropped
             )
         )
 

@@ -143,14 +143,18 @@ class Tracker:
 
         A fault of the new one is an incident of its own, with fixes of its own.
         """
-        self.forget_levels()
-        for known in self._open.values():
-            known.of_past, known.last_found_step, known.num_healthy = True, -1, 0
-
-    def forget_levels(self) -> None:
-        """A new segment: what was before is no longer comparable."""
         for known in self._open.values():
             known.loss_level = None
+            known.of_past, known.last_found_step, known.num_healthy = True, -1, 0
+
+    def begin_segment(self) -> None:
+        """A new level of the loss was learned as normal: what was before is no longer comparable.
+
+        But a critical incident is not over because its damage has become usual: it keeps the level from before it.
+        """
+        for known in self._open.values():
+            if known.incident.severity < Severity.CRITICAL:
+                known.loss_level = None
 
     def set_fixes(self, incident_id: str, fixes: tuple[Mapping[str, Any], ...]) -> None:
         """Show these fixes on an incident, open or not."""
