@@ -80,6 +80,7 @@ class Daemon:
         self._rejected: Counter[str] = Counter()
         self._logged_rejects: set[tuple[str, str]] = set()
         self._last_message_at = time.monotonic()
+        self._is_behind = False
         self._snapshot = Snapshot()
         self._stop = asyncio.Event()
 
@@ -156,6 +157,8 @@ class Daemon:
     async def _ingest(self) -> None:
         while not self._stop.is_set():
             batch = await self._channel.drain(timeout_seconds=DRAIN_POLL_SECONDS)
+            # What came in during a replay is in this batch, and reaches the engines before another task has a turn.
+            self._is_behind = False
             if batch:
                 await self._take(batch)
 
@@ -190,6 +193,8 @@ class Daemon:
             recording = recording_path(self._home, name)
             if len(self._runs) >= MAX_RUNS:
                 raise ProtocolError(TOO_MANY, f"{MAX_RUNS} runs are served already")
+            # Until the next batch is taken: nobody is silent while we do not listen.
+            self._is_behind = True
             try:
                 # In a thread, because replaying a long recording takes a while, and other runs' commands must go out.
                 run = await asyncio.to_thread(Run, name, recording, self._engine_factory(name))
@@ -236,7 +241,7 @@ class Daemon:
     async def _tick(self) -> None:
         now = time.time()
         for run in self._runs.values():
-            if run.wants_timer:
+            if run.wants_timer and not self._is_behind:
                 run.tell(Timer(), now)
         for run in await self._commit(self._runs.values()):
             if heard := run.recently_heard(now):

@@ -1,0 +1,101 @@
+"""The daemon's shell in this process, with engines that a test can hold up and look into."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from daemon_process import LOOPBACK, RingAgent, wait_until
+
+from sosa_stream.config import load_settings
+from sosa_stream.daemon import service
+from sosa_stream.daemon.service import Daemon, Ready
+from sosa_stream.effects import Effect, Event, Timer
+from sosa_stream.engine import Engine
+from sosa_stream.protocol.codec import encode
+from sosa_stream.protocol.recording import Recorder
+from sosa_stream.testing import NOW, hello
+
+
+class BusyEngine(Engine):
+    """Always has a command in flight, and counts what the clock tells it."""
+
+    num_timers = 0
+
+    @property
+    def has_commands_in_flight(self) -> bool:
+        return True
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        self.num_timers += isinstance(event, Timer)
+        return super().handle(event, now)
+
+
+class HeldUpEngine(Engine):
+    """Stands still in its first event until it is released."""
+
+    def __init__(self, run: str) -> None:
+        super().__init__(run)
+        self.entered, self.released = threading.Event(), threading.Event()
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        self.entered.set()
+        self.released.wait(20)
+        return super().handle(event, now)
+
+
+def with_daemon(home: Path, act: Callable[[Daemon, str], None], **arguments: object) -> None:
+    """Run ``act`` in a thread, with a daemon that serves and its address."""
+
+    async def serve() -> None:
+        ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        settings = load_settings(overrides={"home": str(home), "daemon.bind": LOOPBACK, "daemon.http": "127.0.0.1:0"})
+        daemon = Daemon(settings, on_ready=ready.set_result, **arguments)  # type: ignore[arg-type]
+        async with asyncio.TaskGroup() as tasks:
+            serving = tasks.create_task(daemon.serve())
+            await asyncio.wait([ready, serving], return_when=asyncio.FIRST_COMPLETED)
+            try:
+                await asyncio.to_thread(act, daemon, ready.result().address)
+            finally:
+                daemon._stop.set()
+
+    asyncio.run(serve())
+
+
+def recorded(home: Path, run: str) -> None:
+    """A run that an earlier daemon has recorded."""
+    (home / run).mkdir(parents=True)
+    with contextlib.closing(Recorder(home / run / "run.sosa")) as recorder:
+        recorder.append(NOW, encode(hello()))
+
+
+def test_while_a_recording_is_replayed_no_run_is_told_that_time_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "TIMER_SECONDS", 0.01)
+    recorded(tmp_path, "old")
+    busy, old = BusyEngine("busy"), HeldUpEngine("old")
+
+    def act(daemon: Daemon, address: str) -> None:
+        with RingAgent(address, "busy") as agent, RingAgent(address, "old", source="t") as returning:
+            agent.add_hello()
+            wait_until(agent.pump, "acknowledgement")
+            wait_until(lambda: busy.num_timers > 3, "timers")
+            returning.add_hello()
+            try:
+                returning.pump()
+                wait_until(old.entered.is_set, "the replay")
+                num_timers = busy.num_timers
+                time.sleep(0.3)
+                assert busy.num_timers == num_timers
+            finally:
+                old.released.set()
+            wait_until(returning.pump, "acknowledgement")
+            wait_until(lambda: busy.num_timers > num_timers + 3, "timers again")
+
+    with_daemon(tmp_path, act, engine_factory={"busy": busy, "old": old}.__getitem__)
