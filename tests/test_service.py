@@ -14,6 +14,7 @@ from daemon_process import LOOPBACK, RingAgent, wait_until
 
 from sosa_stream.config import load_settings
 from sosa_stream.daemon import service
+from sosa_stream.daemon.schema import open_store
 from sosa_stream.daemon.service import Daemon, Ready
 from sosa_stream.effects import Effect, Event, Timer
 from sosa_stream.engine import Engine
@@ -99,3 +100,48 @@ def test_while_a_recording_is_replayed_no_run_is_told_that_time_passes(
             wait_until(lambda: busy.num_timers > num_timers + 3, "timers again")
 
     with_daemon(tmp_path, act, engine_factory={"busy": busy, "old": old}.__getitem__)
+
+
+def test_a_run_that_all_have_left_is_let_go_of_and_opened_again_by_its_next_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "TIMER_SECONDS", 0.01)
+    engines: list[str] = []
+
+    def engine_of(run: str) -> Engine:
+        engines.append(run)
+        return Engine(run)
+
+    def open_recordings() -> set[str]:
+        targets = []
+        for fd in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):
+                targets.append(fd.readlink())
+        return {path.parent.name for path in targets if path.name == "run.sosa"}
+
+    def act(daemon: Daemon, address: str) -> None:
+        with (
+            RingAgent(address, "over", source="a") as first,
+            RingAgent(address, "over", source="b", rank=1) as second,
+            RingAgent(address, "silent", source="c") as silent,
+        ):
+            for agent in (first, second, silent):
+                agent.add_hello()
+                wait_until(agent.pump, "acknowledgement")
+            first.add_bye()
+            wait_until(first.pump, "acknowledgement")
+            time.sleep(0.5)
+            assert open_recordings() == {"over", "silent"}, "one of two ranks is still there"
+            second.add_bye()
+            wait_until(second.pump, "acknowledgement")
+            wait_until(lambda: open_recordings() == {"silent"}, "the end of the run")
+            assert set(daemon._runs) == {"silent"}
+            with contextlib.closing(open_store(tmp_path)) as store:
+                assert {run for (run,) in store.execute("SELECT run FROM runs")} == {"over", "silent"}
+
+            second.add_frames([0])
+            wait_until(second.pump, "acknowledgement")
+            assert daemon._runs["over"].snapshot().num_received == 5
+            assert engines == ["over", "silent", "over"]
+
+    with_daemon(tmp_path, act, engine_factory=engine_of, forget_seconds=0.2)

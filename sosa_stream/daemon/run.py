@@ -227,6 +227,11 @@ class Run:
     def all_ended(self) -> bool:
         return self._ledger.all_ended
 
+    @property
+    def heard_at(self) -> float:
+        """When anything last came in for this run, in seconds since the epoch."""
+        return self._now
+
     def touched(self) -> Mapping[str, int]:
         """The highest recorded number of each source heard of since the last call. After `commit` only."""
         touched, self._touched = self._touched, set()

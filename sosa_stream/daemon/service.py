@@ -37,6 +37,8 @@ DRAIN_POLL_SECONDS = 0.1
 REQUEST_POLL_SECONDS = 0.2
 SNAPSHOT_SECONDS = 0.2
 TIMER_SECONDS = 1.0
+FORGET_SECONDS = 600.0
+"""A run that all its processes have left is closed when nobody has been heard for this long."""
 
 # How an embedded daemon ends once its parent is gone.
 QUIET_AFTER_BYE_SECONDS = 0.3
@@ -68,6 +70,7 @@ class Daemon:
         keys: DaemonKeys | None = None,
         on_ready: Callable[[Ready], None] = lambda ready: None,
         parent: int | None = None,
+        forget_seconds: float = FORGET_SECONDS,
     ) -> None:
         self._settings = settings
         self._home = Path(settings.home)
@@ -75,6 +78,7 @@ class Daemon:
         self._keys = keys
         self._on_ready = on_ready
         self._parent = parent
+        self._forget_seconds = forget_seconds
         self._runs: dict[str, Run] = {}
         self._unwritten = Changes()
         self._rejected: Counter[str] = Counter()
@@ -121,6 +125,7 @@ class Daemon:
                 tasks.create_task(self._ingest())
                 tasks.create_task(self._every(self._settings.daemon.republish_seconds, self._republish))
                 tasks.create_task(self._every(TIMER_SECONDS, self._tick))
+                tasks.create_task(self._every(TIMER_SECONDS, self._forget))
                 tasks.create_task(self._every(REQUEST_POLL_SECONDS, self._serve_requests))
                 tasks.create_task(self._every(SNAPSHOT_SECONDS, self._refresh))
                 if self._parent is not None:
@@ -246,6 +251,19 @@ class Daemon:
         for run in await self._commit(self._runs.values()):
             if heard := run.recently_heard(now):
                 self._channel.publish(run.name, encode(Received(run=run.name, sources=heard)))
+
+    def _forget(self) -> None:
+        """Let go of runs that are over. The recording and the rows stay; a later message opens the run again."""
+        if self._is_behind:  # a batch is being taken that may have messages of such a run
+            return
+        now = time.time()
+        over = [run for run in self._runs.values() if run.all_ended and now - run.heard_at > self._forget_seconds]
+        for run in over:
+            run.snapshot()  # for its last row
+            self._unwritten.update(run.changes)
+            run.close()
+            del self._runs[run.name]
+            log.info("run %s: over, closed", run.name)
 
     async def _serve_requests(self) -> None:
         try:
