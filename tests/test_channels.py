@@ -13,6 +13,7 @@ from daemon_process import LOOPBACK, wait_until
 from sosa_stream.errors import ConfigError
 from sosa_stream.protocol.channels import (
     HIGH_WATER_MARK,
+    MAX_WIRE_BYTES,
     WRONG_KEY,
     AgentChannel,
     DaemonChannel,
@@ -242,7 +243,7 @@ def test_a_frame_far_beyond_the_limit_is_not_even_read() -> None:
             context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
             push = context.socket(zmq.PUSH)
             push.connect(daemon.address)
-            push.send(bytes(9 * 1024 * 1024))
+            push.send(bytes(MAX_WIRE_BYTES + 1))
             agent = AgentChannel(daemon.address, "run")
             agent.send(b"small")
             assert await collect(daemon, 1) == [b"small"]

@@ -97,6 +97,18 @@ def test_each_refusal_is_counted_by_reason_and_logged_once(tmp_path: Path) -> No
     assert sorted(path.name for path in (tmp_path / "home").iterdir() if path.is_dir()) == ["run"]
 
 
+def test_a_frame_of_40_megabytes_is_counted_as_oversized_and_its_sender_heard_on(tmp_path: Path) -> None:
+    header = Header(run="run", generation="g", source="s", rank=0, world_size=1, host="h", seq=1)
+    with DaemonProcess(tmp_path / "home") as daemon:
+        channel = AgentChannel(daemon.address, "run")
+        assert channel.send(bytes(40_000_000))
+        assert channel.send(encode(frame(header, 0)))
+        wait_until(lambda: daemon.metric("sosa_frames_rejected_total", reason="oversized") == 1, "the refusal")
+        wait_until(lambda: daemon.metric("sosa_frames_received_total", run="run") == 1, "the good frame")
+        channel.close()
+    assert recorded_steps(tmp_path / "home") == [0]
+
+
 def test_a_wrong_key_is_counted_and_the_right_one_let_in(tmp_path: Path) -> None:
     new_keys(tmp_path / "ours")
     new_keys(tmp_path / "theirs")

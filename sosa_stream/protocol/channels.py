@@ -24,6 +24,9 @@ from sosa_stream.protocol.messages import Command, ControlMessage, Received
 
 HIGH_WATER_MARK = 64
 MAX_DRAINED = 1024
+MAX_WIRE_BYTES = 64 * 1024 * 1024
+"""A message up to this reaches the codec, which counts one above its own limit as oversized. Of a longer one ZeroMQ reads
+only the length, and cuts its sender off: that is not counted, and bounds what a peer can make the other end hold."""
 PORT_PAIR_TRIES = 20
 
 WRONG_KEY = "wrong_key"
@@ -298,9 +301,7 @@ def _set_options(socket: zmq.Socket[bytes], limits: Limits) -> None:
     socket.linger = 0
     socket.sndhwm = HIGH_WATER_MARK
     socket.rcvhwm = HIGH_WATER_MARK
-    # A message up to twice the limit reaches the codec, which counts it; of a longer one ZeroMQ reads only the
-    # length, and cuts its sender off.
-    socket.maxmsgsize = 2 * limits.max_message_bytes
+    socket.maxmsgsize = max(MAX_WIRE_BYTES, limits.max_message_bytes)
     socket.ipv6 = True
     # A host that vanished leaves a half-open connection: found by keepalive when idle, by heartbeats otherwise.
     socket.tcp_keepalive = 1
