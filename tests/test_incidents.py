@@ -134,7 +134,7 @@ def test_an_incident_is_shown_when_it_looks_different_and_not_otherwise() -> Non
 
 
 def test_ids_are_the_same_in_every_process() -> None:
-    assert make_id("i", "run", 1) == "icfafeaf2"
+    assert make_id("i", "run", 1) == "i7206e38ce8bf"
     assert make_id("c", "run", 1) != "c" + make_id("i", "run", 1)[1:]
 
 

@@ -52,8 +52,8 @@ HOLDING = frozenset({Group.NUMERICAL, Group.LEARNING})
 
 
 def make_id(prefix: str, run: str, counter: int) -> str:
-    """``prefix`` and 8 hex digits of blake2(run/prefix/counter): the same in every replay."""
-    return prefix + hashlib.blake2b(f"{run}/{prefix}/{counter}".encode(), digest_size=4).hexdigest()
+    """``prefix`` and 12 hex digits of blake2(run/prefix/counter): the same in every replay."""
+    return prefix + hashlib.blake2b(f"{run}/{prefix}/{counter}".encode(), digest_size=6).hexdigest()
 
 
 @dataclass(slots=True, kw_only=True)
