@@ -7,11 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sosa_stream.decide.commands import FINAL_STATES
+from sosa_stream.demo.jobs import NUM_RANKS
+
 WORSE_FACTOR = 2.0
 """The unprotected run has to end at least this many times worse than the clean one, or not finite."""
 PROTECTED_TOLERANCE = 0.05
 """How much worse than the clean run the protected one may end."""
-SERIOUS = ("warning", "critical")
+JUMP_KINDS = frozenset({"lr_jump"})
+NAN_KINDS = frozenset({"nan_loss", "nonfinite_gradient"})
+"""A broken batch makes the loss or, behind it, the gradient not finite: which of them is seen first is not promised."""
+NAN_RANKS = (1,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,8 +31,13 @@ class RunResult:
     digests: tuple[str, ...]
 
     @property
+    def has_digests(self) -> bool:
+        """Whether every rank has left one."""
+        return len(self.digests) == NUM_RANKS and all(self.digests)
+
+    @property
     def ranks_identical(self) -> bool:
-        return len(set(self.digests)) == 1
+        return self.has_digests and len(set(self.digests)) == 1
 
     def as_dict(self) -> dict[str, Any]:
         val_loss = self.val_loss if math.isfinite(self.val_loss) else None
@@ -73,23 +84,42 @@ class Summary:
             yield f"The unprotected run ended at {unprotected:.3f}, less than twice the clean run's {clean:.3f}."
         if not protected <= (1 + PROTECTED_TOLERANCE) * clean:
             yield f"The protected run ended at {protected:.3f}, more than 5% above the clean run's {clean:.3f}."
-        if not self.protected.ranks_identical:
+        for run in self.runs:
+            if not run.has_digests:
+                yield f"Not every rank of the {run.name} run left a digest of its parameters and optimizer state."
+        if self.protected.has_digests and not self.protected.ranks_identical:
             yield "The protected run's ranks ended with different parameters or optimizer states."
-        if alarms := _serious(self.incidents, self.clean.name):
+        if alarms := _of(self.incidents, self.clean.name):
             yield f"The clean run raised {_kinds(alarms)}, and nothing was wrong with it."
-        yield from self._wrong_counts()
+        yield from self._wrong_incidents()
+        yield from self._unfinished_commands()
 
-    def _wrong_counts(self) -> Iterator[str]:
-        """Every fault opens one incident: from its step on, and before the next fault's."""
-        incidents = _serious(self.incidents, self.protected.name)
-        starts = [0, *self.fault_steps]
-        ends = [*self.fault_steps, math.inf]
-        for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
+    def _wrong_incidents(self) -> Iterator[str]:
+        """Every fault opens one incident: from its step on, before the next fault's, and of its kind."""
+        for incident in self.incidents:
+            if incident["kind"] == "rank_desync":
+                yield f"The {incident['run']} run's ranks came apart: {describe_incident(incident)}."
+        incidents = [found for found in _of(self.incidents, self.protected.name) if found["kind"] != "rank_desync"]
+        if early := [incident for incident in incidents if incident["detected_step"] < self.fault_steps[0]]:
+            yield f"Nothing should have been reported before the first fault in the protected run, not {_kinds(early)}."
+        ends = [*self.fault_steps[1:], math.inf]
+        for start, end, kinds, ranks in zip(
+            self.fault_steps, ends, (JUMP_KINDS, NAN_KINDS), ((), NAN_RANKS), strict=True
+        ):
             found = [incident for incident in incidents if start <= incident["detected_step"] < end]
-            expected = min(number, 1)
-            if len(found) != expected:
-                what = f"after the fault at step {start}" if number else "before the first fault"
-                yield f"{expected} incident should have opened {what} in the protected run, not {_kinds(found)}."
+            if [incident["kind"] in kinds and _names(incident, ranks) for incident in found] != [True]:
+                expected = " or ".join(sorted(kinds)) + (f" on rank {ranks[0]}" if ranks else "")
+                yield (
+                    f"After the fault at step {start} of the protected run one incident should have opened, "
+                    f"{expected}, not {_kinds(found)}."
+                )
+
+    def _unfinished_commands(self) -> Iterator[str]:
+        for command in self.commands:
+            if command["state"] not in FINAL_STATES:
+                yield f"The {command['run']} run ended with the command {describe_command(command)} not finished."
+            elif command["applied_step"] is not None and command["verdict"] is None:
+                yield f"The {command['run']} run ended without a verdict on {describe_command(command)}."
 
     def table(self) -> str:
         """One line per run, for a terminal."""
@@ -123,7 +153,8 @@ def describe_incident(incident: Mapping[str, Any]) -> str:
 def describe_command(command: Mapping[str, Any]) -> str:
     """For example ``rollback + scale_lr at 372 (helped)``."""
     actions = " + ".join(action["action"] for action in command["actions"])
-    return f"{actions} at {command['applied_step']} ({command['verdict'] or command['state']})"
+    where = "" if command["applied_step"] is None else f" at {command['applied_step']}"
+    return f"{actions}{where} ({command['verdict'] or command['state']})"
 
 
 def _of(records: Sequence[Mapping[str, Any]], run: str) -> list[Mapping[str, Any]]:
@@ -134,9 +165,9 @@ def _applied(commands: Sequence[Mapping[str, Any]], run: str) -> list[Mapping[st
     return [command for command in _of(commands, run) if command["applied_step"] is not None]
 
 
-def _serious(incidents: Sequence[Mapping[str, Any]], run: str) -> list[Mapping[str, Any]]:
-    """Those that a person should look at: `info` is worth knowing and nothing more."""
-    return [incident for incident in _of(incidents, run) if incident["severity"] in SERIOUS]
+def _names(incident: Mapping[str, Any], ranks: tuple[int, ...]) -> bool:
+    """Whether an incident names these ranks and no other; with none to name, any will do."""
+    return not ranks or tuple(incident["ranks"]) == ranks
 
 
 def _kinds(incidents: Sequence[Mapping[str, Any]]) -> str:
