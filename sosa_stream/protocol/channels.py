@@ -20,13 +20,13 @@ from zmq.utils.monitor import recv_monitor_message
 from sosa_stream.errors import ConfigError, ProtocolError
 from sosa_stream.protocol.codec import DEFAULT_LIMITS, Limits, Reject, decode
 from sosa_stream.protocol.keys import AgentKeys, DaemonKeys
-from sosa_stream.protocol.messages import Command, ControlMessage, Received
+from sosa_stream.protocol.messages import ControlMessage
 
 HIGH_WATER_MARK = 64
 MAX_DRAINED = 1024
 MAX_WIRE_BYTES = 64 * 1024 * 1024
-"""A message up to this reaches the codec, which counts one above its own limit as oversized. Of a longer one ZeroMQ reads
-only the length, and cuts its sender off: that is not counted, and bounds what a peer can make the other end hold."""
+"""A message up to this reaches the codec, which counts one above its own limit as oversized. Of a longer one ZeroMQ
+reads only the length, and cuts its sender off: that is not counted, and bounds what a peer can make the other end hold."""
 PORT_PAIR_TRIES = 20
 
 WRONG_KEY = "wrong_key"
@@ -162,7 +162,7 @@ class AgentChannel:
         if len(parts) != 2 or parts[0] != self._topic:
             raise ProtocolError(Reject.MALFORMED, "a control message has two parts, the run's topic and the payload")
         message = decode(parts[1])
-        if not isinstance(message, Command | Received):
+        if not isinstance(message, ControlMessage):
             raise ProtocolError(Reject.UNKNOWN_KIND, "not a control message")
         if topic(message.run) != self._topic:
             raise ProtocolError(Reject.BAD_FIELD, "for another run")
