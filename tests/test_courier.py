@@ -1,0 +1,146 @@
+"""What the agent's courier refuses before anything reaches the fence, and what it answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from agent_parts import act, command
+
+from sosa_stream.agent.courier import Courier, Identity, Progress, may_apply
+from sosa_stream.agent.membership import Membership
+from sosa_stream.agent.outbox import Outbox, Wakeup
+from sosa_stream.config import Mode, Settings, load_settings
+from sosa_stream.errors import ProtocolError
+from sosa_stream.protocol.actions import Action
+from sosa_stream.protocol.codec import decode
+from sosa_stream.protocol.messages import Ack, AckState, Command, ControlMessage, Phase
+
+SKIP = act("skip_step")
+SCALE = act("scale_lr", factor=0.5)
+REVERT = act("revert", command="c1")
+
+
+def settings(mode: Mode, *allow: str) -> Settings:
+    return load_settings(overrides={"mode": mode, "auto.allow": list(allow)})
+
+
+class FakeLink:
+    """Brings what a test puts into ``arriving`` and keeps what leaves."""
+
+    reconnects = 0
+
+    def __init__(self) -> None:
+        self.arriving: list[ControlMessage] = []
+        self.sent: list[Any] = []
+
+    def send(self, data: bytes) -> bool:
+        self.sent.append(decode(data))
+        return True
+
+    def receive(self) -> list[ControlMessage]:
+        arriving, self.arriving = self.arriving, []
+        return arriving
+
+    def take_refused(self) -> list[ProtocolError]:
+        return []
+
+    def wait(self, timeout_seconds: float, wake_fd: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class FakeFence:
+    """Notes what is submitted, and whether this rank refused it."""
+
+    busy = False
+
+    def __init__(self) -> None:
+        self.submitted: list[tuple[str, bool]] = []
+
+    def submit(self, command: Command, *, refuse: bool = False) -> None:
+        self.submitted.append((command.id, refuse))
+
+    def pump(self, now: float) -> list[Any]:
+        return []
+
+
+def answers(made: Command, *, generation: str = "g", mode: Mode = Mode.AUTO) -> tuple[list[Ack], FakeFence]:
+    """What a courier of ``generation`` answers to a command that comes twice, and what it hands to its fence."""
+    link, fence = FakeLink(), FakeFence()
+    courier = Courier(
+        settings=settings(mode, "skip_step"),
+        identity=Identity(rank=0, world_size=1, host="host", nonce="nonce"),
+        membership=Membership(generation=generation, run="run", daemon="", host="host"),
+        link=link,
+        outbox=Outbox(64, Wakeup()),
+        fence=fence,  # type: ignore[arg-type]
+        device="cpu",
+        versions={},
+        parameters=(),
+        progress=lambda: Progress(tick=7, step=7, phase=Phase.FORWARD),
+        refusal=lambda command: "",
+        say=lambda text: None,
+    )
+    for _ in range(2):
+        link.arriving = [made]
+        courier.pump()
+    return [message for message in link.sent if isinstance(message, Ack)], fence
+
+
+@pytest.mark.parametrize("approved", [False, True])
+def test_observe_refuses_everything(approved: bool) -> None:
+    for action in (SKIP, SCALE, act("stop")):
+        refusal = may_apply(settings(Mode.OBSERVE, "skip_step", "scale_lr", "stop"), command(action, approved=approved))
+        assert "mode is observe" in refusal
+
+
+def test_suggest_refuses_what_no_person_approved_and_takes_what_one_did() -> None:
+    suggest = settings(Mode.SUGGEST, "skip_step")
+    assert "no person approved it" in may_apply(suggest, command(SKIP, approved=False))
+    assert may_apply(suggest, command(SKIP, approved=True)) == ""
+    assert may_apply(suggest, command(SCALE, approved=True)) == "", "what is allowed without a person is not asked"
+
+
+def test_auto_takes_what_is_allowed_and_refuses_the_rest_by_name_unless_a_person_approved_it() -> None:
+    auto = settings(Mode.AUTO, "skip_step")
+    assert may_apply(auto, command(SKIP, approved=False)) == ""
+    assert may_apply(auto, command(SCALE, approved=False)) == "[auto] allow does not name scale_lr"
+    both = command(SKIP, SCALE, act("rollback", before_step=3), approved=False)
+    assert may_apply(auto, both) == "[auto] allow does not name scale_lr, rollback"
+    assert may_apply(auto, command(SKIP, SCALE, approved=True)) == ""
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_taking_a_fix_back_is_always_allowed(mode: Mode) -> None:
+    assert may_apply(settings(mode), command(REVERT, approved=False)) == ""
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_a_revert_carries_nothing_else_along(mode: Mode) -> None:
+    assert may_apply(settings(mode), command(REVERT, SCALE, approved=False)) != ""
+
+
+@pytest.mark.parametrize("action", [SKIP, REVERT])
+def test_a_command_of_an_old_generation_is_refused_by_name_and_kept_from_the_fence(action: Action) -> None:
+    made = command(action)
+    acks, fence = answers(made, generation="g2")
+    assert [(ack.command, ack.state, ack.detail) for ack in acks] == [
+        (made.id, AckState.REJECTED, "made for generation g, this is g2")
+    ]
+    assert fence.submitted == []
+
+
+def test_what_may_not_be_applied_is_answered_once_and_ended_at_the_fence_for_all_ranks() -> None:
+    made = command(SCALE, approved=False)
+    acks, fence = answers(made)
+    assert [(ack.command, ack.state, ack.tick) for ack in acks] == [(made.id, AckState.REJECTED, 7)]
+    assert "scale_lr" in acks[0].detail
+    assert fence.submitted == [(made.id, True)]
+
+
+def test_what_may_be_applied_goes_to_the_fence_once_and_is_not_answered_before_it() -> None:
+    made = command(SKIP, approved=False)
+    acks, fence = answers(made)
+    assert acks == []
+    assert fence.submitted == [(made.id, False)]
