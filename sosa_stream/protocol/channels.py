@@ -26,7 +26,7 @@ HIGH_WATER_MARK = 64
 MAX_DRAINED = 1024
 MAX_WIRE_BYTES = 64 * 1024 * 1024
 """A message up to this reaches the codec, which counts one above its own limit as oversized. Of a longer one ZeroMQ
-reads only the length, and cuts its sender off: that is not counted, and bounds what a peer can make the other end hold."""
+reads only the length, and cuts its sender off: not counted, and a bound on what a peer can make the other end hold."""
 PORT_PAIR_TRIES = 20
 
 WRONG_KEY = "wrong_key"
