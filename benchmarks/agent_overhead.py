@@ -59,7 +59,10 @@ def measure(mode: Mode) -> dict[str, Any]:
         _watch(agent, True)
         agent.close()
     parameters = gradients.parameters_with_gradients(optimizer)
-    norm = [_time(lambda: gradients.total_norm(gradients.local_gradients(parameters)))[0] * 1e6 for _ in range(ROUNDS)]
+    norm = [
+        _time(lambda: gradients.total_norm(gradients.tensor_norms(gradients.local_gradients(parameters))))[0] * 1e6
+        for _ in range(ROUNDS)
+    ]
     added = [w - (a + b) / 2 for w, a, b in zip(cpu["watched"], cpu["bare"], cpu["bare_again"], strict=True)]
     return {
         "added_cpu_us_per_tick": spread(added),

@@ -128,7 +128,7 @@ def trial(number: int, address: str, settings: Settings) -> float | None:
 
 
 def _row(step: int, loss: float, norm: float, lr: float) -> Row:
-    known = {"tick": float(step), "lr": lr, "lr_multiplier": 1.0, "step_seconds": 0.1}
+    known = {"tick": float(step), "lr": lr, "lr_multiplier": 1.0, "step_seconds": 0.1, "model": 0.0}
     names = tuple(name for name in ("loss", "grad_norm", "lr", "skipped") if name not in KNOWN_COLUMNS)
     values = {"loss": loss, "grad_norm": norm, "lr": lr, "skipped": 0.0}
     return Row(

@@ -8,6 +8,8 @@ short for ``SOSA_AGENT_DAEMON``. Nothing here reads the environment or a file un
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import re
 import tomllib
 import types
 from collections.abc import Iterator, Mapping
@@ -109,11 +111,11 @@ class AgentSettings:
     """Send a digest of parameters and optimizer state after each fix, compared over ranks by the daemon."""
 
     def __post_init__(self) -> None:
-        _at_least(0.001, flush_seconds=self.flush_seconds)
+        _at_least(0.001, 60, flush_seconds=self.flush_seconds)
         _at_least(16, ring_frames=self.ring_frames)
         _at_least(1, snapshot_every_ticks=self.snapshot_every_ticks, snapshot_keep=self.snapshot_keep)
         _at_least(0, snapshot_max_bytes=self.snapshot_max_bytes, quarantine_ticks=self.quarantine_ticks)
-        if self.daemon and not self.daemon.startswith("tcp://"):
+        if self.daemon and not re.fullmatch(r"tcp://[^/\s]+:[0-9]{1,5}", self.daemon):
             raise ConfigError(f"agent.daemon must look like tcp://host:7667, not {self.daemon!r}")
 
 
@@ -131,9 +133,9 @@ class FenceSettings:
     """Attempts at one command before it is given up."""
 
     def __post_init__(self) -> None:
-        _at_least(0, lead_seconds=self.lead_seconds)
-        _at_least(0.01, timeout_seconds=self.timeout_seconds)
-        _at_least(0.001, poll_seconds=self.poll_seconds)
+        _at_least(0, 3600, lead_seconds=self.lead_seconds)
+        _at_least(0.01, 3600, timeout_seconds=self.timeout_seconds)
+        _at_least(0.001, 60, poll_seconds=self.poll_seconds)
         _at_least(1, max_attempts=self.max_attempts)
 
 
@@ -167,7 +169,7 @@ class DaemonSettings:
     """How often an unacknowledged command is published again."""
 
     def __post_init__(self) -> None:
-        _at_least(0.01, republish_seconds=self.republish_seconds)
+        _at_least(0.01, 60, republish_seconds=self.republish_seconds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,9 +273,10 @@ def _from_env(env: Mapping[str, str], known: Mapping[str, Any]) -> dict[str, Any
         if target in names:
             values[names[target]] = _parse(variable, text, known[names[target]])
         elif variable.startswith(ENV_PREFIX) and variable not in OTHER_VARIABLES:
-            raise ConfigError(
-                f"unknown variable {variable}; known are {', '.join([*names, *ALIASES, *OTHER_VARIABLES])}"
-            )
+            everything = [*names, *ALIASES, *OTHER_VARIABLES]
+            near = difflib.get_close_matches(variable, everything, 3, 0.7)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(everything)}"
+            raise ConfigError(f"unknown variable {variable}; {hint}")
     return values
 
 
@@ -322,7 +325,7 @@ def _build(cls: type[Any], values: Mapping[str, Any], prefix: str) -> Any:
     return cls(**arguments)
 
 
-def _at_least(low: float, **values: float) -> None:
+def _at_least(low: float, high: float = 1e12, **values: float) -> None:
     for name, value in values.items():
-        if not value >= low:
-            raise ConfigError(f"{name} must be at least {low:g}, not {value!r}")
+        if not low <= value <= high:  # also false for NaN
+            raise ConfigError(f"{name} must lie between {low:g} and {high:g}, not {value!r}")

@@ -223,10 +223,13 @@ class Engine:
     def _advance(self) -> None:
         """Take every step that is complete by now, one by one, with the effects of each in order."""
         for row in self._alignment.complete():
-            segment = self._windows.segment
+            segment, model = self._windows.segment, self._windows.model
             self._windows.hold = self._tracker.hold
             self._windows.take(row)
-            if self._windows.segment != segment:
+            if self._windows.model != model:
+                self._tracker.begin_generation()
+                self._repairs.forget_holds()
+            elif self._windows.segment != segment:
                 self._tracker.begin_segment()
             self._detect()
             self._tracker.pass_step(self._windows, self._repairs.kept_open)

@@ -74,6 +74,7 @@ class Watch:
             snapshots=self.ring,
             guard=guard,
             digest_after_fix=True,
+            alone=True,
             on_error=lambda error, in_force: self.errors.append((error, in_force)),
         )
         self.fence = OneCommand()

@@ -27,6 +27,7 @@ from sosa_stream.protocol.messages import (
     Hello,
     MetricFrame,
     Phase,
+    Received,
 )
 
 DEADLINE_SECONDS = 20.0
@@ -159,6 +160,7 @@ class RingAgent:
         for message in self.channel.receive():
             if isinstance(message, Command):
                 self.commands.append(message)
+            if not isinstance(message, Received):
                 continue
             self.num_received += 1
             if message.sources.get(self.source, 0) > self.acknowledged:

@@ -166,7 +166,7 @@ def test_a_rollback_is_refused_where_no_snapshots_are_kept() -> None:
 
 
 def test_equal_states_have_equal_digests_and_one_flipped_bit_another() -> None:
-    first, model, _ = watched(3)
+    first, model, _optimizer = watched(3)  # the agent keeps no optimizer alive
     first.probe.remove()
     second, _, other = watched(3)
     assert first.actuators.digest() == second.actuators.digest()

@@ -27,7 +27,9 @@ class Kept:
     ):
         self.parameter = nn.Parameter(torch.zeros(2))
         self.said: list[str] = []
-        state = TrainingState([SGD([self.parameter], lr=0.1)])
+        self.optimizer = SGD([self.parameter], lr=0.1)  # held here: the state keeps no optimizer alive
+        state = TrainingState()
+        state.meet(self.optimizer)
         wanted = {"snapshot_every_ticks": 10, "quarantine_ticks": 5, **settings}
         self.ring = SnapshotRing(state, AgentSettings(**wanted), max_rollback_steps, self.said.append)
         self.norm = norm
@@ -190,7 +192,9 @@ def test_steps_without_gradients_keep_a_snapshot_healthy() -> None:
 
 def test_buffers_of_modules_that_do_not_own_the_parameters_are_left_alone() -> None:
     model, stranger = toy(), nn.BatchNorm1d(4)
-    state = TrainingState([SGD(model.parameters(), lr=0.1)])
+    optimizer = SGD(model.parameters(), lr=0.1)
+    state = TrainingState()
+    state.meet(optimizer)
     held = {id(t) for t in state.tensors()}
     assert {id(b) for b in model.buffers()} <= held
     assert not {id(b) for b in stranger.buffers()} & held

@@ -44,6 +44,8 @@ class Actuators:
         self.skip_left = 0
         self.stale_gradients = False
         self.stop_wanted = False
+        self.norm_is_shared = True
+        """Whether the last gradient norm was the same on all ranks, as the probe saw it."""
         self.history: list[dict[str, Any]] = []
         self._state = state
         self._snapshots = snapshots
@@ -70,6 +72,8 @@ class Actuators:
                 self._snapshots is None or not self._snapshots.may_choose(action.params["before_step"], step)
             ):
                 return f"rollback: no healthy snapshot from before step {action.params['before_step']} is held"
+            if action.action == "clip_grad" and not self.norm_is_shared:
+                return "clip_grad: the gradients are not known to be equal on all ranks"
             if action.action == "revert" and action.params["command"] not in self._undo:
                 return f"revert: command {action.params['command']} is not in force here"
             if action.action == "scale_lr" and not self._within_bounds(self.lr_multiplier * action.params["factor"]):
@@ -113,6 +117,16 @@ class Actuators:
             }
         )
         return detail
+
+    def begin_anew(self) -> None:
+        """Another model is trained from here on: what was done to the last one does not concern it."""
+        self._lr_factors.clear()
+        self._clip_bounds.clear()
+        self._reckon()
+        self._undo.clear()
+        self._before_rollback.clear()
+        if self._snapshots is not None:
+            self._snapshots.begin_anew()
 
     def digest(self) -> str:
         """A digest of parameters and optimizer state as they lie in this process, to be compared between replicas."""

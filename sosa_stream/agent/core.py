@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import hashlib
 import os
 import re
 import secrets
@@ -99,6 +100,7 @@ class Agent:
             snapshots=snapshots,
             guard=settings.guard_wanted,
             digest_after_fix=settings.agent.digest_after_fix,
+            alone=world_size == 1,
             on_error=self._on_error,
             tell=self._tell,
             after_tick=self._after_tick,
@@ -193,8 +195,13 @@ class Agent:
         """Join a generation: through the job's store where there is a process group, else alone."""
         identity, settings = self._identity, self.settings
         if identity.rank == 0 and not settings.agent.daemon:
-            self._embedded = EmbeddedDaemon(Path(settings.home))
-            self._embedded.start()
+            embedded = EmbeddedDaemon(Path(settings.home))
+            try:
+                embedded.start()
+            except OSError as error:
+                self.say(f"cannot start a daemon in {settings.home}: {error.strerror}; training goes on unwatched")
+                return False
+            self._embedded = embedded
         started = time.monotonic()
         store: RegisterStore | None = None
         joiner: Joiner | None = None
@@ -241,6 +248,9 @@ class Agent:
         if store is not None and self._identity.rank == 0 and self._identity.world_size > 1:
             self._coordinator = Coordinator(store, self._identity.world_size, membership)
         keys = load_agent_keys(Path(self.settings.daemon.keys)) if self.settings.daemon.keys else None
+        if self.watches_everything:
+            where = f"in {self.settings.home}" if self._embedded is not None else f"by {membership.daemon}"
+            self.say(f"watching run {membership.run}, mode {self.settings.mode}, recorded {where}")
         channel = AgentChannel(membership.daemon, membership.run, keys=keys)
         self._join(membership, TeeLink(channel, lambda: self._tee), store)
         return True
@@ -361,13 +371,23 @@ def current() -> Agent | None:
 
 
 def run_name(settings: Settings, env: Mapping[str, str], script: str) -> str:
-    """`SOSA_RUN`, else torchrun's id, else script name, time and randomness; safe as the name of a folder."""
+    """`SOSA_RUN`, else the id that torchrun was given, else script name, time and randomness.
+
+    Safe as the name of a folder: what had to be replaced leaves a digest, so that two names stay two. An id that
+    torchrun made up (a UUID) is the same in every restart, and reads better behind the script's name.
+    """
     elastic = env.get("TORCHELASTIC_RUN_ID", "none")
-    name = settings.run or (elastic if elastic != "none" else "")
-    if not name:
-        stem = Path(script).stem or "notebook"
+    stem = Path(script).stem or "notebook"
+    if settings.run:
+        name = settings.run
+    elif re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", elastic):
+        name = f"{stem}-{elastic[:8]}"
+    elif elastic != "none":
+        name = elastic
+    else:
         name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:100] or "run"
+    safe = re.sub(r"[^\w.-]+", "-", name).strip(".-")[:60]
+    return safe if safe == name else f"{safe or 'run'}-{hashlib.blake2b(name.encode(), digest_size=3).hexdigest()}"
 
 
 def _ask(question: Callable[[], Answer]) -> Answer | None:

@@ -19,9 +19,10 @@ from sosa_stream.agent.outbox import Outbox
 from sosa_stream.config import Mode, Settings
 from sosa_stream.errors import CommandRefusedError
 from sosa_stream.protocol.actions import Action
-from sosa_stream.protocol.messages import Ack, AckState, Bye, Command, Header, Hello, Phase, Received
+from sosa_stream.protocol.messages import Ack, AckState, Announcement, Bye, Command, Header, Hello, Phase, Received
 
 HEARTBEAT_SECONDS = 1.0
+NOT_TAKEN_SECONDS = 5.0
 MAX_PARAMETER_NAMES = 2000
 
 
@@ -78,6 +79,9 @@ class Courier:
         self._next_flush = 0.0
         self._reconnects = 0
         self._fence_closed = False
+        self._taken_at = 0.0
+        self._incidents: set[str] = set()
+        self._ending = False
         self._told_refused = False
         outbox.add_message(
             lambda header: Hello(
@@ -113,7 +117,12 @@ class Courier:
             if isinstance(message, Received):
                 seq = message.sources.get(self._identity.nonce)
                 if seq is not None:
+                    self._taken_at = now
                     self._outbox.ring.acknowledge(seq, now)
+            elif isinstance(message, Announcement):
+                self._incidents.add(message.incident)
+                if not self._ending:  # what ended the script has been said by the script itself
+                    self._say(message.text)
             elif message.id not in self._seen:
                 self._seen.add(message.id)
                 self._take(message)
@@ -121,6 +130,7 @@ class Courier:
         if self._link.reconnects != self._reconnects:
             self._reconnects = self._link.reconnects
             self._outbox.ring.rewind()
+        self._doubt_daemon(now)
         self._serve_fence(now)
         self._outbox.flush(self.header)  # acks leave in the same round
         self._outbox.ring.send(self._link.send, now)
@@ -139,6 +149,7 @@ class Courier:
 
     def close(self, reason: str, exit_code: int, timeout_seconds: float) -> None:
         """Say goodbye and give what is in the ring ``timeout_seconds`` to be acknowledged."""
+        self._ending = True
         dropped = self._outbox.num_dropped
         self._outbox.add_message(
             lambda header: Bye(header=header, reason=reason[:500], exit_code=exit_code, dropped=dropped)
@@ -152,7 +163,20 @@ class Courier:
             self.pump()
         if len(self._outbox.ring):
             self._say(f"{len(self._outbox.ring)} frames were not acknowledged by the daemon before the end")
+        if self._incidents:
+            self._say(f"{len(self._incidents)} incident(s) in this run: sosa incidents --run {self._membership.run}")
         self._link.close()
+
+    def _doubt_daemon(self, now: float) -> None:
+        """Say once when nothing of what waits has been taken for long."""
+        self._taken_at = self._taken_at or now
+        if not len(self._outbox.ring):
+            self._taken_at = now
+        elif now - self._taken_at > NOT_TAKEN_SECONDS:
+            self._say(
+                f"the daemon {self._membership.daemon} has taken nothing of run {self._membership.run} for "
+                f"{NOT_TAKEN_SECONDS:g} s (its log says why, if it is there); training goes on, unwatched until it does"
+            )
 
     def _take(self, command: Command) -> None:
         """A command has come: hold it at the fence, or refuse it with the reason."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 
@@ -48,14 +50,21 @@ def _dtensor_class() -> type[torch.Tensor] | None:
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 
-def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """The 2-norm over all gradients as a 0-d tensor, without a synchronisation."""
+def tensor_norms(gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The 2-norm of each gradient, in order, without a synchronisation."""
     dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-    norms: list[torch.Tensor] = []
-    for same in _by_device(dense):
+    norms: dict[int, torch.Tensor] = {}
+    for indices in _by_device(dense):
+        same = [dense[i] for i in indices]
         # In float32, for a half-precision norm is infinite above 65504 although every element is finite.
         low = same[0].dtype in (torch.float16, torch.bfloat16)
-        norms.extend(torch._foreach_norm(same, 2, torch.float32) if low else torch._foreach_norm(same, 2))
+        found = torch._foreach_norm(same, 2, torch.float32) if low else torch._foreach_norm(same, 2)
+        norms.update(zip(indices, found, strict=True))
+    return [norms[i] for i in range(len(dense))]
+
+
+def total_norm(norms: list[torch.Tensor]) -> torch.Tensor:
+    """The 2-norm over all gradients, from theirs, as a 0-d tensor."""
     first = norms[0].device
     alike = [
         n
@@ -67,10 +76,28 @@ def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     return total
 
 
+def end_layers(parameters: list[torch.Tensor]) -> tuple[int, int] | None:
+    """The places of the first and the last weight matrix; None where there are not two."""
+    matrices = [i for i, parameter in enumerate(parameters) if parameter.dim() > 1]
+    return (matrices[0], matrices[-1]) if len(matrices) > 1 else None
+
+
+def reduced_by_ddp(optimizer: Optimizer) -> bool:
+    """Whether every parameter belongs to a `DistributedDataParallel`, which makes gradients equal on all ranks.
+
+    Looks at all live objects, so it is asked once for each optimizer. FSDP1's flat shards, and tensor or pipeline
+    parallelism, look like ordinary parameters and are different on each rank.
+    """
+    wrappers = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
+    reduced = {id(p) for wrapper in wrappers for p in wrapper.parameters()}
+    return all(id(p) in reduced for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+
+
 def clip(gradients: list[torch.Tensor], norm: torch.Tensor, max_norm: float) -> None:
     """Scale gradients in place so that their total norm is at most ``max_norm``; a non-finite norm scales nothing."""
     coefficient = torch.where(torch.isfinite(norm), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
-    for same in _by_device(gradients):
+    for indices in _by_device(gradients):
+        same = [gradients[i] for i in indices]
         torch._foreach_mul_(same, coefficient.to(same[0].device, non_blocking=True))
 
 
@@ -123,8 +150,9 @@ def skip_if_bad(optimizer: Any, bad: torch.Tensor) -> Callable[[], None]:
     return restore
 
 
-def _by_device(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+def _by_device(tensors: list[torch.Tensor]) -> Iterator[list[int]]:
+    """The places of tensors that lie on one device in one dtype: what `_foreach` functions take together."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        groups.setdefault((tensor.device, tensor.dtype), []).append(i)
     yield from groups.values()

@@ -43,7 +43,7 @@ class LocalLink:
 
     def send(self, data: bytes) -> bool:
         message = decode(data)
-        assert not isinstance(message, Command | Received)
+        assert not isinstance(message, ControlMessage)
         self.hand_over(message)
         if not isinstance(message, Heartbeat):
             header = message.header
@@ -109,7 +109,7 @@ class TeeLink:
 
     def _show(self, data: bytes, local: LocalLink) -> None:
         message = decode(data)
-        assert not isinstance(message, Command | Received)
+        assert not isinstance(message, ControlMessage)
         if message.header.seq <= self._last_seq:  # a heartbeat, or sent again
             return
         self._last_seq = message.header.seq

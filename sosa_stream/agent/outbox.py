@@ -24,7 +24,10 @@ SUDDEN_RATIO = 3.0
 USUAL_SMOOTHING = 0.1
 
 
-KNOWN_COLUMNS = ("tick", "lr_multiplier", "step_seconds")
+LAYER_COLUMNS = ("layer_ratio", "first_norm")
+"""Looked at every few ticks only; NaN in between, and never a reason to hurry."""
+
+KNOWN_COLUMNS = ("tick", "lr_multiplier", "step_seconds", "model")
 """Columns that the host knows at once, in the order of `Row.known`."""
 
 
@@ -36,7 +39,7 @@ class Row:
     """
 
     step: int
-    known: tuple[float, float, float]
+    known: tuple[float, float, float, float]
     names: tuple[str, ...]
     scalars: Scalars
 
@@ -146,6 +149,8 @@ class Outbox:
         if names != self._usual_names or len(values) != len(self._usual):
             self._usual_names, self._usual = names, [abs(value) for value in values]
         for i, value in enumerate(values):
+            if names[i] in LAYER_COLUMNS:
+                continue
             size, usual = abs(value), self._usual[i]
             if not size <= SUDDEN_RATIO * usual:  # also true for NaN
                 sudden = True

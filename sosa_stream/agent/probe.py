@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -24,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from sosa_stream.agent import gradients
 from sosa_stream.agent.actuators import Actuators, LearningRate, StopTraining
 from sosa_stream.agent.fence_runner import Fence, InDoubt
-from sosa_stream.agent.outbox import Outbox, Row
+from sosa_stream.agent.outbox import LAYER_COLUMNS, Outbox, Row
 from sosa_stream.agent.scalars import fetch
 from sosa_stream.agent.snapshots import SnapshotRing, TrainingState
 from sosa_stream.agent.taps import Taps
@@ -32,6 +33,11 @@ from sosa_stream.errors import SosaError
 from sosa_stream.protocol.messages import Ack, AckState, Command, Phase
 
 MOST_SKIPS_TOLD = 10
+NOT_LOOKED_AT = (float("nan"), float("nan"))
+LAYERS_EVERY = 8
+"""Ticks between two looks at the ends of the network."""
+HANDOVER_TICKS = 16
+"""Ticks of other optimizers after which one that no longer steps is not the primary one: a GAN's take turns sooner."""
 
 
 class Probe:
@@ -40,6 +46,7 @@ class Probe:
     Args:
         guard: keep non-finite gradients from the weights (one scalar read per step unless the optimizer is fused).
         on_error: told of an internal error; the argument says whether control is lost (True) or only observation.
+        alone: this is the only rank, so its gradients are those of all.
         tell: given a sentence when training is changed: a fix applied, an update skipped.
     """
 
@@ -53,6 +60,7 @@ class Probe:
         snapshots: SnapshotRing | None,
         guard: bool,
         digest_after_fix: bool,
+        alone: bool,
         on_error: Callable[[BaseException, bool], None],
         tell: Callable[[str], None] = lambda text: None,
         after_tick: Callable[[], None] | None = None,
@@ -65,6 +73,7 @@ class Probe:
         self.guarding = guard
         self._outbox = outbox
         self._taps = taps
+        taps.on_scaler_skip = self.scaler_skipped
         self._state = state
         self._actuators = actuators
         self._snapshots = snapshots
@@ -81,8 +90,34 @@ class Probe:
         self._norm_is_shared = False
         self._clipped_to: float | None = None
         self._skipped: float | torch.Tensor = 0.0
+        self._layers: tuple[float | torch.Tensor, float | torch.Tensor] = NOT_LOOKED_AT
+        self._shared: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
+        self._primary: weakref.ref[Optimizer] | None = None
+        self._primary_tick = 0
+        self.model = 0
+        """Counts the times that another optimizer became the primary one."""
+        self._alone = alone
         self._last_step_at = 0.0
         self._handles: list[Any] = []
+
+    def scaler_skipped(self) -> None:
+        """GradScaler has left a step out: no optimizer was called, so there is no tick, but a step to tell of."""
+        if not (self.observing and self.controlling):
+            return
+        try:
+            seen = [("loss", self._taps.take_loss()), ("skipped", 1.0)]
+            self._outbox.add_row(
+                Row(
+                    step=self.step,
+                    known=(self.tick, self._actuators.lr_multiplier, 0.0, self.model),
+                    names=tuple([name for name, value in seen if value is not None]),
+                    scalars=fetch([value for _, value in seen if value is not None]),
+                )
+            )
+            self.step += 1
+        except Exception as error:
+            self.observing = False
+            self._on_error(error, False)
 
     def install(self, optimizer: Optimizer | None = None) -> None:
         """Watch one optimizer, or every optimizer of the process."""
@@ -143,17 +178,42 @@ class Probe:
 
     def _begin(self, optimizer: Optimizer) -> None:
         """The first thing in a tick: apply what the ranks agreed to apply now."""
-        if not any(optimizer is known for known in self._state.optimizers):
-            self._state.optimizers.append(optimizer)
-            self._state.buffers = None
+        if self._state.meet(optimizer):
+            self._meet(optimizer)
         if self.tick == 0 and self._snapshots is not None:
             self._snapshots.take(0, 0)
         self._skipped = 0.0
         self._norm = None
+        self._layers = NOT_LOOKED_AT
         self._taps.phase = Phase.OPTIMIZER
         command = self.fence.arrive(self.tick) if self.fence is not None else None
         if command is not None:
             self._apply(command)
+
+    def _meet(self, optimizer: Optimizer) -> None:
+        """A new optimizer: are its gradients the same on all ranks?"""
+        self._shared[optimizer] = self._alone or gradients.reduced_by_ddp(optimizer)
+        if self.guarding and not self._shared[optimizer]:
+            self._tell(
+                "the guard acts only where the script's own clip_grad_norm_ gives a reduced norm: not all parameters "
+                "are DistributedDataParallel's, so gradients may differ between ranks"
+            )
+
+    def _hand_over(self, optimizer: Optimizer) -> bool:
+        """Whether this step is the primary optimizer's, which is another once the last one has not stepped for long.
+
+        By ticks alone, so that all ranks agree: when an object is collected differs from process to process.
+        """
+        if self._primary is not None and self._primary() is optimizer:
+            self._primary_tick = self.tick
+            return True
+        if self._primary is not None and self.tick - self._primary_tick < HANDOVER_TICKS:
+            return False
+        if self._primary is not None:
+            self.model += 1
+            self._actuators.begin_anew()
+        self._primary, self._primary_tick = weakref.ref(optimizer), self.tick
+        return True
 
     def _apply(self, command: Command) -> None:
         tick, step = self.tick, self.step
@@ -181,14 +241,21 @@ class Probe:
         parameters = gradients.parameters_with_gradients(optimizer)
         if parameters:
             self._norm, self._clipped_to = self._taps.take_norm(parameters)
-            # Equal on all ranks: the script's own reduced norm, or (under DDP) that of whole gradients.
-            self._norm_is_shared = self._norm is not None or not gradients.is_sharded(parameters)
+            # Equal on all ranks: that of whole, reduced gradients, or for sharded ones the script's own reduced norm.
+            sharded = gradients.is_sharded(parameters)
+            self._norm_is_shared = self._norm is not None if sharded else self._shared[optimizer]
+            actuators.norm_is_shared = self._norm_is_shared
             local = gradients.local_gradients(parameters)
-            if self._norm is None:
-                self._norm = gradients.total_norm(local)
+            look = self.tick % LAYERS_EVERY == 0 and not sharded
+            norms = gradients.tensor_norms(local) if self._norm is None else None
+            if norms is not None:
+                self._norm = gradients.total_norm(norms)
+            assert self._norm is not None
             grad_scale = getattr(optimizer, "grad_scale", None)
             if isinstance(grad_scale, torch.Tensor):
                 self._norm = self._norm / grad_scale.to(self._norm.device)
+            if look:
+                self._look_at_layers(parameters, local, norms, grad_scale)
             skip = bool(actuators.skip_left or actuators.stale_gradients)
             if skip:
                 self._skip(optimizer)
@@ -202,6 +269,21 @@ class Probe:
         actuators.stale_gradients = False
         if actuators.lr_multiplier != 1.0:
             self._learning_rate.scale(optimizer, actuators.lr_multiplier)
+
+    def _look_at_layers(
+        self,
+        parameters: list[torch.Tensor],
+        local: list[torch.Tensor],
+        norms: list[torch.Tensor] | None,
+        grad_scale: torch.Tensor | None,
+    ) -> None:
+        """First to last layer's gradient norm, and the first's, unscaled."""
+        ends = gradients.end_layers(parameters)
+        if ends is None:
+            return
+        first, last = [norms[i] for i in ends] if norms else gradients.tensor_norms([local[i] for i in ends])
+        unscaled = first / grad_scale.to(first.device) if isinstance(grad_scale, torch.Tensor) else first
+        self._layers = (first / last.to(first.device), unscaled)
 
     def _guard(self, optimizer: Optimizer, norm: torch.Tensor, num_parameters: int) -> bool:
         """Whether the step is known, on the host, to be skipped."""
@@ -253,7 +335,7 @@ class Probe:
             return
         try:
             self._put_back()
-            primary = optimizer is self._state.optimizers[0]
+            primary = self._hand_over(optimizer)
             step = self.step
             self.step += primary
             self.tick += 1
@@ -283,11 +365,12 @@ class Probe:
         self._last_step_at = now
         lr = optimizer.param_groups[0].get("lr", 0.0)
         seen = [("lr", lr), ("loss", self._taps.take_loss()), ("grad_norm", self._norm), ("skipped", self._skipped)]
+        seen += zip(LAYER_COLUMNS, self._layers, strict=True)  # NaN where not looked at: one shape for all rows
         names = tuple([name for name, value in seen if value is not None])
         self._outbox.add_row(
             Row(
                 step=step,
-                known=(self.tick - 1, self._actuators.lr_multiplier, seconds),
+                known=(self.tick - 1, self._actuators.lr_multiplier, seconds, self.model),
                 names=names,
                 scalars=fetch([value for _, value in seen if value is not None]),
             )
@@ -298,7 +381,7 @@ class Probe:
         try:
             self._snapshots.observe(self.tick, self.step, self._norm if self._norm_is_shared else None)
         except Exception as error:
-            self._snapshots.turn_off()  # this rank then refuses to hold a rollback, before any rank is bound
+            self._snapshots.lose()  # this rank then refuses to hold a rollback, before any rank is bound
             self._on_error(error, False)
 
     def _put_back(self) -> None:

@@ -165,7 +165,7 @@ def _run(code: CodeType, module: types.ModuleType, target: Target, agent: Agent 
         raise
     except BaseException as error:
         _trim(error)
-        if agent is not None:
+        if agent is not None and not isinstance(error, KeyboardInterrupt):  # a person who stops a job is no fault
             agent.report_exception(error)
         sys.excepthook(type(error), error, error.__traceback__)
         if agent is not None:

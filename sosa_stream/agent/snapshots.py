@@ -7,9 +7,10 @@ gradient norm), so every rank holds the same snapshots and picks the same one wi
 from __future__ import annotations
 
 import gc
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,19 +43,37 @@ class Snapshot:
         return all(bool(torch.isfinite(t).all()) for t in parameters if t.is_floating_point())
 
 
-@dataclass(slots=True)
 class TrainingState:
-    """Where the state lives: the script's optimizers, and the buffers of the modules that own their parameters."""
+    """Where the state lives: the script's optimizers, and the buffers of the modules that own their parameters.
 
-    optimizers: list[Optimizer] = field(default_factory=list)
-    buffers: list[tuple[nn.Module, str]] | None = None
-    """Owner and name of each, because a module may put a new tensor in a buffer's place."""
+    Nothing here keeps a model alive that the script has let go.
+    """
+
+    def __init__(self) -> None:
+        self._optimizers: list[weakref.ref[Optimizer]] = []
+        # Owner and name of each, because a module may put a new tensor in a buffer's place.
+        self._buffers: list[tuple[weakref.ref[nn.Module], str]] | None = None
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """Those that have stepped and are still there, in the order in which they first did."""
+        return [optimizer for ref in self._optimizers if (optimizer := ref()) is not None]
+
+    def meet(self, optimizer: Optimizer) -> bool:
+        """Note an optimizer that is about to step; whether it is new."""
+        for ref in self._optimizers:
+            if ref() is optimizer:
+                return False
+        self._optimizers = [ref for ref in self._optimizers if ref() is not None] + [weakref.ref(optimizer)]
+        self._buffers = None
+        return True
 
     def tensors(self) -> list[torch.Tensor]:
         parameters = self._parameters()
-        if self.buffers is None:
-            self.buffers = _find_buffers(parameters)
-        buffers = [module._buffers.get(name) for module, name in self.buffers]
+        if self._buffers is None:
+            self._buffers = _find_buffers(parameters)
+        owners = [(module, name) for ref, name in self._buffers if (module := ref()) is not None]
+        buffers = [module._buffers.get(name) for module, name in owners]
         return [*parameters, *(b for b in buffers if b is not None)]
 
     def _parameters(self) -> list[torch.Tensor]:
@@ -134,7 +153,7 @@ class SnapshotRing:
         self._snapshots: list[Snapshot] = []
         # Gradient norms of recent ticks, left on their device: they are looked at only when a rollback asks.
         self._norms: deque[tuple[int, torch.Tensor]] = deque(maxlen=max_rollback_steps + settings.quarantine_ticks)
-        self._off = False
+        self._off = self._lost = False
 
     def observe(self, tick: int, step: int, norm: torch.Tensor | None) -> None:
         """After a step-call: remember its gradient norm, and copy the state when the schedule says so.
@@ -162,8 +181,12 @@ class SnapshotRing:
         """The newest finite snapshot whose whole quarantine lies before ``before_step``.
 
         Raises:
-            NoSnapshotError: none is old and healthy enough, or it would give up more than ``max_rollback_steps``.
+            NoSnapshotError: none is old and healthy enough, or it would give up more than ``max_rollback_steps``: on no
+                rank, for all hold the same.
+            RuntimeError: this rank alone has lost its snapshots.
         """
+        if self._lost:  # after this rank had promised: it alone knows, and must not pass for all
+            raise RuntimeError("this rank has lost its snapshots")
         quarantine = self._settings.quarantine_ticks
         finite = {tick: bool(torch.isfinite(norm)) for tick, norm in self._norms}
         for snapshot in reversed(self._snapshots):
@@ -181,9 +204,14 @@ class SnapshotRing:
         newest = before_step - self._settings.quarantine_ticks
         return any(oldest <= snapshot.step <= newest for snapshot in tuple(self._snapshots))
 
-    def turn_off(self) -> None:
-        """Keep none and take none."""
-        self._off = True
+    def begin_anew(self) -> None:
+        """Another model is trained from here on: what was copied is no longer of use."""
+        self._snapshots.clear()
+        self._norms.clear()
+
+    def lose(self) -> None:
+        """A copy has failed on this rank: keep none and take none from here on."""
+        self._off = self._lost = True
         self._snapshots.clear()
 
     def forget_after(self, step: int) -> None:
@@ -200,21 +228,27 @@ class SnapshotRing:
         size = max(1, snapshot.size_bytes)
         self._keep = min(self._settings.snapshot_keep, self._settings.snapshot_max_bytes // size)
         if self._keep < 2:
-            self.turn_off()
-            self._say(f"snapshots are off: agent.snapshot_max_bytes holds fewer than two of {size / 1e6:.1f} MB")
+            self._off = True
+            self._snapshots.clear()
+            self._say(f"snapshots are off: agent.snapshot_max_bytes holds fewer than two of {_readable(size)}")
         elif self._snapshots:
-            self._say(f"snapshots: {size / 1e6:.1f} MB each, up to {self._keep} kept in memory")
+            self._say(f"snapshots: {_readable(size)} each, up to {self._keep} kept in memory")
 
 
-def _find_buffers(parameters: list[torch.Tensor]) -> list[tuple[nn.Module, str]]:
+def _readable(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:.1f} MB" if size_bytes >= 1e5 else f"{size_bytes / 1e3:.1f} kB"
+
+
+def _find_buffers(parameters: list[torch.Tensor]) -> list[tuple[weakref.ref[nn.Module], str]]:
     """The buffers of every module tree that owns one of the parameters. Done once: it looks at all live objects."""
     wanted = {id(p) for p in parameters}
-    buffers: dict[int, tuple[nn.Module, str]] = {}
+    buffers: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
     for module in [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]:
         try:
             if any(id(p) in wanted for p in module.parameters()):
                 for owner in module.modules():
-                    buffers.update({id(b): (owner, name) for name, b in owner._buffers.items() if b is not None})
+                    named = owner._buffers.items()
+                    buffers.update({id(b): (weakref.ref(owner), name) for name, b in named if b is not None})
         except Exception:  # a module that is half built is not ours to judge
             continue
     return list(buffers.values())

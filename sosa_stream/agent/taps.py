@@ -32,6 +32,7 @@ class Taps:
         self._clip_bound: float | None = None
         self._clipped: list[torch.Tensor] = []
         self._depth = 0
+        self.on_scaler_skip: Callable[[], None] = lambda: None
         self._restore: list[Callable[[], None]] = []
 
     def install(self) -> None:
@@ -110,7 +111,9 @@ class Taps:
 
     def _update(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def update(scaler: GradScaler, *args: Any, **kwargs: Any) -> Any:
-            self.loss = None
+            if self.loss is not None:  # a backward, and no step took its loss: the scaler has skipped it
+                self.on_scaler_skip()
+                self.loss = None
             return original(scaler, *args, **kwargs)
 
         return update

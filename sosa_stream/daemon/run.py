@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from sosa_stream.daemon.announce import Announcer
 from sosa_stream.daemon.ingest import Intake, Ledger
 from sosa_stream.daemon.schema import APPROVED, RECORDING_NAME, STORE_NAME
 from sosa_stream.daemon.store import Changes, RunRow
@@ -27,7 +28,7 @@ from sosa_stream.effects import (
 from sosa_stream.engine import RunView
 from sosa_stream.errors import ProtocolError
 from sosa_stream.protocol.codec import Reject
-from sosa_stream.protocol.messages import AgentMessage, Command
+from sosa_stream.protocol.messages import AgentMessage, Command, ControlMessage
 from sosa_stream.protocol.recording import Recorder, decode_record, encode_shell_record, read_recording
 
 log = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ class Run:
         self._now = 0.0
         self._num_engine_errors = 0
         self._opened: dict[str, tuple[str, str]] = {}
+        self._announcer = Announcer()
         self._reached: set[tuple[str, str, str]] = set()
         self._touched: set[str] = set()
         self._snapshot: RunSnapshot | None = None
@@ -161,8 +163,8 @@ class Run:
         self._now = max(self._now, now)
         return self._now
 
-    def commit(self) -> list[Command]:
-        """Write the batch to the recording, then hand it to the engine. Returns the commands to publish at once.
+    def commit(self) -> list[ControlMessage]:
+        """Write the batch to the recording, then hand it to the engine. Returns what to publish at once.
 
         Raises:
             SosaError: the recording cannot be written; nothing of the batch has been acted upon.
@@ -178,7 +180,8 @@ class Run:
             self._snapshot = None
         if self.changes:
             self.snapshot()  # a run is in the store no later than its first incident
-        return [effect.command for effect in effects if isinstance(effect, Publish)]
+        commands = [effect.command for effect in effects if isinstance(effect, Publish)]
+        return [*commands, *self._announcer.tell(effects)]
 
     def _handle(self, event: Event, now: float) -> list[Effect]:
         try:

@@ -27,7 +27,7 @@ from sosa_stream.errors import ProtocolError, SosaError, UsageError
 from sosa_stream.protocol.channels import DaemonChannel
 from sosa_stream.protocol.codec import Reject, decode, encode
 from sosa_stream.protocol.keys import DaemonKeys
-from sosa_stream.protocol.messages import AgentMessage, Command, Received
+from sosa_stream.protocol.messages import AgentMessage, ControlMessage, Received
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ class Daemon:
             source = "of unknown source"
             try:
                 message = decode(data)
-                if isinstance(message, Command | Received):
+                if isinstance(message, ControlMessage):
                     raise ProtocolError(Reject.UNKNOWN_KIND, "a control message among the metrics")
                 source = message.header.source
                 taken.append((await self._run(message.header.run), message, data))

@@ -133,7 +133,9 @@ def choose(now: Situation, tried: frozenset[str], policy: RunPolicy) -> Choice |
             continue
         if not fix.due(now):
             break
-        actions = tuple(a for a in fix.build(now) if policy.snapshots or a.action != "rollback")
+        actions = fix.build(now)
+        if not policy.snapshots and any(action.action == "rollback" for action in actions):
+            continue  # half of such a fix is none: a lower learning rate does not heal weights that are NaN
         if not actions or not policy.within_limits(actions, now):
             continue
         confidence = Posterior(prior=fix.confidence).mean

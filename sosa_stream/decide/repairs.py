@@ -140,6 +140,11 @@ class Repairs:
                 self._effects.append(Withdraw(command=entry.record.id))
         self.end_generation("the run ended")
 
+    def forget_holds(self) -> None:
+        """Another model is trained: the agents have let go of what was done to the last one."""
+        self._holding.clear()
+        self._released.clear()
+
     def _note_hold(self, entry: Entry, windows: RunWindows) -> None:
         for action in entry.record.actions:
             if action.action == "scale_lr" and action.params["factor"] * LR_RATIO < 1.0:

@@ -18,9 +18,12 @@ from sosa_stream.config import DetectSettings
 from sosa_stream.detect.statistics import REFRESH_EVERY, Channel, Level, Ring, center_and_scale
 from sosa_stream.protocol.messages import ExceptionReport, MetricFrame
 
-ALIGNED = ("tick", "loss", "grad_norm", "lr", "lr_multiplier", "step_seconds", "skipped", "layer_ratio", "first_norm")
-"""Columns that are aligned. `layer_ratio` and `first_norm` (first to last layer, first layer) no probe sends yet."""
-TICK, LOSS, GRAD_NORM, LR, LR_MULTIPLIER, STEP_SECONDS, SKIPPED, LAYER_RATIO, FIRST_NORM = range(len(ALIGNED))
+ALIGNED = (
+    *("tick", "loss", "grad_norm", "lr", "lr_multiplier", "step_seconds"),
+    *("skipped", "layer_ratio", "first_norm", "model"),
+)
+"""Columns that are aligned over the ranks."""
+TICK, LOSS, GRAD_NORM, LR, LR_MULTIPLIER, STEP_SECONDS, SKIPPED, LAYER_RATIO, FIRST_NORM, MODEL = range(len(ALIGNED))
 
 HORIZON_STEPS = 512
 """Steps that may wait for a rank which reports nothing; then it is no longer waited for. Several flushes of the
@@ -147,6 +150,8 @@ class RunWindows:
         self.grad_norm: float | None = None
         self.lr: float | None = None
         self.lr_multiplier = 1.0
+        self.model = 0
+        """Which model in a row the run trains; a new one opens a segment."""
         self.step_seconds: float | None = None
         self.skipped = False
         self.bad_loss: tuple[int, ...] = ()
@@ -270,6 +275,10 @@ class RunWindows:
         self.skipped = bool(seen[SKIPPED] and one[SKIPPED] > 0)
         self.layer_ratio = one[LAYER_RATIO] if seen[LAYER_RATIO] else None
         self.first_norm = one[FIRST_NORM] if seen[FIRST_NORM] else None
+        model = int(one[MODEL]) if seen[MODEL] else self.model
+        if model != self.model:
+            self.model = model
+            self.restart()
         self._fold()
 
     def _fold(self) -> None:

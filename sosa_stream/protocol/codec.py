@@ -20,6 +20,7 @@ from sosa_stream.protocol.messages import (
     PROTOCOL_VERSION,
     Ack,
     AckState,
+    Announcement,
     Bye,
     Command,
     ExceptionReport,
@@ -130,6 +131,8 @@ def encode(message: Message) -> bytes:
                 "expires_tick": message.expires_tick,
                 "approved": message.approved,
             }
+        case Announcement():
+            body |= {"kind": "announcement", "run": message.run, "incident": message.incident, "text": message.text}
         case Received():
             body |= {"kind": "received", "run": message.run, "sources": dict(message.sources)}
     packed: bytes = msgpack.packb(body, use_bin_type=True)
@@ -412,6 +415,10 @@ def _received(body: _Body) -> Received:
     return Received(run=body.name("run"), sources=sources)
 
 
+def _announcement(body: _Body) -> Announcement:
+    return Announcement(run=body.name("run"), incident=body.text("incident"), text=body.text("text"))
+
+
 _DECODERS: Mapping[str, Callable[[_Body], Message]] = {
     "hello": _hello,
     "heartbeat": _heartbeat,
@@ -421,4 +428,5 @@ _DECODERS: Mapping[str, Callable[[_Body], Message]] = {
     "bye": _bye,
     "command": _command,
     "received": _received,
+    "announcement": _announcement,
 }

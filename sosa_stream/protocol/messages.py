@@ -31,6 +31,9 @@ COLUMNS = (
     "lr",  # learning rate of the first parameter group as the script set it
     "lr_multiplier",  # what our fixes multiply it with; effective = lr * lr_multiplier
     "step_seconds",  # wall time since the previous step
+    "model",  # times that another optimizer became the primary one: a new model, not comparable with the last
+    "layer_ratio",  # gradient norm of the first weight matrix over the last one's; NaN on ticks without a look
+    "first_norm",  # gradient norm of the first weight matrix, unscaled; likewise
     "skipped",  # 1 where the in-process guard or a fix kept this update from the weights
 )
 
@@ -181,6 +184,15 @@ class Received:
     sources: Mapping[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Announcement:
+    """A sentence for whoever looks at the job's own output: an incident, a proposal. Sent once, and may be missed."""
+
+    run: str
+    incident: str
+    text: str
+
+
 AgentMessage = Hello | Heartbeat | MetricFrame | ExceptionReport | Ack | Bye
-ControlMessage = Command | Received
+ControlMessage = Command | Received | Announcement
 Message = AgentMessage | ControlMessage

@@ -19,7 +19,7 @@ import msgpack
 from sosa_stream.effects import Approve, Event, Timer
 from sosa_stream.errors import ProtocolError, SosaError, UsageError
 from sosa_stream.protocol.codec import DEFAULT_LIMITS, Reject, decode
-from sosa_stream.protocol.messages import PROTOCOL_VERSION, Command, Received
+from sosa_stream.protocol.messages import PROTOCOL_VERSION, ControlMessage
 
 MAGIC = b"SOSAREC1"
 RECORD_HEAD = struct.Struct("<Id")
@@ -151,7 +151,7 @@ def decode_record(payload: bytes) -> Event:
         if error.reason != Reject.UNKNOWN_KIND:
             raise
         return _decode_shell_record(payload)
-    if isinstance(message, Command | Received):
+    if isinstance(message, ControlMessage):
         raise ProtocolError(Reject.UNKNOWN_KIND, "a recording holds no control messages")
     return message
 
