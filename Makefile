@@ -23,8 +23,8 @@ $(STAMP): pyproject.toml constraints.txt
 		|| { echo "Python 3.11 or newer is needed; name one with: make PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
-	@echo "Installing torch, the largest part"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	@echo "Installing torch, the largest part: a minute or more"
+	$(BIN)/python -m pip install --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[agent,report]' --group dev
 	@touch $@
 

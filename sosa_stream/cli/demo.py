@@ -57,12 +57,18 @@ def run(arguments: argparse.Namespace) -> int:
     for sentence in broken:
         print(sentence, file=sys.stderr)
     if not arguments.json:
-        print(f"Try next: sosa incidents --home {out}, or your own script: {_own_script()}")
+        shown = out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out
+        script = f"{_typed('torchrun')} --nproc-per-node 2 -m sosa_stream.agent YOUR_SCRIPT.py"
+        print(f"Try next: {_typed('sosa')} incidents --home {shown}, or {script}")
     return 1 if broken else 0
 
 
-def _own_script() -> str:
-    return "torchrun --nproc-per-node 2 -m sosa_stream.agent train.py"
+def _typed(command: str) -> str:
+    """A command of this environment as a person has to type it here."""
+    beside = Path(sys.executable).parent / command
+    if shutil.which(command) or not beside.exists():
+        return command
+    return str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)
 
 
 def _make_empty(out: Path) -> None:
