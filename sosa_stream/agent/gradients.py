@@ -16,17 +16,16 @@ def parameters_with_gradients(optimizer: Optimizer) -> list[torch.Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
-def local_gradients(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
+def local_gradients(parameters: list[torch.Tensor], sharded: bool = True) -> list[torch.Tensor]:
     """The gradients that lie in this process; a sharded one's norm would be a hidden collective (`.to_local()`)."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    sharded = _dtensor_class()
-    if sharded is None:
-        return gradients
-    return [g.to_local() if isinstance(g, sharded) else g for g in gradients]  # type: ignore[attr-defined]
+    gradients = [g for p in parameters if (g := p.grad) is not None]
+    return [to_local(g) for g in gradients] if sharded else gradients
 
 
-def is_sharded(parameters: list[torch.Tensor]) -> bool:
+def is_sharded(optimizer: Optimizer) -> bool:
+    """Whether any of its parameters is. A parameter stays what it is, so this is asked once for each optimizer."""
     sharded = _dtensor_class()
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
     return sharded is not None and any(isinstance(p, sharded) for p in parameters)
 
 

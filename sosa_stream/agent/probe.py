@@ -91,7 +91,7 @@ class Probe:
         self._clipped_to: float | None = None
         self._skipped: float | torch.Tensor = 0.0
         self._layers: tuple[float | torch.Tensor, float | torch.Tensor] = NOT_LOOKED_AT
-        self._shared: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
+        self._kinds: weakref.WeakKeyDictionary[Optimizer, tuple[bool, bool]] = weakref.WeakKeyDictionary()
         self._primary: weakref.ref[Optimizer] | None = None
         self._primary_tick = 0
         self.model = 0
@@ -191,9 +191,11 @@ class Probe:
             self._apply(command)
 
     def _meet(self, optimizer: Optimizer) -> None:
-        """A new optimizer: are its gradients the same on all ranks?"""
-        self._shared[optimizer] = self._alone or gradients.reduced_by_ddp(optimizer)
-        if self.guarding and not self._shared[optimizer]:
+        """A new optimizer: are its parameters sharded, and its gradients the same on all ranks?"""
+        sharded = gradients.is_sharded(optimizer)
+        shared = not sharded and (self._alone or gradients.reduced_by_ddp(optimizer))
+        self._kinds[optimizer] = sharded, shared
+        if self.guarding and not shared:
             self._tell(
                 "the guard acts only where the script's own clip_grad_norm_ gives a reduced norm: not all parameters "
                 "are DistributedDataParallel's, so gradients may differ between ranks"
@@ -242,10 +244,10 @@ class Probe:
         if parameters:
             self._norm, self._clipped_to = self._taps.take_norm(parameters)
             # Equal on all ranks: that of whole, reduced gradients, or for sharded ones the script's own reduced norm.
-            sharded = gradients.is_sharded(parameters)
-            self._norm_is_shared = self._norm is not None if sharded else self._shared[optimizer]
+            sharded, shared = self._kinds[optimizer]
+            self._norm_is_shared = self._norm is not None if sharded else shared
             actuators.norm_is_shared = self._norm_is_shared
-            local = gradients.local_gradients(parameters)
+            local = gradients.local_gradients(parameters, sharded)
             look = self.tick % LAYERS_EVERY == 0 and not sharded
             norms = gradients.tensor_norms(local) if self._norm is None else None
             if norms is not None:

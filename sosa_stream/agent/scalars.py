@@ -31,9 +31,10 @@ def fetch(values: Sequence[torch.Tensor | float]) -> Scalars:
 
     Device scalars are stacked and copied ``non_blocking`` into pinned memory behind a CUDA event.
     """
-    on_device = [value for value in values if isinstance(value, torch.Tensor) and value.device.type != "cpu"]
+    on_device = [value for value in values if isinstance(value, torch.Tensor) and not value.is_cpu]
     if not on_device:
-        return Scalars(values=tuple([float(value) for value in values]))
+        here = [value.item() if isinstance(value, torch.Tensor) else float(value) for value in values]
+        return Scalars(values=tuple(here))
     device = on_device[0].device
     stacked = torch.stack(
         [

@@ -48,10 +48,12 @@ class Taps:
 
     def add_loss(self, loss: torch.Tensor) -> None:
         """One backward's loss; the parts of an accumulated step add up."""
-        value = loss.detach()
-        if value.is_meta:
+        if loss.is_cpu:
+            part: float | torch.Tensor = loss.item()
+        elif loss.is_meta:
             return  # there is no value to see
-        part = value.item() if value.device.type == "cpu" else value
+        else:
+            part = loss.detach()
         self.loss = part if self.loss is None else self.loss + part
 
     def take_loss(self) -> float | torch.Tensor | None:
