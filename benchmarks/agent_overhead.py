@@ -1,9 +1,9 @@
 """What the agent adds to the training thread per optimizer step.
 
 Counted is the CPU time of the training thread alone; the agent's own thread and the daemon run as they do in a job.
-The hooks are clocked in place (``in_place_*``): what the agent runs on that thread, and apart from it the gradient norm,
-which a loop that clips has paid for already. Beside it the plain difference: blocks of steps in turn, bare (A), watched,
-bare (A'), and so on, so that a drifting machine touches all alike; on steps of milliseconds it is mostly noise.
+The hooks are clocked in place (``in_place_*``): what the agent runs on that thread, and apart from it the gradient
+norm, which a loop that clips has paid for already. Beside it the plain difference: blocks of steps in turn, bare (A),
+watched, bare (A'), and so on, so that a drifting machine touches all alike; on steps of milliseconds it is mostly noise.
 """
 
 from __future__ import annotations
