@@ -3,7 +3,7 @@
 Counted is the CPU time of the training thread alone; the agent's own thread and the daemon run as they do in a job.
 The hooks are clocked in place (``in_place_*``): what the agent runs on that thread, and apart from it the gradient
 norm, which a loop that clips has paid for already. Beside it the plain difference: blocks of steps in turn, bare (A),
-watched, bare (A'), and so on, so that a drifting machine touches all alike; on steps of milliseconds it is mostly noise.
+watched, bare (A'), and so on, so that a drifting machine touches all alike; at milliseconds a step it is mostly noise.
 """
 
 from __future__ import annotations
