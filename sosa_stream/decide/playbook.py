@@ -22,6 +22,8 @@ ONE_RANK_STEPS = 10
 """As many when the guard kept the weights clean and other ranks' losses are finite: bad data, not bad weights."""
 CLIP_MARGIN = 1.5
 """A clip bound is this far above the 90% quantile of the healthy norms, so that it leaves healthy steps alone."""
+RELEARN_STEPS = 240
+"""A rollback is judged later: what it gave up, a few snapshots' worth of steps, has to be learned again first."""
 FARTHER_STEPS = 100
 """How far before the first bad step the second rollback goes: too near the blow-up repeats it [FAULTS.md D]."""
 
@@ -137,23 +139,58 @@ def _stop(now: Situation) -> tuple[Action, ...]:
 
 
 HALF_LR = Fix(name="half_lr", confidence=0.55, due=_still_bad, build=_scale(0.5), patience_steps=120)
-ROLLBACK = Fix(name="half_lr_and_rollback", confidence=0.65, due=_still_bad, build=_half_lr_and_rollback, keep=True)
+ROLLBACK = Fix(
+    name="half_lr_and_rollback",
+    confidence=0.65,
+    due=_still_bad,
+    build=_half_lr_and_rollback,
+    patience_steps=RELEARN_STEPS,
+    keep=True,
+)
 
 LADDERS: Mapping[str, tuple[Fix, ...]] = {
     "lr_jump": (
-        Fix(name="usual_lr_and_rollback", confidence=0.85, due=_still_bad, build=_usual_lr_and_rollback, keep=True),
+        Fix(
+            name="usual_lr_and_rollback",
+            confidence=0.85,
+            due=_still_bad,
+            build=_usual_lr_and_rollback,
+            patience_steps=RELEARN_STEPS,
+            keep=True,
+        ),
         Fix(name="usual_lr", confidence=0.7, due=_still_bad, build=_usual_lr, patience_steps=120, keep=True),
         ROLLBACK,
     ),
     # The first rung, to skip the step, is the in-process guard's: it has happened before we hear of it.
     "nan_loss": (
-        Fix(name="half_lr_and_rollback", confidence=0.7, due=_poisoned, build=_half_lr_and_rollback, keep=True),
-        Fix(name="far_rollback", confidence=0.55, due=_poisoned, build=_half_lr_and_far_rollback, keep=True),
+        Fix(
+            name="half_lr_and_rollback",
+            confidence=0.7,
+            due=_poisoned,
+            build=_half_lr_and_rollback,
+            patience_steps=RELEARN_STEPS,
+            keep=True,
+        ),
+        Fix(
+            name="far_rollback",
+            confidence=0.55,
+            due=_poisoned,
+            build=_half_lr_and_far_rollback,
+            patience_steps=RELEARN_STEPS,
+            keep=True,
+        ),
         Fix(name="stop", confidence=0.5, due=_poisoned, build=_stop, keep=True),
     ),
     "loss_spike": (
         Fix(name="half_lr", confidence=0.55, due=_spike_stays, build=_scale(0.5), patience_steps=120),
-        Fix(name="half_lr_and_rollback", confidence=0.6, due=_spike_stays, build=_half_lr_and_rollback, keep=True),
+        Fix(
+            name="half_lr_and_rollback",
+            confidence=0.6,
+            due=_spike_stays,
+            build=_half_lr_and_rollback,
+            patience_steps=RELEARN_STEPS,
+            keep=True,
+        ),
     ),
     "loss_divergence": (HALF_LR, ROLLBACK),
     "exploding_gradient": (

@@ -192,8 +192,8 @@ class Channel:
         return (self.recent_above & ((1 << num) - 1)).bit_count()
 
     def smoothed(self, num: int) -> float:
-        """Median of the newest ``num`` (at most 16) values."""
-        return _median_of_sorted(np.sort(self._recent.last(num)))
+        """Median of the newest ``num`` (at most 16) values; NaN, which compares with nothing, before the first."""
+        return _median_of_sorted(np.sort(self._recent.last(num))) if len(self._recent) else math.nan
 
     def miss(self) -> None:
         """A step without a finite value: nothing is above anything."""
