@@ -134,7 +134,7 @@ def test_what_lies_beyond_max_rollback_steps_makes_room() -> None:
 def test_memory_is_bounded_by_keeping_fewer() -> None:
     kept = Kept(snapshot_max_bytes=3 * 8).run(100)
     assert len(kept.held) == 3
-    assert kept.said == ["snapshots: 0.0 MB each, up to 3 kept in memory"]
+    assert kept.said == ["snapshots: 0.0 kB each, up to 3 kept in memory"]
 
 
 def test_snapshots_that_cannot_fit_twice_are_turned_off_with_a_sentence() -> None:
