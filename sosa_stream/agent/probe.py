@@ -11,6 +11,7 @@ it is switched off, said once, and training goes on.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import weakref
@@ -294,7 +295,7 @@ class Probe:
             self._restore.append(gradients.skip_if_bad(optimizer, bad))
             self._skipped = bad
             return False
-        bad_here = not bool(torch.isfinite(norm))  # the guard's one scalar read
+        bad_here = not math.isfinite(norm.item())  # the guard's one scalar read
         if bad_here:
             self._skip(optimizer)
             if self._num_skips_told < MOST_SKIPS_TOLD:
