@@ -139,7 +139,7 @@ class Tracker:
                 self._resolve(known, step)
 
     def begin_generation(self) -> None:
-        """Steps count from zero again: what is open is over once the new generation is well for a while.
+        """A new process group or a new model: what is open is over once the new one is well for a while.
 
         A fault of the new one is an incident of its own, with fixes of its own.
         """
