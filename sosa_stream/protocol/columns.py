@@ -1,0 +1,64 @@
+"""Names of the columns of metric frames, and what other people call the same things.
+
+A *step column* has one value per rank and optimizer step. A *sampled* one is looked at every few ticks and NaN in
+between. Every other column is a *logged metric*: it belongs to a step but makes none.
+"""
+
+from __future__ import annotations
+
+import re
+
+STEP_COLUMNS = (
+    "tick",  # outermost optimizer step-calls of this process so far, the fence's time
+    "loss",  # this rank's loss of the step: unscaled, accumulation parts summed
+    "grad_norm",  # total 2-norm of the gradients as the optimizer received them, unscaled, before our clip
+    "lr",  # learning rate of the first parameter group as the script set it
+    "lr_multiplier",  # what our fixes multiply it with; effective = lr * lr_multiplier
+    "step_seconds",  # wall time since the previous step
+    "skipped",  # 1 where the in-process guard or a fix kept this update from the weights
+    "model",  # times that another optimizer became the primary one: a new model, not comparable with the last
+    "loss_scale",  # the AMP scale in force
+    "input_mean",  # mean over all elements of the batch's largest floating-point input
+    "input_std",  # their standard deviation
+    "input_min",
+    "input_max",
+    "input_nonfinite",  # how many of them are NaN or infinite
+    "input_score",  # largest robust z over the input's features, against this rank's own recent batches
+    "input_feature",  # index of that feature
+    "fingerprint",  # 53-bit hash of the batch's inputs: equal on two ranks, equal batches
+)
+SAMPLED_COLUMNS = (
+    "layer_ratio",  # gradient norm of the first weight matrix over the last one's
+    "first_norm",  # gradient norm of the first weight matrix, unscaled
+    "update_ratio",  # norm of the update over norm of the weights, median over the sampled parameters
+    "changed_share",  # share of the sampled parameters with a gradient that the update changed
+    "zero_grad_share",  # share of exactly-zero elements in all gradients
+    "dead_share",  # share of units that were zero for the whole batch, worst of the sampled activations
+    "saturated_share",  # share of values at the flat ends of tanh and sigmoid, worst of the sampled activations
+    "active_units",  # latent dimensions with Var_x(E[z|x]) > 0.01
+    "latent_dims",  # latent dimensions in all
+    "kl_per_dim",  # mean KL divergence to the prior per latent dimension, nats
+    "orphan_parameters",  # trainable parameters that got a gradient and belong to no optimizer
+)
+COLUMNS = STEP_COLUMNS + SAMPLED_COLUMNS
+EVAL_LOSS = "eval_loss"
+LOG_PREFIX = "log/"
+"""Prefix of the column of a metric that the script logs under a name of its own."""
+
+# Lower case, with "/", "-", "." and spaces as "_". In order of preference where a log has several.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "loss": ("loss", "train_loss", "training_loss", "loss_train", "train_loss_step", "loss_step", "total_loss"),
+    EVAL_LOSS: ("eval_loss", "val_loss", "valid_loss", "validation_loss", "loss_val", "dev_loss", "test_loss"),
+    "lr": ("lr", "learning_rate", "train_lr", "train_learning_rate"),
+    "grad_norm": ("grad_norm", "gradient_norm", "gnorm", "train_grad_norm", "grad_norm_total"),
+}
+
+
+def plain(name: str) -> str:
+    """``train/Loss`` → ``train_loss``: how names are compared."""
+    return re.sub(r"[\s/.\-]+", "_", name.strip().lower())
+
+
+def logged_name(name: str) -> str:
+    """The column of a metric that a script logs: `EVAL_LOSS` for what people call so, else ``log/<name>``."""
+    return EVAL_LOSS if plain(name) in ALIASES[EVAL_LOSS] else LOG_PREFIX + name
