@@ -25,7 +25,8 @@ from sosa_stream.daemon.ingest import Intake, Ledger
 from sosa_stream.engine import Engine
 from sosa_stream.protocol.channels import DaemonChannel
 from sosa_stream.protocol.codec import decode, encode
-from sosa_stream.protocol.messages import COLUMNS, Command, Header, MetricFrame, Received
+from sosa_stream.protocol.columns import COLUMNS
+from sosa_stream.protocol.messages import Command, Header, MetricFrame, Received
 from sosa_stream.protocol.recording import Recorder
 
 ROUNDS = 7

@@ -13,10 +13,11 @@ from sosa_stream.config import DetectSettings
 from sosa_stream.decide.commands import CommandRecord
 from sosa_stream.decide.policy import RunPolicy
 from sosa_stream.decide.repairs import Repairs
-from sosa_stream.detect.detectors import ALL, DetectorState
+from sosa_stream.detect.alignment import Alignment, Logged, Row
+from sosa_stream.detect.detectors import ALL, DetectorState, On
 from sosa_stream.detect.incidents import Incident
 from sosa_stream.detect.tracker import Tracker
-from sosa_stream.detect.windows import Alignment, Reports, RunWindows
+from sosa_stream.detect.windows import Reports, RunWindows
 from sosa_stream.effects import Approve, CommandChanged, Effect, Event, IncidentChanged, Notice, Timer
 from sosa_stream.errors import ConfigError
 from sosa_stream.protocol.messages import Ack, Bye, ExceptionReport, Header, Heartbeat, Hello, MetricFrame, Phase
@@ -217,35 +218,47 @@ class Engine:
         if self._ended or len(self._ranks) < self._alignment.world_size or self._members():
             return
         self._ended = True
+        self._log(self._alignment.rest())
         self._repairs.end_run()
         self._tracker.finish(self._windows.step)
 
     def _advance(self) -> None:
         """Take every step that is complete by now, one by one, with the effects of each in order."""
-        for row in self._alignment.complete():
-            segment, model = self._windows.segment, self._windows.model
-            self._windows.hold = self._tracker.hold
-            self._windows.take(row)
-            if self._windows.model != model:
-                self._tracker.begin_generation()
-                self._repairs.forget_holds()
-            elif self._windows.segment != segment:
-                self._tracker.begin_segment()
-            self._detect()
-            self._tracker.pass_step(self._windows, self._repairs.kept_open)
-            self._repairs.step(self._windows)
-            self._flush()
+        for block in self._alignment.complete():
+            self._log(block.logged)
+            for i in range(len(block)):
+                self._step(block.row(i))
+
+    def _step(self, row: Row) -> None:
+        segment, model = self._windows.segment, self._windows.model
+        self._windows.hold = self._tracker.hold
+        self._windows.take(row)
+        if self._windows.model != model:
+            self._tracker.begin_generation()
+            self._repairs.forget_holds()
+        elif self._windows.segment != segment:
+            self._tracker.begin_segment()
+        self._detect()
+        self._tracker.pass_step(self._windows, self._repairs.kept_open)
+        self._repairs.step(self._windows)
+        self._flush()
 
     def _report(self, reports: Reports) -> None:
         """Something that detectors look at between steps."""
         self._windows.reports = reports
-        self._detect(between_steps=True)
+        self._detect(On.REPORT)
         self._windows.reports = Reports()
 
-    def _detect(self, between_steps: bool = False) -> None:
+    def _log(self, logged: tuple[Logged, ...]) -> None:
+        """What the script logged before the next step."""
+        for one in logged:
+            self._windows.log(one)
+            self._detect(On.LOGGED)
+
+    def _detect(self, on: On = On.STEP) -> None:
         findings = []
         for detector in ALL:
-            if detector.reports == between_steps:
+            if detector.on is on:
                 finding = detector.check(self._windows)
                 if finding is not None:
                     findings.append(finding)

@@ -16,7 +16,7 @@ ALLOWED_MODULES = {
     *("__future__", "collections", "dataclasses", "enum", "functools", "hashlib", "itertools", "math", "typing"),
     "numpy",
     *("sosa_stream.config", "sosa_stream.decide", "sosa_stream.detect", "sosa_stream.effects", "sosa_stream.errors"),
-    *("sosa_stream.protocol.actions", "sosa_stream.protocol.messages"),
+    *("sosa_stream.protocol.actions", "sosa_stream.protocol.columns", "sosa_stream.protocol.messages"),
 }
 FORBIDDEN_NAMES = {
     *("open", "print", "input", "exec", "eval", "compile", "__import__", "globals", "breakpoint"),

@@ -11,13 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sosa_stream.config import DetectSettings
+from sosa_stream.detect.alignment import HORIZON_STEPS, Alignment, Row
 from sosa_stream.detect.statistics import Band, Channel, Ring, center_and_scale
-from sosa_stream.detect.windows import HORIZON_STEPS, LOSS, Alignment, RunWindows
+from sosa_stream.detect.windows import LOSS, RunWindows
 from sosa_stream.testing import frame
 
 
+def _rows(alignment: Alignment) -> list[Row]:
+    return [block.row(i) for block in alignment.complete() for i in range(len(block))]
+
+
 def _steps(alignment: Alignment) -> list[int]:
-    return [row.step for row in alignment.complete()]
+    return [row.step for row in _rows(alignment)]
 
 
 def test_a_step_is_complete_when_every_rank_has_reported_it() -> None:
@@ -59,7 +64,7 @@ def test_a_gap_in_one_rank_does_not_hold_the_others_up() -> None:
     alignment = Alignment(2)
     alignment.add(frame([1.0, 1.0, 1.0], rank=0, world_size=2))
     alignment.add(frame([1.0], rank=1, world_size=2, first_step=2))
-    rows = list(alignment.complete())
+    rows = _rows(alignment)
     assert [row.step for row in rows] == [0, 1, 2]
     assert not rows[0].sent[1].any()
 
@@ -68,7 +73,7 @@ def test_a_row_that_comes_twice_counts_once() -> None:
     alignment = Alignment(1)
     alignment.add(frame([1.0, 2.0]))
     alignment.add(frame([9.0, 9.0]))
-    assert [row.values[0, LOSS] for row in alignment.complete()] == [1.0, 2.0]
+    assert [row.values[0, LOSS] for row in _rows(alignment)] == [1.0, 2.0]
     assert alignment.num_late == 2
 
 
@@ -84,7 +89,7 @@ def test_batching_and_interleaving_do_not_change_the_complete_steps(cuts: list[i
     while any(queues):
         queue = order.choice([queue for queue in queues if queue])  # type: ignore[attr-defined]
         alignment.add(queue.pop(0))
-        seen += [(row.step, row.values[:, LOSS].tolist()) for row in alignment.complete()]
+        seen += [(row.step, row.values[:, LOSS].tolist()) for row in _rows(alignment)]
     assert seen == [(step, [step, step + 1.0, step + 2.0]) for step in range(30)]
 
 
@@ -153,7 +158,7 @@ def test_nonfinite_values_enter_no_statistic() -> None:
     alignment.add(frame(losses, rank=0, world_size=2))
     alignment.add(frame(spoiled, rank=1, world_size=2))
     bad = []
-    for row in alignment.complete():
+    for row in _rows(alignment):
         windows.take(row)
         assert windows.loss == pytest.approx(losses[row.step])
         if windows.bad_loss:
@@ -176,7 +181,7 @@ def test_a_missing_column_is_not_a_nonfinite_value() -> None:
             values=whole.values[:, keep],
         )
     )
-    for row in alignment.complete():
+    for row in _rows(alignment):
         windows.take(row)
         assert windows.loss is None
         assert windows.bad_loss == windows.bad_grad == ()
@@ -185,6 +190,6 @@ def test_a_missing_column_is_not_a_nonfinite_value() -> None:
 def test_the_effective_learning_rate_is_the_scripts_times_ours() -> None:
     windows, alignment = RunWindows(DetectSettings()), Alignment(1)
     alignment.add(frame([1.0], lr=0.2, lr_multiplier=0.5))
-    for row in alignment.complete():
+    for row in _rows(alignment):
         windows.take(row)
     assert windows.lr == pytest.approx(0.1)

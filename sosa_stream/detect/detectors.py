@@ -24,6 +24,14 @@ class DetectorState(StrEnum):
     FIRING = "firing"
 
 
+class On(StrEnum):
+    """When a detector looks: at each complete step, at `RunWindows.newest_logged`, or at `RunWindows.reports`."""
+
+    STEP = "step"
+    LOGGED = "logged"
+    REPORT = "report"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Detector:
     """One kind of fault: its cause group, the columns it cannot do without, and how it is recognised."""
@@ -34,8 +42,7 @@ class Detector:
     check: Callable[[RunWindows], Finding | None]
     warms: bool = True
     """Whether it needs a band, so that it warms after the start of a segment."""
-    reports: bool = False
-    """Whether it looks at `RunWindows.reports`, which come between steps."""
+    on: On = On.STEP
 
     def state(self, windows: RunWindows, firing: bool) -> DetectorState:
         if firing:
@@ -71,8 +78,8 @@ ALL: tuple[Detector, ...] = (
         check=numerical.vanishing_gradient,
         warms=False,
     ),
-    Detector(kind="oom", group=Group.SYSTEM, requires=(), check=reports.oom, warms=False, reports=True),
-    Detector(kind="exception", group=Group.SYSTEM, requires=(), check=reports.exception, warms=False, reports=True),
-    Detector(kind="rank_desync", group=Group.RANK, requires=(), check=reports.rank_desync, warms=False, reports=True),
+    Detector(kind="oom", group=Group.SYSTEM, requires=(), check=reports.oom, warms=False, on=On.REPORT),
+    Detector(kind="exception", group=Group.SYSTEM, requires=(), check=reports.exception, warms=False, on=On.REPORT),
+    Detector(kind="rank_desync", group=Group.RANK, requires=(), check=reports.rank_desync, warms=False, on=On.REPORT),
 )
 GROUP_OF = {detector.kind: detector.group for detector in ALL}

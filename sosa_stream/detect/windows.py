@@ -1,117 +1,35 @@
-"""From the ranks' metric rows to run-level series: alignment by step, and what detectors may ask.
-
-`Alignment` waits until a step is complete: every rank that is expected has reported it or a later one. `RunWindows`
-folds each complete step into run-level series and their bands. Both are deterministic in the rows of each rank: how
-rows were batched into frames, and how frames of different ranks were interleaved, does not matter.
-"""
+"""What detectors may ask of a run: its series up to the newest complete step, and their bands."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sosa_stream.config import DetectSettings
+from sosa_stream.detect.alignment import AT, Logged, Row
 from sosa_stream.detect.statistics import REFRESH_EVERY, Channel, Level, Ring, center_and_scale
-from sosa_stream.protocol.messages import ExceptionReport, MetricFrame
+from sosa_stream.protocol.columns import SAMPLED_COLUMNS
+from sosa_stream.protocol.messages import ExceptionReport
 
-ALIGNED = (
-    *("tick", "loss", "grad_norm", "lr", "lr_multiplier", "step_seconds"),
-    *("skipped", "layer_ratio", "first_norm", "model"),
-)
-"""Columns that are aligned over the ranks."""
-TICK, LOSS, GRAD_NORM, LR, LR_MULTIPLIER, STEP_SECONDS, SKIPPED, LAYER_RATIO, FIRST_NORM, MODEL = range(len(ALIGNED))
+TICK, LOSS, GRAD_NORM, LR, LR_MULTIPLIER = (AT[name] for name in ("tick", "loss", "grad_norm", "lr", "lr_multiplier"))
+STEP_SECONDS, SKIPPED, MODEL = (AT[name] for name in ("step_seconds", "skipped", "model"))
+FIRST_SAMPLED = AT[SAMPLED_COLUMNS[0]]
+LOWEST_COUNTS = frozenset({"layer_ratio", "first_norm", "update_ratio", "changed_share", "active_units", "kl_per_dim"})
+"""Sampled columns of which the lowest rank's value is the run's; of the others, the highest."""
+LOOKS = 64
+"""Looks and logged values that are remembered."""
+MAX_LOGGED_NAMES = 256
 
-HORIZON_STEPS = 512
-"""Steps that may wait for a rank which reports nothing; then it is no longer waited for. Several flushes of the
-fastest loops, so that a resend after a lost connection is still aligned."""
 LR_RATIO = 3.0
 """A learning rate this far above the run's own recent schedule is a jump [FAULTS.md]."""
 LR_LAG, LR_WINDOW = 8, 64
 """The recent schedule ends this many steps back, so that a jump in several steps is one too, and is this long."""
 LR_SUFFER_STEPS = 64
 """A jump that the run has borne for this long is its schedule."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One complete step: values (num_ranks, columns) and which of them were sent."""
-
-    step: int
-    values: NDArray[np.float64]
-    sent: NDArray[np.bool_]
-
-
-class Alignment:
-    """The short (step, rank) table: rows in, complete steps out, in order of step."""
-
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
-        self._newest = [-1] * world_size
-        self._expected = [True] * world_size
-        self._pending: dict[int, tuple[NDArray[np.float64], NDArray[np.bool_]]] = {}
-        self._done = -1
-        self.num_late = 0
-        """Rows that came after their step was complete, or twice; they are ignored."""
-
-    def expect(self, rank: int, expected: bool) -> None:
-        """Whether to wait for this rank: not once it has ended or is lost."""
-        if 0 <= rank < self.world_size:
-            self._expected[rank] = expected
-
-    def add(self, frame: MetricFrame) -> None:
-        """Take a frame of one rank in."""
-        rank = frame.header.rank
-        if not 0 <= rank < self.world_size:
-            self.num_late += len(frame.steps)
-            return
-        targets = [(ALIGNED.index(name), i) for i, name in enumerate(frame.columns) if name in ALIGNED]
-        into = [target for target, _ in targets]
-        rows = np.full((len(frame.steps), len(ALIGNED)), np.nan)
-        rows[:, into] = frame.values[:, [source for _, source in targets]]
-        sent = np.zeros(len(ALIGNED), dtype=np.bool_)
-        sent[into] = True
-        newest = self._newest[rank]
-        for step, row in zip(frame.steps.tolist(), rows, strict=True):
-            if step <= newest:
-                self.num_late += 1
-                continue
-            newest = step
-            if step <= self._done:
-                self.num_late += 1
-                continue
-            slot = self._pending.get(step)
-            if slot is None:
-                shape = (self.world_size, len(ALIGNED))
-                slot = self._pending[step] = (np.full(shape, np.nan), np.zeros(shape, dtype=np.bool_))
-            slot[0][rank] = row
-            slot[1][rank] = sent
-        self._newest[rank] = newest
-        if newest > self._done:
-            self._expected[rank] = True
-
-    def complete(self) -> Iterator[Row]:
-        """Every step that is complete by now, each once, lowest first."""
-        for step in sorted(self._pending):
-            while step > self._frontier():
-                if len(self._pending) <= HORIZON_STEPS:
-                    return
-                self._give_up_on(step)
-            values, sent = self._pending.pop(step)
-            self._done = step
-            yield Row(step=step, values=values, sent=sent)
-
-    def _frontier(self) -> float:
-        waiting = [new for new, expected in zip(self._newest, self._expected, strict=True) if expected]
-        return min(waiting, default=float("inf"))
-
-    def _give_up_on(self, step: int) -> None:
-        for rank, newest in enumerate(self._newest):
-            if newest < step:
-                self._expected[rank] = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -135,6 +53,39 @@ class Reports:
     digests_step: int = 0
 
 
+class LoggedSeries:
+    """The newest values of one logged metric, with their steps and the points at which they came."""
+
+    __slots__ = ("_points", "_steps", "_values")
+
+    def __init__(self) -> None:
+        self._values, self._steps, self._points = Ring(LOOKS), Ring(LOOKS), Ring(LOOKS)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @property
+    def num_pushed(self) -> int:
+        return self._values.num_pushed
+
+    def push(self, step: int, point: int, value: float) -> None:
+        self._values.push(value)
+        self._steps.push(step)
+        self._points.push(point)
+
+    @property
+    def values(self) -> NDArray[np.float64]:
+        return self._values.last()
+
+    @property
+    def steps(self) -> NDArray[np.float64]:
+        return self._steps.last()
+
+    @property
+    def points(self) -> NDArray[np.float64]:
+        return self._points.last()
+
+
 class RunWindows:
     """The run-level series of one generation, up to and including the newest complete step.
 
@@ -146,6 +97,8 @@ class RunWindows:
         self.settings = settings
         self.step = -1
         self.tick = 0
+        self.num_points = 0
+        """Complete steps of this generation: what detectors count in."""
         self.loss: float | None = None
         self.grad_norm: float | None = None
         self.lr: float | None = None
@@ -163,8 +116,12 @@ class RunWindows:
         self.columns: set[str] = set()
         """Columns ever sent in this generation: what is missing makes detectors blind."""
         self.reports = Reports()
-        self.layer_ratio: float | None = None
-        self.first_norm: float | None = None
+        self.row: Row | None = None
+        """The newest complete step as the ranks sent it."""
+        self.logged: dict[str, LoggedSeries] = {}
+        """What the script logs by name; it outlives segments."""
+        self.newest_logged: Logged | None = None
+        """Set while detectors look at what was logged, between steps."""
         self.hold = False
         """Set while an incident is open: values above a band stay out of it."""
         self.segment = 0
@@ -189,7 +146,11 @@ class RunWindows:
         self.num_steps = 0
         self.num_bad_loss = self.num_bad_grad = 0
         """Non-finite steps in a row."""
-        self.num_vanished = 0
+        self.looks: dict[str, Ring] = {name: Ring(LOOKS) for name in SAMPLED_COLUMNS}
+        """The looks of each sampled column, one value over all ranks each."""
+        self.num_looks = 0
+        self.looked = False
+        """Steps of this segment at which anything was sampled."""
         self.jump: LrJump | None = None
         self._lrs = Ring(LR_WINDOW + LR_LAG)
         self._lr_steps = Ring(LR_LAG + 2)
@@ -249,6 +210,8 @@ class RunWindows:
         values, sent = row.values, row.sent
         self.step = row.step
         self.num_steps += 1
+        self.num_points += 1
+        self.newest_logged = None
         finite = np.logical_and(sent, np.isfinite(values))
         bad = np.logical_and(sent, np.logical_not(finite))
         self.num_ranks = int(sent[:, LOSS].sum() or sent.any(axis=1).sum())
@@ -273,13 +236,37 @@ class RunWindows:
         if seen[STEP_SECONDS]:
             self.step_seconds = one[STEP_SECONDS]
         self.skipped = bool(seen[SKIPPED] and one[SKIPPED] > 0)
-        self.layer_ratio = one[LAYER_RATIO] if seen[LAYER_RATIO] else None
-        self.first_norm = one[FIRST_NORM] if seen[FIRST_NORM] else None
+        self.row = row
         model = int(one[MODEL]) if seen[MODEL] else self.model
         if model != self.model:
             self.model = model
             self.restart()
+        self.looked = bool(finite[:, FIRST_SAMPLED:].any())
+        if self.looked:
+            self._look(values[:, FIRST_SAMPLED:], finite[:, FIRST_SAMPLED:])
         self._fold()
+
+    def over_ranks(self, name: str) -> NDArray[np.float64]:
+        """The newest step's values of a column, one for each rank, NaN where it was not sent or is not a number."""
+        assert self.row is not None
+        return self.row.values[:, AT[name]]
+
+    def log(self, logged: Logged) -> None:
+        """Take in what the script logged; it is ``newest_logged`` until the next step."""
+        self.newest_logged = logged
+        series = self.logged.get(logged.name)
+        if series is None:
+            if len(self.logged) >= MAX_LOGGED_NAMES:
+                return
+            series = self.logged[logged.name] = LoggedSeries()
+        series.push(logged.step, self.num_points, logged.value)
+
+    def _look(self, values: NDArray[np.float64], finite: NDArray[np.bool_]) -> None:
+        self.num_looks += 1
+        for i, name in enumerate(SAMPLED_COLUMNS):
+            found = values[finite[:, i], i]
+            if len(found):
+                self.looks[name].push(float(found.min() if name in LOWEST_COUNTS else found.max()))
 
     def _fold(self) -> None:
         if self.loss is None or self.bad_loss:
@@ -297,9 +284,6 @@ class RunWindows:
         if self.lr is not None:
             self._script_lrs.push(self.lr / self.lr_multiplier if self.lr_multiplier else self.lr)
             self._follow_lr(self.lr)
-        if self.layer_ratio is not None and self.first_norm is not None:
-            vanished = self.layer_ratio < 1e-3 and self.first_norm < 1e-4
-            self.num_vanished = self.num_vanished + 1 if vanished else 0
 
     def _progress(self, loss: float) -> None:
         self.loss_ring.push(loss)

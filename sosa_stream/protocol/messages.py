@@ -23,20 +23,6 @@ from sosa_stream.protocol.actions import Action
 
 PROTOCOL_VERSION = 1
 
-# The columns that the probe sends. Unknown columns are carried and ignored, missing ones make detectors blind.
-COLUMNS = (
-    "tick",  # outermost optimizer step-calls of this process so far, the fence's time
-    "loss",  # this rank's loss of the step: unscaled, accumulation parts summed
-    "grad_norm",  # total 2-norm of the gradients as the optimizer received them, unscaled, before our clip
-    "lr",  # learning rate of the first parameter group as the script set it
-    "lr_multiplier",  # what our fixes multiply it with; effective = lr * lr_multiplier
-    "step_seconds",  # wall time since the previous step
-    "model",  # times that another optimizer became the primary one: a new model, not comparable with the last
-    "layer_ratio",  # gradient norm of the first weight matrix over the last one's; NaN on ticks without a look
-    "first_norm",  # gradient norm of the first weight matrix, unscaled; likewise
-    "skipped",  # 1 where the in-process guard or a fix kept this update from the weights
-)
-
 
 class Phase(StrEnum):
     """Where in the step the training thread is."""
