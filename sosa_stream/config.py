@@ -2,17 +2,19 @@
 
 The variable of a setting is ``SOSA_<SECTION>_<KEY>``, or ``SOSA_<KEY>`` for the keys above the first section:
 ``[auto] allow`` is ``SOSA_AUTO_ALLOW``, ``mode`` is ``SOSA_MODE``. Lists are comma-separated there. ``SOSA_DAEMON`` is
-short for ``SOSA_AGENT_DAEMON``. Nothing here reads the environment or a file unless it is handed one.
+short for ``SOSA_AGENT_DAEMON``, ``SOSA_NOTIFY`` for ``SOSA_DAEMON_NOTIFY``. Tables (``[detect.<kind>]``,
+``[[detect.rules]]``) have no variable. Nothing here reads the environment or a file unless it is handed one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import tomllib
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -25,7 +27,7 @@ ENV_PREFIX = "SOSA_"
 CONFIG_VARIABLE = "SOSA_CONFIG"
 """Path of the ``sosa.toml`` that agents read."""
 
-ALIASES: Mapping[str, str] = {"SOSA_DAEMON": "SOSA_AGENT_DAEMON"}
+ALIASES: Mapping[str, str] = {"SOSA_DAEMON": "SOSA_AGENT_DAEMON", "SOSA_NOTIFY": "SOSA_DAEMON_NOTIFY"}
 OTHER_VARIABLES = frozenset({CONFIG_VARIABLE, "SOSA_DISABLE"})
 
 FUTURE_ACTIONS = ("split_batch",)
@@ -54,6 +56,32 @@ class Switch(StrEnum):
     AUTO = "auto"
     ON = "on"
     OFF = "off"
+
+
+class Sensitivity(StrEnum):
+    """How little it takes to raise an incident: ``low`` for few false alarms, ``high`` for few missed faults."""
+
+    LOW = "low"
+    NORMAL = "normal"
+    HIGH = "high"
+
+
+class SeverityName(StrEnum):
+    """An incident's severity, as files and flags write it."""
+
+    INFO = "info"
+    WARNING = "warning"
+    CRITICAL = "critical"
+
+
+class WebhookUrl(str):
+    """Where notifications go. Whoever knows it may post there, so it shows itself by its host only."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        scheme, _, rest = self.partition("://")
+        return f"{scheme}://{rest.partition('/')[0].rpartition('@')[2]}/…" if rest else "a text that is no URL"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,17 +168,102 @@ class FenceSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DetectorOverride:
+    """What is different for one kind of incident: the table ``[detect.<kind>]``."""
+
+    sensitivity: Sensitivity | None = None
+    """Instead of ``detect.sensitivity``."""
+    enabled: bool = True
+    """Whether it is looked for at all."""
+    severity_cap: SeverityName | None = None
+    """The most severe that it may claim to be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricRule:
+    """One of ``[[detect.rules]]``: an incident of the user's own kind, from a metric that the script logs.
+
+    Exactly one of ``above``, ``below``, ``jump`` and ``flat`` is given.
+    """
+
+    name: str
+    """The kind of the incident: lower-case letters, digits and underscores."""
+    metric: str
+    """As it was logged, ``agent.log(reward=…)``; or a column that everybody sends, such as ``eval_loss``."""
+    above: float | None = None
+    """Sick is what is greater than this."""
+    below: float | None = None
+    """Sick is what is less than this."""
+    jump: float | None = None
+    """Sick is what lies this many robust standard deviations or more from the metric's own recent past."""
+    flat: bool = False
+    """Sick is a metric that does not change any more."""
+    for_points: int = field(default=1, metadata={"key": "for"})
+    """Logged values in a row that must be sick, ``for`` in the file."""
+    severity: SeverityName = SeverityName.WARNING
+    """Of the incident."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", self.name):
+            raise ConfigError(f"detect.rules: name must be lower-case letters, digits and _, not {self.name!r}")
+        what = f"detect.rules {self.name}"
+        if not self.metric:
+            raise ConfigError(f"{what}: metric is empty")
+        given = [key for key in ("above", "below", "jump") if getattr(self, key) is not None] + ["flat"] * self.flat
+        if len(given) != 1:
+            raise ConfigError(f"{what}: give one of above, below, jump and flat, not {' and '.join(given) or 'none'}")
+        for key in ("above", "below"):
+            limit = getattr(self, key)
+            if limit is not None and not math.isfinite(limit):
+                raise ConfigError(f"{what}: {key} must be a finite number, not {limit!r}")
+        if self.jump is not None and not 1 <= self.jump <= 1e6:
+            raise ConfigError(f"{what}: jump must lie between 1 and 1e+06, not {self.jump!r}")
+        least = 2 if self.flat else 1
+        if not least <= self.for_points <= 10_000:
+            raise ConfigError(f"{what}: for must lie between {least} and 10000, not {self.for_points!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DetectSettings:
-    """Windows and thresholds."""
+    """Windows, thresholds and the user's own rules."""
 
     warmup_steps: int = 20
     """Steps of a run or segment before statistics speak; non-finite values are always noticed."""
     window_steps: int = 256
     """Length of the run-level window, in steps."""
+    sensitivity: Sensitivity = Sensitivity.NORMAL
+    """How little it takes to raise an incident."""
+    overrides: Mapping[str, DetectorOverride] = field(default_factory=dict)
+    """By kind; each a table ``[detect.<kind>]`` with any of ``sensitivity``, ``enabled`` and ``severity_cap``:"""
+    rules: tuple[MetricRule, ...] = ()
+    """On metrics that the script logs; each a table ``[[detect.rules]]`` with one of ``above``, ``below``, ``jump`` and
+    ``flat``, which must hold ``for`` so many logged values in a row:"""
 
     def __post_init__(self) -> None:
         _at_least(5, warmup_steps=self.warmup_steps)
         _at_least(32, window_steps=self.window_steps)
+        names = [rule.name for rule in self.rules]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError(f"detect.rules: two rules are called {twice[0]}")
+
+    def check_kinds(self, known: Collection[str]) -> None:
+        """Compare the kinds that are named with those that there are.
+
+        Raises:
+            ConfigError: an override is of an unknown kind, or a rule has the name of a known one.
+        """
+        for kind in self.overrides:
+            if kind not in known:
+                raise ConfigError(f"detect.{kind}: there is no such kind of incident; {suggestion(kind, known)}")
+        for rule in self.rules:
+            if rule.name in known:
+                raise ConfigError(f"detect.rules: {rule.name} is a kind that is detected already; call it otherwise")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, from which `detect_settings` makes the same settings again."""
+        plain: dict[str, Any] = _plain(self)
+        return plain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,9 +280,14 @@ class DaemonSettings:
     """Allow an address other than loopback without keys."""
     republish_seconds: float = 0.5
     """How often an unacknowledged command is published again."""
+    notify: tuple[WebhookUrl, ...] = ()
+    """Webhooks (Slack's or others') that are told of every critical incident when it opens or escalates, and closes."""
 
     def __post_init__(self) -> None:
         _at_least(0.01, 60, republish_seconds=self.republish_seconds)
+        for url in self.notify:
+            if not re.fullmatch(r"https?://[^/?#\s]+[!-~]*", url):
+                raise ConfigError(f"daemon.notify must be http:// or https:// addresses; one is {url!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,9 +344,25 @@ def load_settings(
     return settings
 
 
+def detect_settings(tree: Mapping[str, Any]) -> DetectSettings:
+    """What `DetectSettings.as_dict` gave.
+
+    Raises:
+        ConfigError: it is of another version, or damaged.
+    """
+    settings: DetectSettings = _coerce("detect", tree, DetectSettings)
+    return settings
+
+
 def variables() -> dict[str, str]:
     """Every environment variable and the dotted setting that it names."""
-    return {_variable(name): name for name, _ in _walk(Settings)}
+    return {_variable(name): name for name, hint in _walk(Settings) if not _is_table(hint)}
+
+
+def suggestion(word: str, known: Collection[str]) -> str:
+    """What to try instead of an unknown word: those like it, else all that there are."""
+    near = difflib.get_close_matches(word, known, 3, 0.6)
+    return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
 
 
 def _variable(name: str) -> str:
@@ -259,6 +393,10 @@ def _from_toml(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
             flat.update({f"{key}.{inner}": item for inner, item in value.items()})
         else:
             flat[key] = value
+    kinds = [name for name in flat if name.startswith("detect.") and isinstance(flat[name], dict)]
+    overrides = {name.removeprefix("detect."): flat.pop(name) for name in kinds}
+    if overrides:
+        flat["detect.overrides"] = overrides
     unknown = sorted(set(flat) - set(known))
     if unknown:
         raise ConfigError(f"{path}: unknown setting {', '.join(unknown)}; known are {', '.join(known)}")
@@ -266,7 +404,7 @@ def _from_toml(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_env(env: Mapping[str, str], known: Mapping[str, Any]) -> dict[str, Any]:
-    names = {_variable(name): name for name in known}
+    names = {_variable(name): name for name, hint in known.items() if not _is_table(hint)}
     values: dict[str, Any] = {}
     for variable, text in env.items():
         target = ALIASES.get(variable, variable)
@@ -292,12 +430,25 @@ def _parse(name: str, text: str, hint: Any) -> Any:
         except ValueError:
             raise ConfigError(f"{name} must be a number, not {text!r}") from None
     if get_origin(hint) is tuple:
-        return tuple(item.strip() for item in text.split(",") if item.strip())
+        return _coerce(name, [item.strip() for item in text.split(",") if item.strip()], hint)
     return _coerce(name, text, hint)
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _from_table(name, value, hint)  # type: ignore[arg-type]
+    if get_origin(hint) is Mapping:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name} must hold tables, not {value!r}")
+        section = name.removesuffix(".overrides")  # a table [detect.<kind>] in the file
+        return {key: _coerce(f"{section}.{key}", item, get_args(hint)[1]) for key, item in value.items()}
+    if isinstance(hint, types.UnionType):  # with None, which no file can say
+        return None if value is None else _coerce(name, value, get_args(hint)[0])
+    if hint is WebhookUrl and isinstance(value, str):
+        return WebhookUrl(value)
     if get_origin(hint) is tuple:
+        if get_args(hint)[0] is WebhookUrl and isinstance(value, str):
+            value = [value]
         if isinstance(value, str | bytes) or not isinstance(value, list | tuple):
             raise ConfigError(f"{name} must be a list, not {value!r}")
         return tuple(_coerce(name, item, get_args(hint)[0]) for item in value)
@@ -308,9 +459,49 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
             raise ConfigError(f"{name} must be one of {', '.join(hint)}, not {value!r}") from None
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(hint, types.UnionType) and type(value) is not hint:
+    if type(value) is not hint:
         raise ConfigError(f"{name} must be {hint.__name__}, not {value!r}")
     return value
+
+
+def _from_table(name: str, table: Any, cls: type[Any]) -> Any:
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{name} must be a table, not {table!r}")
+    hints = get_type_hints(cls)
+    keys = {_key(spec): spec for spec in dataclasses.fields(cls)}
+    unknown = sorted(map(str, table.keys() - keys.keys()))
+    if unknown:
+        raise ConfigError(f"{name}: unknown setting {unknown[0]}; {suggestion(unknown[0], keys)}")
+    missing = [
+        key
+        for key, spec in keys.items()
+        if key not in table and spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{name}: {missing[0]} is missing")
+    return cls(**{keys[key].name: _coerce(f"{name}.{key}", item, hints[keys[key].name]) for key, item in table.items()})
+
+
+def _plain(value: Any) -> Any:
+    """Without classes of ours: dicts, lists, strings, numbers. What is None is left out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = {_key(spec): getattr(value, spec.name) for spec in dataclasses.fields(value)}
+        return {key: _plain(item) for key, item in items.items() if item is not None}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, StrEnum) else value
+
+
+def _key(spec: dataclasses.Field[Any]) -> str:
+    """A field's name in files: `for` is no name in Python."""
+    key: str = spec.metadata.get("key", spec.name)
+    return key
+
+
+def _is_table(hint: Any) -> bool:
+    return get_origin(hint) is Mapping or any(dataclasses.is_dataclass(item) for item in get_args(hint))
 
 
 def _build(cls: type[Any], values: Mapping[str, Any], prefix: str) -> Any:

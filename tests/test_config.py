@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,22 @@ from sosa_stream.config import (
     AgentSettings,
     AutoSettings,
     DaemonSettings,
+    DetectorOverride,
     DetectSettings,
     FenceSettings,
+    MetricRule,
     Mode,
+    Sensitivity,
     Settings,
+    SeverityName,
+    detect_settings,
     load_settings,
     variables,
 )
 from sosa_stream.errors import ConfigError
+
+TABLES = {"detect.overrides", "detect.rules"}
+"""Settings that only a file can say."""
 
 
 def toml(folder: Path, text: str) -> Path:
@@ -50,7 +59,7 @@ def test_every_setting_has_a_variable_and_a_docstring() -> None:
             ("daemon.", DaemonSettings),
         )
         for spec in dataclasses.fields(cls)
-        if not dataclasses.is_dataclass(spec.default_factory)
+        if not dataclasses.is_dataclass(spec.default_factory) and f"{section}{spec.name}" not in TABLES
     }
     assert set(variables().values()) == names
     assert all(variable == "SOSA_" + name.replace(".", "_").upper() for variable, name in variables().items())
@@ -65,6 +74,8 @@ def test_every_variable_sets_its_setting(variable: str, name: str) -> None:
         text, expected = ("false", False) if default else ("true", True)
     elif isinstance(default, int | float):
         text, expected = str(default + 1), default + 1
+    elif name == "daemon.notify":
+        text, expected = "http://a/b, https://c", ("http://a/b", "https://c")
     elif isinstance(default, tuple):
         text, expected = "stop, rollback", ("stop", "rollback")
     elif isinstance(default, str) and type(default) is not str:
@@ -141,3 +152,99 @@ def test_a_missing_file_is_a_config_error(tmp_path: Path) -> None:
 
 def test_whole_numbers_do_for_fractions(tmp_path: Path) -> None:
     assert load_settings(path=toml(tmp_path, "[agent]\nflush_seconds = 1\n")).agent.flush_seconds == 1.0
+
+
+DETECT = """
+[detect]
+sensitivity = "low"
+[detect.loss_spike]
+sensitivity = "high"
+severity_cap = "info"
+[detect.loss_plateau]
+enabled = false
+[[detect.rules]]
+name = "reward_collapsed"
+metric = "reward"
+below = 10
+for = 50
+severity = "critical"
+[[detect.rules]]
+name = "stuck"
+metric = "entropy"
+flat = true
+for = 100
+"""
+
+
+def test_sensitivity_overrides_and_rules_are_read(tmp_path: Path) -> None:
+    detect = load_settings(path=toml(tmp_path, DETECT)).detect
+    assert detect.sensitivity is Sensitivity.LOW
+    assert detect.overrides == {
+        "loss_spike": DetectorOverride(sensitivity=Sensitivity.HIGH, severity_cap=SeverityName.INFO),
+        "loss_plateau": DetectorOverride(enabled=False),
+    }
+    assert detect.rules == (
+        MetricRule(name="reward_collapsed", metric="reward", below=10.0, for_points=50, severity=SeverityName.CRITICAL),
+        MetricRule(name="stuck", metric="entropy", flat=True, for_points=100),
+    )
+
+
+def test_detect_settings_come_back_from_their_plain_values(tmp_path: Path) -> None:
+    for settings in (DetectSettings(), load_settings(path=toml(tmp_path, DETECT)).detect):
+        assert detect_settings(json.loads(json.dumps(settings.as_dict()))) == settings
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (
+            '[detect.loss_spike]\nsensitivty = "low"',
+            r"detect\.loss_spike: unknown setting sensitivty; did you mean sens",
+        ),
+        ('[detect.loss_spike]\nsensitivity = "lowest"', r"detect\.loss_spike\.sensitivity must be one of low, normal"),
+        ('[detect.loss_spike]\nseverity_cap = "fatal"', "severity_cap must be one of info, warning, critical"),
+        ("[detect.loss_spike]\nenabled = 0", "enabled must be bool"),
+        ('[detect]\nloss_spike = "low"', r"unknown setting detect\.loss_spike"),
+        ("[detect]\nrules = 3", r"detect\.rules must be a list"),
+        ("[detect]\nrules = [3]", r"detect\.rules must be a table, not 3"),
+        ('[[detect.rules]]\nmetric = "a"\nabove = 1', "name is missing"),
+        ('[[detect.rules]]\nname = "a"\nabove = 1', "metric is missing"),
+        ('[[detect.rules]]\nname = "A b"\nmetric = "a"\nabove = 1', "name must be lower-case"),
+        ('[[detect.rules]]\nname = "a"\nmetric = ""\nabove = 1', "metric is empty"),
+        ('[[detect.rules]]\nname = "a"\nmetric = "a"', "detect.rules a: give one of .*, not none"),
+        ('[[detect.rules]]\nname = "a"\nmetric = "a"\nabove = 1\nflat = true', "not above and flat"),
+        ('[[detect.rules]]\nname = "a"\nmetric = "a"\nabove = nan', "above must be a finite number"),
+        ('[[detect.rules]]\nname = "a"\nmetric = "a"\njump = 0.5', "jump must lie between 1"),
+        ('[[detect.rules]]\nname = "a"\nmetric = "a"\nabove = 1\nfor = 0', "for must lie between 1"),
+        ('[[detect.rules]]\nname = "a"\nmetric = "a"\nflat = true', "for must lie between 2"),
+        ('[[detect.rules]]\nname = "a"\nmetric = "a"\nabove = 1\nunless = 3', "unknown setting unless"),
+        ('[[detect.rules]]\nname = "a"\nmetric = "a"\nabove = 1\n' * 2, "two rules are called a"),
+    ],
+)
+def test_a_table_that_makes_no_sense_is_told_by_name(tmp_path: Path, table: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_settings(path=toml(tmp_path, table))
+
+
+def test_kinds_that_there_are_not_and_rules_that_take_ones_name_are_told(tmp_path: Path) -> None:
+    detect = load_settings(path=toml(tmp_path, DETECT)).detect
+    detect.check_kinds(["loss_spike", "loss_plateau"])
+    with pytest.raises(ConfigError, match=r"detect\.loss_plateau: there is no such kind .* did you mean loss_platoon"):
+        detect.check_kinds(["loss_spike", "loss_platoon"])
+    with pytest.raises(ConfigError, match="stuck is a kind that is detected already"):
+        detect.check_kinds([*detect.overrides, "stuck"])
+
+
+def test_webhooks_are_one_or_several_and_never_shown_in_full(tmp_path: Path) -> None:
+    secret = "https://me:pass@hooks.example/services/T0/B0/secret"
+    for given in (f'"{secret}"', f'["{secret}"]'):
+        settings = load_settings(path=toml(tmp_path, f"[daemon]\nnotify = {given}"))
+        assert settings.daemon.notify == (secret,)
+        assert "hooks.example" in repr(settings)
+        assert "pass" not in repr(settings)
+        assert "secret" not in repr(settings)
+    assert len(load_settings(env={"SOSA_NOTIFY": "http://a, http://b"}).daemon.notify) == 2
+    for wrong in ("ftp://host/secret", "file:///secret", "secret", "https:///secret", "https://host/secret x"):
+        with pytest.raises(ConfigError, match=r"daemon\.notify") as caught:
+            load_settings(env={"SOSA_NOTIFY": wrong})
+        assert "secret" not in str(caught.value)

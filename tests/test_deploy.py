@@ -23,6 +23,23 @@ ROOT = Path(__file__).resolve().parent.parent
 SETTINGS_FILE = ROOT / "deploy" / "sosa.toml"
 DASHBOARDS = sorted((ROOT / "grafana" / "dashboards").glob("*.json"))
 WIDTH = 110
+TABLES = {
+    "overrides": """
+[detect.loss_spike]
+sensitivity = "low"
+enabled = true
+severity_cap = "warning"
+""",
+    "rules": """
+[[detect.rules]]
+name = "reward_collapsed"
+metric = "reward"
+below = 10.0
+for = 50
+severity = "warning"
+""",
+}
+"""What has no default to show: an example of each."""
 
 
 def docstrings(cls: type[Any]) -> dict[str, str]:
@@ -55,6 +72,9 @@ def setting_lines(settings: Any) -> Iterator[str]:
             sections.append((field.name, value))
             continue
         yield from commented(explained[field.name])
+        if field.name in TABLES:
+            yield from (f"# {line}" for line in TABLES[field.name].strip().splitlines())
+            continue
         # JSON's strings, numbers, booleans and lists of them are TOML's, too.
         yield f"{field.name} = {json.dumps(value)}"
     for name, section in sections:
@@ -78,6 +98,18 @@ def test_the_settings_file_is_written_from_the_settings() -> None:
 
 def test_the_settings_file_holds_the_defaults() -> None:
     assert load_settings(path=SETTINGS_FILE) == Settings()
+
+
+def test_the_examples_in_the_settings_file_are_settings(tmp_path: Path) -> None:
+    text = SETTINGS_FILE.read_text(encoding="utf-8")
+    for example in TABLES.values():
+        shown = "".join(f"# {line}\n" for line in example.strip().splitlines())
+        assert shown in text
+        text = text.replace(shown, example)
+    (tmp_path / "sosa.toml").write_text(text, encoding="utf-8")
+    detect = load_settings(path=tmp_path / "sosa.toml").detect
+    assert detect.overrides["loss_spike"].severity_cap == "warning"
+    assert detect.rules[0].for_points == 50
 
 
 def test_every_setting_is_in_the_settings_file() -> None:
