@@ -8,19 +8,17 @@ short for ``SOSA_AGENT_DAEMON``, ``SOSA_NOTIFY`` for ``SOSA_DAEMON_NOTIFY``. Tab
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import math
 import re
 import tomllib
-import types
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from sosa_stream.errors import ConfigError
+from sosa_stream.plain import WebhookUrl, build, coerce, is_table, parse, plain, suggestion, walk
 from sosa_stream.protocol.actions import ACTIONS
 
 ENV_PREFIX = "SOSA_"
@@ -72,16 +70,6 @@ class SeverityName(StrEnum):
     INFO = "info"
     WARNING = "warning"
     CRITICAL = "critical"
-
-
-class WebhookUrl(str):
-    """Where notifications go. Whoever knows it may post there, so it shows itself by its host only."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        scheme, _, rest = self.partition("://")
-        return f"{scheme}://{rest.partition('/')[0].rpartition('@')[2]}/…" if rest else "a text that is no URL"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,8 +250,8 @@ class DetectSettings:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, from which `detect_settings` makes the same settings again."""
-        plain: dict[str, Any] = _plain(self)
-        return plain
+        values: dict[str, Any] = plain(self)
+        return values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -331,7 +319,7 @@ def load_settings(
         ConfigError: the file is missing or no TOML; a key is unknown; a value has the wrong type or is out of bounds.
     """
     values: dict[str, Any] = {}
-    known = dict(_walk(Settings))
+    known = dict(walk(Settings))
     if path is not None:
         values.update(_from_toml(path, known))
     if env is not None:
@@ -339,8 +327,8 @@ def load_settings(
     for name, value in (overrides or {}).items():
         if name not in known:
             raise ConfigError(f"unknown setting {name!r}")
-        values[name] = _coerce(name, value, known[name])
-    settings: Settings = _build(Settings, values, "")
+        values[name] = coerce(name, value, known[name])
+    settings: Settings = build(Settings, values)
     return settings
 
 
@@ -350,33 +338,17 @@ def detect_settings(tree: Mapping[str, Any]) -> DetectSettings:
     Raises:
         ConfigError: it is of another version, or damaged.
     """
-    settings: DetectSettings = _coerce("detect", tree, DetectSettings)
+    settings: DetectSettings = coerce("detect", tree, DetectSettings)
     return settings
 
 
 def variables() -> dict[str, str]:
     """Every environment variable and the dotted setting that it names."""
-    return {_variable(name): name for name, hint in _walk(Settings) if not _is_table(hint)}
-
-
-def suggestion(word: str, known: Collection[str]) -> str:
-    """What to try instead of an unknown word: those like it, else all that there are."""
-    near = difflib.get_close_matches(word, known, 3, 0.6)
-    return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+    return {_variable(name): name for name, hint in walk(Settings) if not is_table(hint)}
 
 
 def _variable(name: str) -> str:
     return ENV_PREFIX + name.replace(".", "_").upper()
-
-
-def _walk(cls: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    hints = get_type_hints(cls)
-    for spec in dataclasses.fields(cls):
-        hint = hints[spec.name]
-        if dataclasses.is_dataclass(hint):
-            yield from _walk(hint, f"{prefix}{spec.name}.")  # type: ignore[arg-type]
-        else:
-            yield prefix + spec.name, hint
 
 
 def _from_toml(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -400,120 +372,20 @@ def _from_toml(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(flat) - set(known))
     if unknown:
         raise ConfigError(f"{path}: unknown setting {', '.join(unknown)}; known are {', '.join(known)}")
-    return {name: _coerce(name, value, known[name]) for name, value in flat.items()}
+    return {name: coerce(name.removesuffix(".overrides"), value, known[name]) for name, value in flat.items()}
 
 
 def _from_env(env: Mapping[str, str], known: Mapping[str, Any]) -> dict[str, Any]:
-    names = {_variable(name): name for name, hint in known.items() if not _is_table(hint)}
+    names = {_variable(name): name for name, hint in known.items() if not is_table(hint)}
     values: dict[str, Any] = {}
     for variable, text in env.items():
         target = ALIASES.get(variable, variable)
         if target in names:
-            values[names[target]] = _parse(variable, text, known[names[target]])
+            values[names[target]] = parse(variable, text, known[names[target]])
         elif variable.startswith(ENV_PREFIX) and variable not in OTHER_VARIABLES:
             everything = [*names, *ALIASES, *OTHER_VARIABLES]
-            near = difflib.get_close_matches(variable, everything, 3, 0.7)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(everything)}"
-            raise ConfigError(f"unknown variable {variable}; {hint}")
+            raise ConfigError(f"unknown variable {variable}; {suggestion(variable, everything)}")
     return values
-
-
-def _parse(name: str, text: str, hint: Any) -> Any:
-    if hint is bool:
-        lowered = text.strip().lower()
-        if lowered not in {"1", "true", "yes", "on", "0", "false", "no", "off", ""}:
-            raise ConfigError(f"{name} must be true or false, not {text!r}")
-        return lowered in {"1", "true", "yes", "on"}
-    if hint is int or hint is float:
-        try:
-            return hint(text)
-        except ValueError:
-            raise ConfigError(f"{name} must be a number, not {text!r}") from None
-    if get_origin(hint) is tuple:
-        return _coerce(name, [item.strip() for item in text.split(",") if item.strip()], hint)
-    return _coerce(name, text, hint)
-
-
-def _coerce(name: str, value: Any, hint: Any) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _from_table(name, value, hint)  # type: ignore[arg-type]
-    if get_origin(hint) is Mapping:
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{name} must hold tables, not {value!r}")
-        section = name.removesuffix(".overrides")  # a table [detect.<kind>] in the file
-        return {key: _coerce(f"{section}.{key}", item, get_args(hint)[1]) for key, item in value.items()}
-    if isinstance(hint, types.UnionType):  # with None, which no file can say
-        return None if value is None else _coerce(name, value, get_args(hint)[0])
-    if hint is WebhookUrl and isinstance(value, str):
-        return WebhookUrl(value)
-    if get_origin(hint) is tuple:
-        if get_args(hint)[0] is WebhookUrl and isinstance(value, str):
-            value = [value]
-        if isinstance(value, str | bytes) or not isinstance(value, list | tuple):
-            raise ConfigError(f"{name} must be a list, not {value!r}")
-        return tuple(_coerce(name, item, get_args(hint)[0]) for item in value)
-    if isinstance(hint, type) and issubclass(hint, StrEnum):
-        try:
-            return hint(value)
-        except ValueError:
-            raise ConfigError(f"{name} must be one of {', '.join(hint)}, not {value!r}") from None
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not hint:
-        raise ConfigError(f"{name} must be {hint.__name__}, not {value!r}")
-    return value
-
-
-def _from_table(name: str, table: Any, cls: type[Any]) -> Any:
-    if not isinstance(table, Mapping):
-        raise ConfigError(f"{name} must be a table, not {table!r}")
-    hints = get_type_hints(cls)
-    keys = {_key(spec): spec for spec in dataclasses.fields(cls)}
-    unknown = sorted(map(str, table.keys() - keys.keys()))
-    if unknown:
-        raise ConfigError(f"{name}: unknown setting {unknown[0]}; {suggestion(unknown[0], keys)}")
-    missing = [
-        key
-        for key, spec in keys.items()
-        if key not in table and spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(f"{name}: {missing[0]} is missing")
-    return cls(**{keys[key].name: _coerce(f"{name}.{key}", item, hints[keys[key].name]) for key, item in table.items()})
-
-
-def _plain(value: Any) -> Any:
-    """Without classes of ours: dicts, lists, strings, numbers. What is None is left out."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = {_key(spec): getattr(value, spec.name) for spec in dataclasses.fields(value)}
-        return {key: _plain(item) for key, item in items.items() if item is not None}
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, StrEnum) else value
-
-
-def _key(spec: dataclasses.Field[Any]) -> str:
-    """A field's name in files: `for` is no name in Python."""
-    key: str = spec.metadata.get("key", spec.name)
-    return key
-
-
-def _is_table(hint: Any) -> bool:
-    return get_origin(hint) is Mapping or any(dataclasses.is_dataclass(item) for item in get_args(hint))
-
-
-def _build(cls: type[Any], values: Mapping[str, Any], prefix: str) -> Any:
-    hints = get_type_hints(cls)
-    arguments: dict[str, Any] = {}
-    for spec in dataclasses.fields(cls):
-        name = prefix + spec.name
-        if dataclasses.is_dataclass(hints[spec.name]):
-            arguments[spec.name] = _build(hints[spec.name], values, f"{name}.")
-        elif name in values:
-            arguments[spec.name] = values[name]
-    return cls(**arguments)
 
 
 def _at_least(low: float, high: float = 1e12, **values: float) -> None:
