@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sosa_stream.config import DetectSettings
 from sosa_stream.decide.commands import CommandRecord
 from sosa_stream.detect.incidents import Incident
 from sosa_stream.protocol.messages import AgentMessage, Command
@@ -22,7 +23,16 @@ class Timer:
     """Time has passed without a message; written to the recording where it may matter."""
 
 
-Event = AgentMessage | Approve | Timer
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reconfigured:
+    """From the next step on it is detected with these settings; before the first such event, with the defaults."""
+
+    settings: DetectSettings
+
+
+ShellEvent = Approve | Timer | Reconfigured
+"""What does not come from an agent."""
+Event = AgentMessage | ShellEvent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

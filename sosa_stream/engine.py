@@ -18,7 +18,7 @@ from sosa_stream.detect.detectors import ALL, DetectorState, On
 from sosa_stream.detect.incidents import Incident
 from sosa_stream.detect.tracker import Tracker
 from sosa_stream.detect.windows import Reports, RunWindows
-from sosa_stream.effects import Approve, CommandChanged, Effect, Event, IncidentChanged, Notice, Timer
+from sosa_stream.effects import Approve, CommandChanged, Effect, Event, IncidentChanged, Notice, Reconfigured, Timer
 from sosa_stream.errors import ConfigError
 from sosa_stream.protocol.messages import Ack, Bye, ExceptionReport, Header, Heartbeat, Hello, MetricFrame, Phase
 
@@ -86,6 +86,8 @@ class Engine:
         self._pass_time(now)
         if isinstance(event, Approve):
             self._repairs.approve(event.command, event.who, self._windows)
+        elif isinstance(event, Reconfigured):
+            self.reconfigure(event.settings)
         elif isinstance(event, ExceptionReport):
             self._note_rank(event.header, now, step=event.step)
             self._report(Reports(exception=event))
@@ -94,6 +96,13 @@ class Engine:
         self._flush()
         effects, self._effects = self._effects, []
         return effects
+
+    def reconfigure(self, settings: DetectSettings) -> None:
+        """Detect with these settings from the next step on; the lengths of windows are those of the run's hello."""
+        if self._greeted:
+            own = self._settings
+            settings = replace(settings, warmup_steps=own.warmup_steps, window_steps=own.window_steps)
+        self._settings = self._windows.settings = settings
 
     def view(self) -> RunView:
         """The run as it now is."""

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from daemon_process import DaemonProcess, RingAgent, frame, wait_until
 
-from sosa_stream.effects import CommandChanged, Event, Publish
+from sosa_stream.config import DetectorOverride, DetectSettings
+from sosa_stream.effects import CommandChanged, Event, Publish, Reconfigured
 from sosa_stream.engine import Engine
 from sosa_stream.errors import ProtocolError
 from sosa_stream.protocol.channels import AgentChannel
@@ -271,6 +272,59 @@ def test_sigterm_and_sigint_end_it_cleanly_with_everything_recorded(tmp_path: Pa
             assert daemon.process.wait(20) == 0
         assert recorded_steps(home) == list(range(50))
         assert "Traceback" not in daemon.log()
+
+
+def reconfigured(home: Path, run: str = "run") -> list[DetectSettings]:
+    """The settings that a run's recording tells of, in its order."""
+    events = [decode_record(payload) for _, payload in read_recording(home / run / "run.sosa")]
+    return [event.settings for event in events if isinstance(event, Reconfigured)]
+
+
+def test_sighup_takes_changed_settings_into_the_recording_of_every_run(tmp_path: Path) -> None:
+    home, config = tmp_path / "home", tmp_path / "sosa.toml"
+    config.write_text('[detect]\nsensitivity = "low"\n')
+    with (
+        DaemonProcess(home, "--config", str(config)) as daemon,
+        RingAgent(daemon.address, "one") as one,
+        RingAgent(daemon.address, "two") as two,
+    ):
+        for agent in (one, two):
+            agent.add_frames(range(3))
+            wait_until(agent.pump, "acknowledgement")
+        assert [settings.sensitivity for settings in reconfigured(home, "one")] == ["low"]
+
+        config.write_text("[detect.loss_spike]\nenabled = false\n")
+        daemon.process.send_signal(signal.SIGHUP)
+        for run in ("one", "two"):
+            wait_until(lambda run=run: len(reconfigured(home, run)) == 2, "the changed settings")
+        assert reconfigured(home, "one")[1] == DetectSettings(overrides={"loss_spike": DetectorOverride(enabled=False)})
+
+        for mistake, told in (
+            ("[detect", "is not TOML"),
+            ("[detect.loss_spikes]\nenabled = false\n", "did you mean loss_spike"),
+        ):
+            config.write_text(mistake)
+            daemon.process.send_signal(signal.SIGHUP)
+            wait_until(lambda told=told: told in daemon.log(), told)
+        assert daemon.log().count("the settings stay as they were") == 2
+        assert len(reconfigured(home, "one")) == 2
+        assert daemon.terminate() == 0
+        assert "Traceback" not in daemon.log()
+
+
+def test_settings_in_force_come_before_the_first_message_and_are_told_again_only_when_they_changed(
+    tmp_path: Path,
+) -> None:
+    home, config = tmp_path / "home", tmp_path / "sosa.toml"
+    for sensitivity, expected in (("high", ["high"]), ("high", ["high"]), ("normal", ["high", "normal"])):
+        config.write_text(f'[detect]\nsensitivity = "{sensitivity}"\n')
+        with DaemonProcess(home, "--config", str(config)) as daemon, RingAgent(daemon.address) as agent:
+            agent.add_frames(range(3))
+            wait_until(agent.pump, "acknowledgement")
+            daemon.terminate()
+        assert [settings.sensitivity for settings in reconfigured(home)] == expected
+    first = next(decode_record(payload) for _, payload in read_recording(home / "run" / "run.sosa"))
+    assert isinstance(first, Reconfigured)
 
 
 def test_an_embedded_daemon_ends_when_its_parent_is_gone_and_all_have_said_bye(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sosa_stream.effects import Approve, Timer
+from sosa_stream.config import DetectorOverride, DetectSettings, MetricRule, Sensitivity, SeverityName
+from sosa_stream.effects import Approve, Reconfigured, ShellEvent, Timer
 from sosa_stream.errors import ProtocolError, SosaError, UsageError
 from sosa_stream.protocol.codec import encode
 from sosa_stream.protocol.messages import Received
@@ -110,8 +112,17 @@ def test_a_full_disk_is_an_error_and_not_silence(tmp_path: Path, monkeypatch: py
     recorder.close()
 
 
-@pytest.mark.parametrize("event", [Timer(), Approve(command="c", who="ann")])
-def test_shell_records_come_back(event: Approve | Timer) -> None:
+RECONFIGURED = Reconfigured(
+    settings=DetectSettings(
+        sensitivity=Sensitivity.LOW,
+        overrides={"loss_spike": DetectorOverride(severity_cap=SeverityName.WARNING)},
+        rules=(MetricRule(name="stuck", metric="entropy", flat=True, for_points=9),),
+    )
+)
+
+
+@pytest.mark.parametrize("event", [Timer(), Approve(command="c", who="ann"), RECONFIGURED])
+def test_shell_records_come_back(event: ShellEvent) -> None:
     assert decode_record(encode_shell_record(event)) == event
 
 
@@ -120,6 +131,19 @@ def test_shell_records_are_frozen() -> None:
     assert encode_shell_record(Approve(command="c", who="w")) == (
         b"\x84\xa1v\x01\xa4kind\xa7approve\xa7command\xa1c\xa3who\xa1w"
     )
+    assert msgpack.unpackb(encode_shell_record(RECONFIGURED)) == {
+        "v": 1,
+        "kind": "reconfigured",
+        "detect": {
+            "warmup_steps": 20,
+            "window_steps": 256,
+            "sensitivity": "low",
+            "overrides": {"loss_spike": {"enabled": True, "severity_cap": "warning"}},
+            "rules": [
+                {"name": "stuck", "metric": "entropy", "flat": True, "for": 9, "severity": "warning"},
+            ],
+        },
+    }
 
 
 def test_an_agents_message_is_recorded_as_it_came() -> None:
@@ -133,6 +157,9 @@ def test_an_agents_message_is_recorded_as_it_came() -> None:
         b"\xc1",
         b"\x82\xa1v\x01\xa4kind\xa5other",
         b"\x82\xa1v\x01\xa4kind\xa7approve",
+        b"\x82\xa1v\x01\xa4kind\xacreconfigured",
+        msgpack.packb({"v": 1, "kind": "reconfigured", "detect": {"sensitivity": "lowest"}}),
+        msgpack.packb({"v": 1, "kind": "reconfigured", "detect": {"warmup_steps": 0}}),
         b"\x81\xa1v\x01",
         encode(Received(run="r", sources={})),
     ],

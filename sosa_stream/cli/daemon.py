@@ -21,7 +21,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "daemon",
         help="take in metrics, detect, decide, serve /metrics",
-        description="The detector daemon, in the foreground. SIGTERM and SIGINT end it cleanly.",
+        description="The detector daemon, in the foreground. SIGTERM and SIGINT end it cleanly; SIGHUP reads "
+        "[detect] of the settings again.",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings, a sosa.toml (default: $SOSA_CONFIG)")
     parser.add_argument("--home", metavar="DIR", help="folder for the store and the recordings (default: sosa-runs)")
@@ -59,7 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     async def serve() -> None:
         await Daemon(
             settings,
-            engine_factory=lambda name: Engine(name, settings.detect),
+            engine_factory=Engine,
+            reload=lambda: _settings(arguments),
             keys=keys,
             on_ready=announce,
             parent=sys.stdin.fileno() if arguments.embedded else None,
@@ -70,6 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
+    from sosa_stream.detect.detectors import GROUP_OF
+
     path = arguments.config
     if path is None and os.environ.get(CONFIG_VARIABLE):
         path = Path(os.environ[CONFIG_VARIABLE])
@@ -81,7 +85,9 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         "daemon.insecure": arguments.insecure,
     }
     given = {name: value for name, value in flags.items() if value is not None}
-    return load_settings(path=path, env=os.environ, overrides=given)
+    settings = load_settings(path=path, env=os.environ, overrides=given)
+    settings.detect.check_kinds(GROUP_OF)
+    return settings
 
 
 def _check_writable(fd: int) -> None:

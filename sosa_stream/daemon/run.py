@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from sosa_stream.config import DetectSettings
 from sosa_stream.daemon.announce import Announcer
 from sosa_stream.daemon.ingest import Intake, Ledger
 from sosa_stream.daemon.schema import APPROVED, RECORDING_NAME, STORE_NAME
@@ -22,7 +23,8 @@ from sosa_stream.effects import (
     IncidentChanged,
     Notice,
     Publish,
-    Timer,
+    Reconfigured,
+    ShellEvent,
     Withdraw,
 )
 from sosa_stream.engine import RunView
@@ -101,6 +103,7 @@ class Run:
         self.in_flight: dict[str, Command] = {}
         self.changes = Changes()
         self._engine = engine
+        self._settings = DetectSettings()
         self._ledger = Ledger()
         self._pending: list[tuple[float, Event]] = []
         self._now = 0.0
@@ -129,7 +132,9 @@ class Run:
                 continue
             num_records += 1
             self._now = received_at
-            if not isinstance(event, Approve | Timer):
+            if isinstance(event, Reconfigured):
+                self._settings = event.settings
+            elif not isinstance(event, ShellEvent):
                 self._ledger.take(event, received_at)
             for effect in self._handle(event, received_at):
                 self._perform(effect)
@@ -153,7 +158,7 @@ class Run:
             self._pending.append((self._now, message))
         return intake
 
-    def tell(self, event: Approve | Timer, now: float) -> None:
+    def tell(self, event: ShellEvent, now: float) -> None:
         """Take what did not come from an agent into the batch."""
         self._recorder.append(self._clock(now), encode_shell_record(event))
         self._pending.append((self._now, event))
@@ -221,6 +226,12 @@ class Run:
             return f"command {command} is {record.state}; only a proposed command can be approved"
         self.tell(Approve(command=command, who=who), now)
         return APPROVED
+
+    def reconfigure(self, settings: DetectSettings, now: float) -> None:
+        """Detect with these settings from now on, unless it is done already; `commit` afterwards."""
+        if settings != self._settings:
+            self._settings = settings
+            self.tell(Reconfigured(settings=settings), now)
 
     @property
     def wants_timer(self) -> bool:

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sosa_stream.config import Settings
@@ -23,7 +23,7 @@ from sosa_stream.daemon.http import HttpServer
 from sosa_stream.daemon.run import TOO_MANY, UNRECORDABLE, EngineFactory, Run, recording_path
 from sosa_stream.daemon.store import Changes, Store
 from sosa_stream.effects import Timer
-from sosa_stream.errors import ProtocolError, SosaError, UsageError
+from sosa_stream.errors import ConfigError, ProtocolError, SosaError, UsageError
 from sosa_stream.protocol.channels import DaemonChannel
 from sosa_stream.protocol.codec import Reject, decode, encode
 from sosa_stream.protocol.keys import DaemonKeys
@@ -60,6 +60,8 @@ class Daemon:
 
     ``parent`` is a file descriptor whose end of file means that the process which started this daemon is gone: it then
     takes in what is still under way and ends. Such a daemon ignores SIGINT, which is meant for the training.
+
+    ``reload`` reads the settings again on SIGHUP; of them, those of detection take effect. It may raise ConfigError.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Daemon:
         settings: Settings,
         *,
         engine_factory: EngineFactory,
+        reload: Callable[[], Settings] | None = None,
         keys: DaemonKeys | None = None,
         on_ready: Callable[[Ready], None] = lambda ready: None,
         parent: int | None = None,
@@ -74,7 +77,10 @@ class Daemon:
     ) -> None:
         self._settings = settings
         self._home = Path(settings.home)
+        self._detect = settings.detect
         self._engine_factory = engine_factory
+        self._reload = reload
+        self._reload_wanted = False
         self._keys = keys
         self._on_ready = on_ready
         self._parent = parent
@@ -113,10 +119,14 @@ class Daemon:
     def _watch_signals(self) -> None:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self._want_reload)
         if self._parent is None:
             loop.add_signal_handler(signal.SIGINT, self._stop.set)
         else:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def _want_reload(self) -> None:
+        self._reload_wanted = True
 
     async def _run_loops(self) -> None:
         # Each loop ends by itself within moments of `_stop`: nothing is cancelled in mid-batch.
@@ -127,6 +137,7 @@ class Daemon:
                 tasks.create_task(self._every(TIMER_SECONDS, self._tick))
                 tasks.create_task(self._every(TIMER_SECONDS, self._forget))
                 tasks.create_task(self._every(REQUEST_POLL_SECONDS, self._serve_requests))
+                tasks.create_task(self._every(REQUEST_POLL_SECONDS, self._reload_if_wanted))
                 tasks.create_task(self._every(SNAPSHOT_SECONDS, self._refresh))
                 if self._parent is not None:
                     tasks.create_task(self._outlive_parent(self._parent))
@@ -205,6 +216,7 @@ class Daemon:
                 run = await asyncio.to_thread(Run, name, recording, self._engine_factory(name))
             except (UsageError, OSError) as error:
                 raise ProtocolError(UNRECORDABLE, str(error)) from None
+            run.reconfigure(self._detect, time.time())
             self._runs[name] = run
             log.info("run %s: recorded in %s", name, recording)
         return run
@@ -277,6 +289,22 @@ class Daemon:
                     log.info("%s asked to approve command %s: %s", request.who, request.command, answer)
         except sqlite3.Error as error:
             log.warning("requests cannot be read, for now: %s", error)
+
+    async def _reload_if_wanted(self) -> None:
+        if not self._reload_wanted or self._reload is None:
+            return
+        self._reload_wanted = False
+        try:
+            settings = self._reload()
+        except ConfigError as error:
+            log.error("the settings stay as they were: %s", error)
+            return
+        self._detect = settings.detect
+        for run in self._runs.values():
+            run.reconfigure(settings.detect, time.time())
+        await self._commit(self._runs.values())
+        later = replace(settings, detect=self._settings.detect) != self._settings
+        log.info("[detect] is read again%s", "; other settings changed, too, and want a restart" if later else "")
 
     def _refresh(self) -> None:
         for reason, number in self._channel.take_failed_handshakes().items():

@@ -1,8 +1,9 @@
 """The ``.sosa`` recording: the wire itself, length-prefixed, with the time at which each message came in.
 
 A file is 8 bytes of magic, then records of ``uint32 length | float64 received_at | payload``, little endian. A payload
-is an agent's message as it came, or a *shell record*: what a person or the clock told the engine. Feeding the records
-to a fresh Engine gives its state again, which is how a restarted daemon resumes and how ``sosa replay`` works.
+is an agent's message as it came, or a *shell record*: what a person, the clock or the settings told the engine.
+Feeding the records to a fresh Engine gives its state again, which is how a restarted daemon resumes and how
+``sosa replay`` works.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Any, BinaryIO
 
 import msgpack
 
-from sosa_stream.effects import Approve, Event, Timer
-from sosa_stream.errors import ProtocolError, SosaError, UsageError
+from sosa_stream.config import detect_settings
+from sosa_stream.effects import Approve, Event, Reconfigured, ShellEvent, Timer
+from sosa_stream.errors import ConfigError, ProtocolError, SosaError, UsageError
 from sosa_stream.protocol.codec import DEFAULT_LIMITS, Reject, decode
 from sosa_stream.protocol.messages import PROTOCOL_VERSION, ControlMessage
 
@@ -127,7 +129,7 @@ def _records(file: BinaryIO, path: Path) -> Iterator[tuple[float, bytes]]:
         yield received_at, payload
 
 
-def encode_shell_record(event: Approve | Timer) -> bytes:
+def encode_shell_record(event: ShellEvent) -> bytes:
     """The payload of what did not come from an agent."""
     body: dict[str, Any] = {"v": PROTOCOL_VERSION}
     match event:
@@ -135,6 +137,8 @@ def encode_shell_record(event: Approve | Timer) -> bytes:
             body |= {"kind": "approve", "command": event.command, "who": event.who}
         case Timer():
             body |= {"kind": "timer"}
+        case Reconfigured():
+            body |= {"kind": "reconfigured", "detect": event.settings.as_dict()}
     packed: bytes = msgpack.packb(body, use_bin_type=True)
     return packed
 
@@ -166,4 +170,9 @@ def _decode_shell_record(payload: bytes) -> Event:
         if not isinstance(command, str) or not isinstance(who, str):
             raise ProtocolError(Reject.BAD_FIELD, "approve: command and who must be strings")
         return Approve(command=command, who=who)
+    if kind == "reconfigured":
+        try:
+            return Reconfigured(settings=detect_settings(body.get("detect")))
+        except ConfigError as error:
+            raise ProtocolError(Reject.BAD_FIELD, f"reconfigured: {error}") from None
     raise ProtocolError(Reject.UNKNOWN_KIND, f"kind {str(kind)[:40]!r}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sosa_stream.decide.commands import CommandRecord
 from sosa_stream.detect.incidents import Incident
-from sosa_stream.effects import Approve, Timer
+from sosa_stream.effects import Event, ShellEvent
 from sosa_stream.engine import Engine, RunView
 from sosa_stream.errors import UsageError
 from sosa_stream.protocol.recording import decode_record, read_recording
@@ -30,13 +30,17 @@ def replay_recording(path: Path) -> Replay:
         UsageError: the file is missing, is no recording, or holds no message of an agent.
     """
     engine: Engine | None = None
+    early: list[tuple[float, Event]] = []  # the settings come before the first message, which tells the run's name
     for received_at, payload in read_recording(path):
         event = decode_record(payload)
-        if engine is None:
-            if isinstance(event, Approve | Timer):
-                continue
+        if engine is not None:
+            engine.handle(event, received_at)
+            continue
+        early.append((received_at, event))
+        if not isinstance(event, ShellEvent):
             engine = Engine(event.header.run)
-        engine.handle(event, received_at)
+            for at, earlier in early:
+                engine.handle(earlier, at)
     if engine is None:
         raise UsageError(f"{path} holds no message of a training process")
     view = engine.view()
