@@ -17,28 +17,31 @@ STEP_COLUMNS = (
     "step_seconds",  # wall time since the previous step
     "skipped",  # 1 where the in-process guard or a fix kept this update from the weights
     "model",  # times that another optimizer became the primary one: a new model, not comparable with the last
-    "loss_scale",  # the AMP scale in force
-    "input_mean",  # mean over all elements of the batch's largest floating-point input
-    "input_std",  # their standard deviation
+    "input_mean",  # mean of the batch's largest floating-point input (of as much of it as is looked at)
+    "input_std",  # its standard deviation
     "input_min",
     "input_max",
-    "input_nonfinite",  # how many of them are NaN or infinite
-    "input_score",  # largest robust z over the input's features, against this rank's own recent batches
-    "input_feature",  # index of that feature
+    "input_nonfinite",  # how many of its elements are NaN or infinite
+    "input_score",  # largest robust z over the input's features, against this rank's own recent batches; inf where
+    # they were all finite and this one is not, NaN while there are too few of them
+    "input_change",  # how far that feature moved: mean, in standard deviations; or standard deviation, |log ratio|
+    "input_feature",  # index of that feature; 0 where the input is looked at as a whole
     "fingerprint",  # 53-bit hash of the batch's inputs: equal on two ranks, equal batches
 )
 SAMPLED_COLUMNS = (
     "layer_ratio",  # gradient norm of the first weight matrix over the last one's
     "first_norm",  # gradient norm of the first weight matrix, unscaled
+    "loss_scale",  # the AMP scale in force; at every step that has one
     "update_ratio",  # norm of the update over norm of the weights, median over the sampled parameters
-    "changed_share",  # share of the sampled parameters with a gradient that the update changed
-    "zero_grad_share",  # share of exactly-zero elements in all gradients
-    "dead_share",  # share of units that were zero for the whole batch, worst of the sampled activations
-    "saturated_share",  # share of values at the flat ends of tanh and sigmoid, worst of the sampled activations
+    "changed_share",  # share of the sampled parameters that the update changed; those that once had a gradient
+    "zero_grad_share",  # share of exactly-zero elements in the sampled gradients, embeddings left out
+    "dead_share",  # share of ReLU units that were zero for the whole batch, worst layer
+    "saturated_share",  # share of values at the flat ends of tanh and sigmoid, worst hidden layer
     "active_units",  # latent dimensions with Var_x(E[z|x]) > 0.01
     "latent_dims",  # latent dimensions in all
     "kl_per_dim",  # mean KL divergence to the prior per latent dimension, nats
     "orphan_parameters",  # trainable parameters that got a gradient and belong to no optimizer
+    "stale_parameters",  # parameters of the optimizer that got no gradient
 )
 COLUMNS = STEP_COLUMNS + SAMPLED_COLUMNS
 EVAL_LOSS = "eval_loss"
