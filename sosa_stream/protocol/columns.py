@@ -50,10 +50,21 @@ LOG_PREFIX = "log/"
 
 # Lower case, with "/", "-", "." and spaces as "_". In order of preference where a log has several.
 ALIASES: dict[str, tuple[str, ...]] = {
-    "loss": ("loss", "train_loss", "training_loss", "loss_train", "train_loss_step", "loss_step", "total_loss"),
-    EVAL_LOSS: ("eval_loss", "val_loss", "valid_loss", "validation_loss", "loss_val", "dev_loss", "test_loss"),
-    "lr": ("lr", "learning_rate", "train_lr", "train_learning_rate"),
-    "grad_norm": ("grad_norm", "gradient_norm", "gnorm", "train_grad_norm", "grad_norm_total"),
+    "loss": (
+        *("loss", "train_loss", "training_loss", "loss_train", "train_loss_step", "loss_step", "total_loss"),
+        *("train_total_loss", "train_loss_epoch", "loss_epoch", "lm_loss", "actor_pg_loss", "avg_loss", "mean_loss"),
+        *("train_avg_loss", "avg_train_loss", "running_loss", "epoch_loss", "cost", "training_cost"),
+    ),
+    EVAL_LOSS: (
+        *("eval_loss", "val_loss", "valid_loss", "validation_loss", "loss_val", "dev_loss", "val_loss_epoch"),
+        *("val_total_loss", "avg_val_loss", "val_avg_loss", "loss_valid", "loss_eval", "test_loss", "loss_test"),
+    ),
+    "lr": ("lr", "learning_rate", "train_lr", "train_learning_rate", "base_lr", "actor_lr"),
+    "grad_norm": (
+        *("grad_norm", "gradient_norm", "gnorm", "train_grad_norm", "grad_norm_total", "grad_2_0_norm_total"),
+        *("total_grad_norm", "actor_grad_norm", "norm"),
+    ),
+    "loss_scale": ("loss_scale", "grad_scale", "amp_scale"),
 }
 
 
