@@ -20,6 +20,7 @@ from sosa_stream.protocol.codec import encode
 from sosa_stream.protocol.keys import AgentKeys
 from sosa_stream.protocol.messages import (
     AgentMessage,
+    Announcement,
     Bye,
     Command,
     Header,
@@ -119,6 +120,7 @@ class RingAgent:
         self.ring: list[bytes] = []
         self.acknowledged = 0
         self.commands: list[Command] = []
+        self.announcements: list[Announcement] = []
         self.num_received = 0
         self._sent = 0
         self._reconnects = 0
@@ -160,6 +162,8 @@ class RingAgent:
         for message in self.channel.receive():
             if isinstance(message, Command):
                 self.commands.append(message)
+            if isinstance(message, Announcement):
+                self.announcements.append(message)
             if not isinstance(message, Received):
                 continue
             self.num_received += 1

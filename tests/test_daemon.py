@@ -5,16 +5,19 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from daemon_process import DaemonProcess, RingAgent, frame, wait_until
+from webhook_server import WebhookServer
 
 from sosa_stream.config import DetectorOverride, DetectSettings
-from sosa_stream.effects import CommandChanged, Event, Publish, Reconfigured
+from sosa_stream.detect.incidents import Severity
+from sosa_stream.effects import CommandChanged, Event, IncidentChanged, Publish, Reconfigured
 from sosa_stream.engine import Engine
 from sosa_stream.errors import ProtocolError
 from sosa_stream.protocol.channels import AgentChannel
@@ -325,6 +328,92 @@ def test_settings_in_force_come_before_the_first_message_and_are_told_again_only
         assert [settings.sensitivity for settings in reconfigured(home)] == expected
     first = next(decode_record(payload) for _, payload in read_recording(home / "run" / "run.sosa"))
     assert isinstance(first, Reconfigured)
+
+
+@pytest.fixture
+def hook(monkeypatch: pytest.MonkeyPatch) -> Iterator[WebhookServer]:
+    """A webhook that every daemon started here posts to."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with WebhookServer() as server:
+        monkeypatch.setenv("SOSA_NOTIFY", server.url)
+        yield server
+
+
+def nan_and_recovery() -> tuple[list[Event], list[Event]]:
+    """The messages of a run up to a critical incident, and those from there on to its end and the run's."""
+    nan_at = dict.fromkeys(range(100, 108), 1)
+    events = SimulatedJob(seed=0, policy={"mode": "observe"}, nan_at=nan_at, num_steps=160, batch=4).run().events
+    engine = Engine("run")
+    for index, event in enumerate(events):
+        for effect in engine.handle(event, NOW + 0.01 * index):
+            if isinstance(effect, IncidentChanged) and effect.incident.severity is Severity.CRITICAL:
+                return events[: index + 1], events[index + 1 :]
+    raise AssertionError("no critical incident")
+
+
+def test_a_critical_incident_is_posted_once_also_over_a_restart(
+    tmp_path: Path, hook: WebhookServer, agent_of: Callable[..., RingAgent]
+) -> None:
+    home = tmp_path / "home"
+    sick, rest = nan_and_recovery()
+    daemon = DaemonProcess(home)
+    agents = [agent_of(daemon.address, source=f"s{rank}", rank=rank) for rank in range(2)]
+    feed(agents, sick)
+    wait_until(lambda: hook.accepted, "the notification")
+    assert hook.accepted[0]["text"].startswith("run: nan_loss of step 100 is now critical: ")
+    wait_until(lambda: daemon.metric("sosa_notifications_total", outcome="sent") == 1, "the counter")
+    daemon.kill()
+    with DaemonProcess(home, bind=daemon.address) as daemon:
+        feed(agents, rest)
+        wait_until(lambda: len(hook.accepted) >= 2, "the end of the incident")
+        assert daemon.terminate() == 0
+    assert hook.events() == ["escalated:nan_loss", "closed:nan_loss"]
+    assert "secret" not in daemon.log()
+
+
+def test_a_muted_kind_is_stored_and_told_to_nobody_until_the_mute_is_over(
+    tmp_path: Path, hook: WebhookServer, agent_of: Callable[..., RingAgent]
+) -> None:
+    home = tmp_path / "home"
+    sick, _ = nan_and_recovery()
+
+    def sosa(*arguments: str) -> str:
+        command = [sys.executable, "-m", "sosa_stream.cli", *arguments, "--home", str(home)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+
+    with DaemonProcess(home) as daemon:
+        agents = [agent_of(daemon.address, source=f"s{rank}", rank=rank) for rank in range(2)]
+        feed(agents, sick[:20])
+        wait_until(lambda: "run" in sosa("incidents", "--run", "run"), "the run in the store")
+        sosa("mute", "run", "nan_loss", "--for", "1h")
+        wait_until(lambda: "nan_loss is muted" in daemon.log(), "the mute")
+        feed(agents, sick[20:])
+        wait_until(lambda: "muted" in sosa("incidents"), "the incident")
+        labels = {"run": "run", "kind": "nan_loss", "severity": "critical"}
+        wait_until(lambda: daemon.metric("sosa_incident_open", **labels) == 1, "the metric")
+        time.sleep(0.5)
+        assert hook.posted == []
+        assert [agent.announcements for agent in agents] == [[], []]
+        sosa("unmute", "run", "nan_loss")
+        wait_until(lambda: hook.accepted, "what the mute had kept back")
+        wait_until(lambda: agents[0].pump() and agents[0].announcements, "the announcement")
+        assert hook.events() == ["opened:nan_loss"], "nobody knows of it yet"
+
+
+def test_an_embedded_daemon_posts_what_is_left_before_it_ends(
+    tmp_path: Path, hook: WebhookServer, agent_of: Callable[..., RingAgent]
+) -> None:
+    sick, rest = nan_and_recovery()
+    hook.hold.clear()
+    with DaemonProcess(tmp_path / "home", "--embedded", stdin=subprocess.PIPE) as daemon:
+        agents = [agent_of(daemon.address, source=f"s{rank}", rank=rank) for rank in range(2)]
+        feed(agents, [*sick, *rest])
+        assert daemon.process.stdin is not None
+        daemon.process.stdin.close()
+        wait_until(lambda: "everything recorded" in daemon.log(), "the end of the records")
+        hook.hold.set()
+        assert daemon.process.wait(20) == 0
+    assert hook.events() == ["escalated:nan_loss", "closed:nan_loss"]
 
 
 def test_an_embedded_daemon_ends_when_its_parent_is_gone_and_all_have_said_bye(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ SURFACE = {
     "sosa_frames_rejected_total": {"reason"},
     "sosa_incident_open": {"run", "kind", "severity"},
     "sosa_incidents_total": {"run", "kind", "severity"},
+    "sosa_notifications_total": {"outcome"},
     "sosa_run_gradient_norm": {"run"},
     "sosa_run_learning_rate": {"run"},
     "sosa_run_loss": {"run"},

@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from sosa_stream import __version__
 from sosa_stream.daemon.run import TOO_MANY, UNRECORDABLE, RunSnapshot
+from sosa_stream.daemon.webhook import Outcome
 from sosa_stream.detect.incidents import IncidentState
 from sosa_stream.protocol.channels import BAD_HANDSHAKE, WRONG_KEY
 from sosa_stream.protocol.codec import Reject
@@ -30,6 +31,7 @@ class Snapshot:
 
     runs: tuple[RunSnapshot, ...] = ()
     rejected: Mapping[str, int] = field(default_factory=dict)
+    notifications: Mapping[str, int] = field(default_factory=dict)
     beat_at: float = -math.inf
 
 
@@ -47,6 +49,12 @@ class DaemonCollector(Collector):
             "Messages and handshakes refused, by reason.",
             ("reason",),
             {(reason,): snapshot.rejected.get(reason, 0) for reason in REJECT_REASONS},
+        )
+        yield _counter(
+            "sosa_notifications",
+            "Notifications of critical incidents to webhooks, by what became of them.",
+            ("outcome",),
+            {(outcome,): snapshot.notifications.get(outcome, 0) for outcome in Outcome},
         )
         yield from _run_gauges(snapshot.runs)
         yield from _run_counters(snapshot.runs)

@@ -7,14 +7,18 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 from sosa_stream.config import DetectSettings
 from sosa_stream.daemon.announce import Announcer
 from sosa_stream.daemon.ingest import Intake, Ledger
+from sosa_stream.daemon.mutes import Mute
+from sosa_stream.daemon.notify import Criticals, Notification
 from sosa_stream.daemon.schema import APPROVED, RECORDING_NAME, STORE_NAME
 from sosa_stream.daemon.store import Changes, RunRow
 from sosa_stream.decide.commands import CommandState
+from sosa_stream.detect.incidents import IncidentState
 from sosa_stream.effects import (
     Approve,
     CommandChanged,
@@ -93,13 +97,19 @@ class Run:
     Attributes:
         in_flight: commands to be published again and again, by id.
         changes: rows that the store does not have yet; whoever writes them takes them out.
+        notifications: what to tell at once to those who look at nothing; whoever posts them takes them out.
+        mutes: by kind of incident; a muted one is kept from `commit`'s announcements and from ``notifications``.
 
     Raises:
         UsageError: the recording cannot be written to, or is none.
     """
 
-    def __init__(self, name: str, recording: Path, engine: EngineLike) -> None:
+    def __init__(
+        self, name: str, recording: Path, engine: EngineLike, mutes: Mapping[str, Mute] = MappingProxyType({})
+    ) -> None:
         self.name = name
+        self.notifications: list[Notification] = []
+        self.mutes = mutes
         self.in_flight: dict[str, Command] = {}
         self.changes = Changes()
         self._engine = engine
@@ -109,7 +119,9 @@ class Run:
         self._now = 0.0
         self._num_engine_errors = 0
         self._opened: dict[str, tuple[str, str]] = {}
+        self._kinds: dict[str, str] = {}
         self._announcer = Announcer()
+        self._criticals = Criticals()
         self._reached: set[tuple[str, str, str]] = set()
         self._touched: set[str] = set()
         self._snapshot: RunSnapshot | None = None
@@ -186,7 +198,7 @@ class Run:
         if self.changes:
             self.snapshot()  # a run is in the store no later than its first incident
         commands = [effect.command for effect in effects if isinstance(effect, Publish)]
-        return [*commands, *self._announcer.tell(effects)]
+        return [*commands, *self._announcer.tell(effect for effect in effects if not self._is_muted(effect))]
 
     def _handle(self, event: Event, now: float) -> list[Effect]:
         try:
@@ -203,6 +215,9 @@ class Run:
             case IncidentChanged(incident=incident):
                 self.changes.incidents[incident.id] = incident
                 self._opened.setdefault(incident.id, (incident.kind, str(incident.severity)))
+                self._kinds[incident.id] = incident.kind
+                if not self._is_muted(effect):
+                    self.notifications += self._criticals.take(incident, self._now)
             case CommandChanged(record=record):
                 self.changes.commands[record.id] = record
                 self._reached.add((record.id, str(record.state), str(record.verdict or "none")))
@@ -212,6 +227,28 @@ class Run:
                 self.in_flight.pop(command_id, None)
             case Notice():
                 pass
+
+    def _is_muted(self, effect: Effect) -> bool:
+        match effect:
+            case IncidentChanged(incident=incident):
+                kind = incident.kind
+            case CommandChanged(record=record):
+                kind = self._kinds.get(record.incident, "")
+            case _:
+                return False
+        mute = self.mutes.get(kind)
+        return mute is not None and mute.covers(self._now)
+
+    def unmuted(self, kind: str, now: float) -> list[ControlMessage]:
+        """Tell what a mute that is over has kept back and still matters: what is open, and how it went on."""
+        changed = [
+            IncidentChanged(incident=incident)
+            for incident in self._engine.view().incidents
+            if incident.kind == kind and (incident.state is IncidentState.OPEN or incident.id in self._criticals)
+        ]
+        for change in changed:
+            self.notifications += self._criticals.take(change.incident, now)
+        return [*self._announcer.tell(changed)]
 
     def approve(self, command: str, who: str, now: float) -> str | None:
         """Let a proposed command go ahead; `commit` afterwards.

@@ -1,7 +1,7 @@
 """What lies in the daemon's home, for its writer and its readers. Standard library only.
 
-<home>/sosa.db            SQLite: runs, incidents, commands, and requests of people
-<home>/<run>/run.sosa     the recording, from which all of the above can be had again
+<home>/sosa.db            SQLite: runs, incidents, commands; requests, acks, mutes and feedback of people; notifications
+<home>/<run>/run.sosa     the recording, from which runs, incidents and commands can be had again
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import math
 import sqlite3
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from sosa_stream.errors import UsageError
 
 STORE_NAME = "sosa.db"
 RECORDING_NAME = "run.sosa"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+OLDER_VERSIONS = frozenset({1})
+"""Versions whose tables are a part of today's: `SCHEMA` makes them whole."""
 BUSY_TIMEOUT_MS = 5000
 
 APPROVED = "approved"
@@ -37,6 +40,20 @@ CREATE TABLE IF NOT EXISTS commands (
 CREATE TABLE IF NOT EXISTS requests (
     id INTEGER PRIMARY KEY AUTOINCREMENT, command TEXT NOT NULL, action TEXT NOT NULL, who TEXT NOT NULL,
     at REAL NOT NULL, handled_at REAL, answer TEXT
+);
+CREATE TABLE IF NOT EXISTS acks (
+    incident TEXT PRIMARY KEY, who TEXT NOT NULL, at REAL NOT NULL, note TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS mutes (
+    run TEXT NOT NULL, kind TEXT NOT NULL, who TEXT NOT NULL, at REAL NOT NULL, until REAL NOT NULL,
+    reason TEXT NOT NULL, PRIMARY KEY (run, kind)
+);
+CREATE TABLE IF NOT EXISTS feedback (
+    incident TEXT PRIMARY KEY, is_true INTEGER NOT NULL, who TEXT NOT NULL, at REAL NOT NULL, note TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS notifications (
+    incident TEXT NOT NULL, event TEXT NOT NULL, target TEXT NOT NULL, at REAL NOT NULL, outcome TEXT NOT NULL,
+    PRIMARY KEY (incident, event, target)
 );
 CREATE INDEX IF NOT EXISTS requests_open ON requests (id) WHERE handled_at IS NULL;
 PRAGMA user_version = {SCHEMA_VERSION};
@@ -58,6 +75,10 @@ def open_store(home: Path, *, read_only: bool = True) -> sqlite3.Connection:
             f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT_MS / 1000, isolation_level=None
         )
         (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version in OLDER_VERSIONS:
+            with closing(sqlite3.connect(path, timeout=BUSY_TIMEOUT_MS / 1000)) as writer:
+                writer.executescript(SCHEMA)
+            version = SCHEMA_VERSION
     except sqlite3.Error as error:
         raise UsageError(f"cannot read {path}: {error}") from None
     if version != SCHEMA_VERSION:

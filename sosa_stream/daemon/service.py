@@ -20,8 +20,10 @@ from pathlib import Path
 from sosa_stream.config import Settings
 from sosa_stream.daemon.exporter import Snapshot
 from sosa_stream.daemon.http import HttpServer
+from sosa_stream.daemon.mutes import Mutes
 from sosa_stream.daemon.run import TOO_MANY, UNRECORDABLE, EngineFactory, Run, recording_path
 from sosa_stream.daemon.store import Changes, Store
+from sosa_stream.daemon.webhook import DEADLINE_SECONDS, Outcome, Webhook
 from sosa_stream.effects import Timer
 from sosa_stream.errors import ConfigError, ProtocolError, SosaError, UsageError
 from sosa_stream.protocol.channels import DaemonChannel
@@ -92,6 +94,8 @@ class Daemon:
         self._last_message_at = time.monotonic()
         self._is_behind = False
         self._snapshot = Snapshot()
+        self._mutes = Mutes()
+        self._webhooks: list[Webhook] = []
         self._stop = asyncio.Event()
 
     async def serve(self) -> None:
@@ -108,13 +112,14 @@ class Daemon:
                 DaemonChannel(self._settings.daemon.bind, keys=self._keys) as self._channel,
             ):
                 closing.callback(self._close_runs)
+                self._webhooks = [Webhook(url, self._store) for url in self._settings.daemon.notify]
+                await self._follow_mutes()
                 self._show()
                 with HttpServer(self._settings.daemon.http, lambda: self._snapshot) as http:
                     ready = Ready(address=self._channel.address, http=http.address, pid=os.getpid())
                     log.info("metrics come in at %s, http://%s/metrics is served", ready.address, ready.http)
                     self._on_ready(ready)
-                    await self._run_loops()
-                    await self._finish()
+                    await self._run_tasks()
 
     def _watch_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -128,19 +133,26 @@ class Daemon:
     def _want_reload(self) -> None:
         self._reload_wanted = True
 
-    async def _run_loops(self) -> None:
+    async def _run_tasks(self) -> None:
         # Each loop ends by itself within moments of `_stop`: nothing is cancelled in mid-batch.
+        loops = [
+            self._ingest(),
+            self._every(self._settings.daemon.republish_seconds, self._republish),
+            self._every(TIMER_SECONDS, self._tick),
+            self._every(TIMER_SECONDS, self._forget),
+            self._every(REQUEST_POLL_SECONDS, self._serve_requests),
+            self._every(REQUEST_POLL_SECONDS, self._follow_mutes),
+            self._every(REQUEST_POLL_SECONDS, self._reload_if_wanted),
+            self._every(SNAPSHOT_SECONDS, self._refresh),
+        ]
+        if self._parent is not None:
+            loops.append(self._outlive_parent(self._parent))
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._ingest())
-                tasks.create_task(self._every(self._settings.daemon.republish_seconds, self._republish))
-                tasks.create_task(self._every(TIMER_SECONDS, self._tick))
-                tasks.create_task(self._every(TIMER_SECONDS, self._forget))
-                tasks.create_task(self._every(REQUEST_POLL_SECONDS, self._serve_requests))
-                tasks.create_task(self._every(REQUEST_POLL_SECONDS, self._reload_if_wanted))
-                tasks.create_task(self._every(SNAPSHOT_SECONDS, self._refresh))
-                if self._parent is not None:
-                    tasks.create_task(self._outlive_parent(self._parent))
+                for webhook in self._webhooks:
+                    tasks.create_task(webhook.run())
+                await asyncio.wait([tasks.create_task(loop) for loop in loops])
+                await self._finish()
         except ExceptionGroup as group:
             expected = group.subgroup(SosaError)
             if expected is None:
@@ -154,6 +166,8 @@ class Daemon:
         self._show()
         await self._write_store()
         log.info("ended with everything recorded")
+        for webhook in self._webhooks:
+            webhook.close()
 
     def _close_runs(self) -> None:
         for run in self._runs.values():
@@ -213,7 +227,8 @@ class Daemon:
             self._is_behind = True
             try:
                 # In a thread, because replaying a long recording takes a while, and other runs' commands must go out.
-                run = await asyncio.to_thread(Run, name, recording, self._engine_factory(name))
+                mutes = self._mutes.of(name)
+                run = await asyncio.to_thread(Run, name, recording, self._engine_factory(name), mutes)
             except (UsageError, OSError) as error:
                 raise ProtocolError(UNRECORDABLE, str(error)) from None
             run.reconfigure(self._detect, time.time())
@@ -224,10 +239,17 @@ class Daemon:
     async def _commit(self, runs: Iterable[Run]) -> list[Run]:
         committed = list(runs)
         for run in committed:
-            for command in run.commit():
-                self._channel.publish(run.name, encode(command))
+            for message in run.commit():
+                self._channel.publish(run.name, encode(message))
+            self._notify(run)
         await self._write_store()
         return committed
+
+    def _notify(self, run: Run) -> None:
+        notifications, run.notifications = run.notifications, []
+        for webhook in self._webhooks:
+            for notification in notifications:
+                webhook.offer(notification)
 
     async def _write_store(self) -> None:
         for run in self._runs.values():
@@ -290,6 +312,26 @@ class Daemon:
         except sqlite3.Error as error:
             log.warning("requests cannot be read, for now: %s", error)
 
+    async def _follow_mutes(self) -> None:
+        """Take up what people have muted or unmuted, and tell what a mute that is over has kept back."""
+        now = time.time()
+        try:
+            # Those that ended lately matter to what a replay finds worth a notification.
+            begun, over = self._mutes.update(await self._store.mutes(ended_after=now - DEADLINE_SECONDS), now)
+        except sqlite3.Error as error:
+            log.warning("mutes cannot be read, for now: %s", error)
+            return
+        for run in self._runs.values():
+            run.mutes = self._mutes.of(run.name)
+        for name, kind in begun:
+            log.info("run %s: %s is muted", name, kind)
+        for name, kind in over:
+            log.info("run %s: %s is told again", name, kind)
+            if name in self._runs:
+                for message in self._runs[name].unmuted(kind, now):
+                    self._channel.publish(name, encode(message))
+                self._notify(self._runs[name])
+
     async def _reload_if_wanted(self) -> None:
         if not self._reload_wanted or self._reload is None:
             return
@@ -318,6 +360,7 @@ class Daemon:
         self._snapshot = Snapshot(
             runs=tuple(run.snapshot() for run in self._runs.values()),
             rejected=dict(self._rejected),
+            notifications={str(outcome): sum(hook.counts[outcome] for hook in self._webhooks) for outcome in Outcome},
             beat_at=time.monotonic(),
         )
 

@@ -1,4 +1,4 @@
-"""The store: what people and tools query. A view of the recordings, so that losing it loses nothing."""
+"""The store: what people and tools query. A view of the recordings, but for what people have said of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from types import TracebackType
 
 import aiosqlite
 
-from sosa_stream.daemon.schema import BUSY_TIMEOUT_MS, SCHEMA, SCHEMA_VERSION, STORE_NAME, json_line
+from sosa_stream.daemon.mutes import Mute
+from sosa_stream.daemon.notify import Notification
+from sosa_stream.daemon.schema import (
+    BUSY_TIMEOUT_MS,
+    OLDER_VERSIONS,
+    SCHEMA,
+    SCHEMA_VERSION,
+    STORE_NAME,
+    json_line,
+)
 from sosa_stream.decide.commands import CommandRecord
 from sosa_stream.detect.incidents import Incident
 from sosa_stream.errors import ConfigError
@@ -92,7 +101,7 @@ class Store:
         async with self._db.execute("PRAGMA user_version") as cursor:
             row = await cursor.fetchone()
         version = row[0] if row is not None else 0
-        if version not in (0, SCHEMA_VERSION):
+        if version not in OLDER_VERSIONS | {0, SCHEMA_VERSION}:
             raise ConfigError(f"{self._path} has schema version {version}, this daemon writes version {SCHEMA_VERSION}")
         await self._db.executescript(SCHEMA)
 
@@ -135,3 +144,23 @@ class Store:
                 "UPDATE requests SET handled_at = ?, answer = ? WHERE id = ? AND handled_at IS NULL",
                 (time.time(), answer, request),
             )
+
+    async def mutes(self, ended_after: float) -> list[Mute]:
+        """Mutes that end, or have ended, after a time in seconds since the epoch."""
+        query = "SELECT run, kind, at, until FROM mutes WHERE until > ? ORDER BY run, kind"
+        async with self._db.execute(query, (ended_after,)) as cursor:
+            return [Mute(run=row[0], kind=row[1], at=row[2], until=row[3]) async for row in cursor]
+
+    async def was_notified(self, notification: Notification, target: str) -> bool:
+        """Whether it is settled what becomes of a notification at ``target``."""
+        key = (notification.incident.id, str(notification.event), target)
+        query = "SELECT count(*) FROM notifications WHERE incident = ? AND event = ? AND target = ?"
+        async with self._db.execute(query, key) as cursor:
+            row = await cursor.fetchone()
+        return row is not None and row[0] > 0
+
+    async def note_notified(self, notification: Notification, target: str, outcome: str) -> None:
+        """Settle it."""
+        row = (notification.incident.id, str(notification.event), target, time.time(), outcome)
+        async with self._write_lock:
+            await self._db.execute("INSERT OR REPLACE INTO notifications VALUES (?, ?, ?, ?, ?)", row)
