@@ -96,6 +96,10 @@ def test_the_commands_and_flags_are_frozen() -> None:
         "incidents": sorted([*both, "--home", "--json", "--run"]),
         "commands": sorted([*both, "--home", "--json", "--run"]),
         "approve": sorted([*both, "--home", "COMMAND"]),
+        "ack": sorted([*both, "--home", "--note", "INCIDENT"]),
+        "mute": sorted([*both, "--for", "--home", "--json", "--list", "--reason", "KIND", "RUN"]),
+        "unmute": sorted([*both, "--home", "KIND", "RUN"]),
+        "feedback": sorted([*both, "--home", "--json", "--note", "INCIDENT", "VERDICT"]),
         "replay": sorted([*both, "--json", "RECORDING"]),
         "keys": both,
         "keys new": sorted([*both, "FOLDER"]),
@@ -120,6 +124,15 @@ def code_of(*arguments: str) -> int:
         ["incidents", "--home", "nowhere"],
         ["commands", "--home", "nowhere"],
         ["approve", "c", "--home", "nowhere"],
+        ["ack"],
+        ["ack", "i", "--home", "nowhere"],
+        ["mute"],
+        ["mute", "--list", "--home", "nowhere"],
+        ["mute", "run", "oom", "--for", "2h", "--home", "nowhere"],
+        ["unmute", "run"],
+        ["unmute", "run", "oom", "--home", "nowhere"],
+        ["feedback", "--home", "nowhere"],
+        ["feedback", "i", "perhaps"],
         ["replay", "nowhere.sosa"],
         ["daemon", "--bind", "nowhere"],
         ["daemon", "--bind", "tcp://0.0.0.0:0"],
@@ -156,8 +169,8 @@ def test_version_and_help_end_with_0(capsys: pytest.CaptureFixture[str]) -> None
 def test_incidents_are_a_table(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert code_of("incidents", "--home", str(home)) == 0
     heading, *rows = capsys.readouterr().out.splitlines()
-    assert heading.split() == ["ID", "RUN", "KIND", "SEVERITY", "STATE", "STEP", "RANKS", "MESSAGE"]
-    assert rows[0].split() == ["i1", "alpha", "nan_loss", "critical", "open", "4", "1", "loss", "is", "NaN"]
+    assert heading.split() == ["ID", "RUN", "KIND", "SEVERITY", "STATE", "MARKS", "STEP", "RANKS", "MESSAGE"]
+    assert rows[0].split() == ["i1", "alpha", "nan_loss", "critical", "open", "-", "4", "1", "loss", "is", "NaN"]
     assert [row.split()[0] for row in rows] == ["i1", "i2"]
 
 
@@ -171,7 +184,8 @@ def test_commands_are_a_table(home: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_json_lines_are_the_public_records(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert code_of("incidents", "--json", "--home", str(home)) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[0]) == INCIDENT.as_dict()
+    said = {"ack": None, "feedback": None, "muted_until": None}
+    assert json.loads(capsys.readouterr().out.splitlines()[0]) == {**INCIDENT.as_dict(), **said}
     assert code_of("commands", "--json", "--home", str(home)) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[0]) == COMMAND.as_dict()
 

@@ -11,12 +11,12 @@ import sys
 from collections.abc import Sequence
 
 from sosa_stream import __version__
-from sosa_stream.cli import approve, daemon, demo, keys, records, replay
+from sosa_stream.cli import alarms, approve, daemon, demo, feedback, keys, records, replay
 from sosa_stream.errors import SosaError, UsageError
 
 __all__ = ["main"]
 
-COMMANDS = (demo, daemon, records, approve, replay, keys)
+COMMANDS = (demo, daemon, records, approve, alarms, feedback, replay, keys)
 
 
 def parser() -> argparse.ArgumentParser:

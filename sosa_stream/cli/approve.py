@@ -7,14 +7,12 @@ approve.
 from __future__ import annotations
 
 import argparse
-import getpass
-import os
 import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from sosa_stream.cli.home import add_home, home_of
+from sosa_stream.cli.home import add_home, home_of, who
 from sosa_stream.daemon.schema import APPROVED, open_store
 from sosa_stream.errors import SosaError
 
@@ -31,7 +29,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    print(approve(home_of(arguments), arguments.command, _who()))
+    print(approve(home_of(arguments), arguments.command, who()))
     return 0
 
 
@@ -61,10 +59,3 @@ def approve(home: Path, command: str, who: str) -> str:
         # or a daemon that comes up next week would still do it
         store.execute("DELETE FROM requests WHERE id = ? AND answer IS NULL", (request,))
     raise SosaError(f"no daemon has answered within {ANSWER_SECONDS:g} s; is one running with home {home}?")
-
-
-def _who() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user that has no name
-        return f"uid {os.getuid()}"

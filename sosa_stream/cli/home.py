@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import getpass
 import os
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,14 @@ def home_of(arguments: argparse.Namespace) -> Path:
         config = os.environ.get(CONFIG_VARIABLE)
         home = Path(load_settings(path=Path(config) if config else None, env=os.environ).home)
     return home
+
+
+def who() -> str:
+    """Whoever types the command, as the records name them."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user that has no name
+        return f"uid {os.getuid()}"
 
 
 def table(headings: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sqlite3
+import time
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
+from sosa_stream.cli.alarms import mutes_in_force
 from sosa_stream.cli.home import add_home, home_of, table
 from sosa_stream.daemon.schema import json_line, open_store
 from sosa_stream.errors import UsageError
@@ -53,10 +56,44 @@ def read_records(arguments: argparse.Namespace, what: str) -> list[dict[str, Any
         rows = store.execute(
             f"SELECT record FROM {what} WHERE ?1 IS NULL OR run = ?1 ORDER BY rowid", (arguments.run,)
         ).fetchall()
-    return [json.loads(record) for (record,) in rows]
+        found = [json.loads(record) for (record,) in rows]
+        if what == "incidents":
+            _add_marks(store, found)
+    return found
+
+
+def _add_marks(store: sqlite3.Connection, incidents: list[dict[str, Any]]) -> None:
+    """What people have said of each: ``ack`` and ``feedback``, or None, and until when its kind is muted, or None."""
+    acks = {incident: _said(*row) for incident, *row in store.execute("SELECT incident, who, at, note FROM acks")}
+    feedback = {
+        incident: {"is_true": bool(is_true), **_said(*row)}
+        for incident, is_true, *row in store.execute("SELECT incident, is_true, who, at, note FROM feedback")
+    }
+    muted = {(mute["run"], mute["kind"]): mute["until"] for mute in mutes_in_force(store, time.time())}
+    for incident in incidents:
+        incident["ack"] = acks.get(incident["id"])
+        incident["feedback"] = feedback.get(incident["id"])
+        incident["muted_until"] = muted.get((incident["run"], incident["kind"]))
+
+
+def _said(who: str, at: float, note: str) -> dict[str, Any]:
+    return {"who": who, "at": at, "note": note}
+
+
+def _marks(record: dict[str, Any]) -> str | None:
+    feedback = record["feedback"]
+    marks = {
+        "acked": record["ack"] is not None,
+        "muted": record["muted_until"] is not None,
+        "real": feedback is not None and feedback["is_true"],
+        "false": feedback is not None and not feedback["is_true"],
+    }
+    return ",".join(mark for mark, is_set in marks.items() if is_set) or None
 
 
 def incident_table(records: list[dict[str, Any]]) -> str:
+    """A row per incident; with a column of marks if people could have said something of them."""
+    marked = any("ack" in record for record in records)
     rows = [
         (
             record["id"],
@@ -64,13 +101,15 @@ def incident_table(records: list[dict[str, Any]]) -> str:
             record["kind"],
             record["severity"],
             record["state"],
+            *([_marks(record)] if marked else []),
             record["detected_step"],
             ",".join(map(str, record["ranks"])) or "all",
             record["message"],
         )
         for record in records
     ]
-    return table(("ID", "RUN", "KIND", "SEVERITY", "STATE", "STEP", "RANKS", "MESSAGE"), rows)
+    marks = ("MARKS",) if marked else ()
+    return table(("ID", "RUN", "KIND", "SEVERITY", "STATE", *marks, "STEP", "RANKS", "MESSAGE"), rows)
 
 
 def command_table(records: list[dict[str, Any]]) -> str:
