@@ -274,7 +274,7 @@ class DaemonSettings:
     def __post_init__(self) -> None:
         _at_least(0.01, 60, republish_seconds=self.republish_seconds)
         for url in self.notify:
-            if not re.fullmatch(r"https?://[^/?#\s]+[!-~]*", url):
+            if not re.fullmatch(r"https?://[^/?#@\s]+([/?][!-~]*)?", url):
                 raise ConfigError(f"daemon.notify must be http:// or https:// addresses; one is {url!r}")
 
 
