@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sosa_stream.agent.actuators import Actuators
-from sosa_stream.agent.outbox import KNOWN_COLUMNS, Outbox, Row, Wakeup
+from sosa_stream.agent.baseline import InputBaseline
+from sosa_stream.agent.outbox import Outbox, Row, Wakeup
 from sosa_stream.agent.probe import Probe
 from sosa_stream.agent.snapshots import SnapshotRing, TrainingState
 from sosa_stream.agent.taps import Taps
@@ -33,13 +34,17 @@ class OpenOutbox(Outbox):
         super().__init__(64, Wakeup())
         self.rows: list[dict[str, float]] = []
         self.messages: list[Any] = []
+        self.logged: list[tuple[int, dict[str, float]]] = []
+        self.baseline = InputBaseline()
         self.broken = False
 
     def add_row(self, row: Row) -> None:
         if self.broken:
             raise RuntimeError("observation is broken")
-        values = (*row.known, *row.scalars.read())
-        self.rows.append({"step": row.step, **dict(zip(KNOWN_COLUMNS + row.names, values, strict=True))})
+        self.rows.append({"step": row.step, **dict(zip(row.columns, row.read(self.baseline), strict=True))})
+
+    def add_logged(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self.logged.append((step, {name: float(value) for name, value in metrics.items()}))
 
     def add_message(self, build: Callable[[Header], Any]) -> None:
         self.messages.append(build(HEADER))

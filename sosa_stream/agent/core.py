@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.optim import Optimizer
@@ -30,6 +30,7 @@ from sosa_stream.agent.embedded import EmbeddedDaemon
 from sosa_stream.agent.fence_runner import Fence
 from sosa_stream.agent.link import Link, LocalLink, TeeLink
 from sosa_stream.agent.membership import Coordinator, Joiner, Membership
+from sosa_stream.agent.metrics import Libraries, columns_of
 from sosa_stream.agent.outbox import Outbox, Wakeup
 from sosa_stream.agent.probe import Probe
 from sosa_stream.agent.registers import MemoryStore, RegisterStore, TorchStore
@@ -47,6 +48,8 @@ JOIN_SECONDS = 0.05
 NO_GROUP_SECONDS = 60.0
 LAST_JOIN_SECONDS = 3.0
 """How long the end of a very short script is held up for its ranks to find each other and hand their frames over."""
+LIBRARIES_EVERY = 8
+"""Ticks between two looks for trainers that the script has imported since."""
 CLOSE_SECONDS = 5.0
 DAEMON_STOP_SECONDS = 10.0
 
@@ -105,6 +108,8 @@ class Agent:
             tell=self._tell,
             after_tick=self._after_tick,
         )
+        self.taps.on_compile = self.probe.looks.forward.give_up
+        self._libraries = Libraries(self.log)
         self._courier: Courier | None = None
         self._embedded: EmbeddedDaemon | None = None
         self._coordinator: Coordinator | None = None
@@ -140,6 +145,30 @@ class Agent:
         self._join(self._alone(""), link, MemoryStore())
         self._pump_local()
         _started(self)
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """What the script logs at the step that it has taken last; never raises."""
+        if self._closed:
+            return
+        try:
+            columns, refused = columns_of(metrics)
+            self._outbox.add_logged(max(0, self.probe.step - 1), columns)
+            for name in refused:
+                self.say(f"log: {name!r} is not a number with a name; it is left out")
+        except Exception as error:
+            self._on_error(error, False)
+
+    def observe_posterior(self, mu: torch.Tensor, logvar: torch.Tensor) -> None:
+        """A VAE's approximate posterior of one training batch; never raises."""
+        try:
+            self.probe.looks.posterior.observe(mu, logvar)
+        except Exception as error:
+            self._on_error(error, False)
+
+    def see_inputs(self, model: torch.nn.Module, batch: Any) -> None:
+        """The batch that is about to go into ``model``, where no hook looks for it; never raises."""
+        if self.probe.observing:
+            self.probe.looks.forward.see(model, batch)
 
     def say(self, text: str, every_rank: bool = False) -> None:
         """One sentence for the user, once, by rank 0 unless each rank has its own to say."""
@@ -288,6 +317,8 @@ class Agent:
     # -- in one process ----------------------------------------------------------------------------------------------
 
     def _after_tick(self) -> None:
+        if self.probe.tick % LIBRARIES_EVERY == 1:
+            self._libraries.find()
         if self._local:
             self._pump_local()
 
@@ -328,6 +359,7 @@ class Agent:
         _ended(self)
         self.probe.remove()
         self.taps.remove()
+        self._libraries.remove()
         if self._local:
             assert self._courier is not None
             self._courier.close(reason, exit_code, timeout_seconds=0.0)
@@ -342,6 +374,7 @@ class Agent:
         self._closed = True
         self.probe.controlling = False
         self.probe.observing = False
+        self.probe.looks.remove()
         self.taps.remove()
         if self._embedded is not None:
             self._embedded.after_fork_in_child()

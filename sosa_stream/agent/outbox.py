@@ -9,13 +9,17 @@ import itertools
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from sosa_stream.agent.scalars import Scalars
+from sosa_stream.agent.baseline import InputBaseline
+from sosa_stream.agent.inputs import Inputs
+from sosa_stream.agent.scalars import Scalars, fetch
 from sosa_stream.protocol.codec import encode
+from sosa_stream.protocol.columns import SAMPLED_COLUMNS
 from sosa_stream.protocol.messages import AgentMessage, Header, Heartbeat, MetricFrame, Phase
 
 MAX_ROWS_PER_FRAME = 512
@@ -23,8 +27,8 @@ MAX_WAITING_ROWS = 65536
 SUDDEN_RATIO = 3.0
 USUAL_SMOOTHING = 0.1
 
-
-LAYER_COLUMNS = ("layer_ratio", "first_norm")
+MAX_NAMES_PER_FRAME = 32
+NEVER_SUDDEN = frozenset(SAMPLED_COLUMNS)
 """Looked at every few ticks only; NaN in between, and never a reason to hurry."""
 
 KNOWN_COLUMNS = ("tick", "lr_multiplier", "step_seconds", "model")
@@ -33,15 +37,30 @@ KNOWN_COLUMNS = ("tick", "lr_multiplier", "step_seconds", "model")
 
 @dataclass(slots=True)
 class Row:
-    """One step. ``names`` are the columns of ``scalars``, which may still be on their way from the device.
+    """One step, or metrics logged at one. ``names`` are the columns of ``scalars``, which may still be on their way.
 
     A column that this step did not show (no backward seen, no gradients) is left out: a NaN in a frame is a NaN.
     """
 
     step: int
-    known: tuple[float, float, float, float]
+    known: tuple[float, ...]
+    """The values of `KNOWN_COLUMNS`; none for logged metrics."""
     names: tuple[str, ...]
     scalars: Scalars
+    inputs: Inputs | None = None
+
+    def ready(self) -> bool:
+        return self.scalars.ready() and (self.inputs is None or self.inputs.vector.ready())
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        names = KNOWN_COLUMNS + self.names if self.known else self.names
+        return names if self.inputs is None else names + self.inputs.names
+
+    def read(self, baseline: InputBaseline) -> tuple[float, ...]:
+        """The values of `columns`."""
+        values = self.known + self.scalars.read()
+        return values if self.inputs is None else values + self.inputs.read(baseline)
 
 
 class Wakeup:
@@ -134,6 +153,8 @@ class Outbox:
         self._messages: deque[Callable[[Header], AgentMessage]] = deque(maxlen=4096)
         self._usual_names: tuple[str, ...] = ()
         self._usual: list[float] = []
+        self._watched: list[int] = []
+        self._baseline = InputBaseline()
         self._num_rows_dropped = 0
 
     def add_row(self, row: Row) -> None:
@@ -148,16 +169,23 @@ class Outbox:
         sudden = False
         if names != self._usual_names or len(values) != len(self._usual):
             self._usual_names, self._usual = names, [abs(value) for value in values]
-        for i, value in enumerate(values):
-            if names[i] in LAYER_COLUMNS:
-                continue
-            size, usual = abs(value), self._usual[i]
+            self._watched = [i for i in range(len(values)) if names[i] not in NEVER_SUDDEN]
+        for i in self._watched:
+            size, usual = abs(values[i]), self._usual[i]
             if not size <= SUDDEN_RATIO * usual:  # also true for NaN
                 sudden = True
                 size = min(size, SUDDEN_RATIO * usual) if usual > 0.0 else size
             if math.isfinite(size):
                 self._usual[i] = usual + USUAL_SMOOTHING * (size - usual)
         return sudden
+
+    def add_logged(self, step: int, metrics: Mapping[str, float | torch.Tensor]) -> None:
+        """From the training thread: what the script logs at ``step``, by column."""
+        names = tuple(metrics)
+        for first in range(0, len(names), MAX_NAMES_PER_FRAME):
+            part = names[first : first + MAX_NAMES_PER_FRAME]
+            self._num_rows_dropped += len(self._rows) == MAX_WAITING_ROWS
+            self._rows.append(Row(step=step, known=(), names=part, scalars=fetch([metrics[name] for name in part])))
 
     def add_message(self, build: Callable[[Header], AgentMessage]) -> None:
         """From any thread: ``build`` makes the message from its header. Leaves at once, after the rows before it."""
@@ -173,11 +201,14 @@ class Outbox:
         """From the agent's thread: encode what waits into the ring. ``header(seq)`` makes the header of a message."""
         messages = len(self._messages)  # taken first: their rows, added before them, must not leave after them
         rows: list[Row] = []
-        while self._rows and self._rows[0].scalars.ready():
+        while self._rows and self._rows[0].ready():
             rows.append(self._rows.popleft())
-        for _, same in itertools.groupby(rows, key=lambda row: row.names):
+        # Logged metrics first: they are taken in at their step whenever they come before the next, and a loop that
+        # logs at every step would otherwise cut each row into a frame of its own.
+        rows.sort(key=lambda row: bool(row.known))
+        for columns, same in itertools.groupby(rows, key=lambda row: row.columns):
             while part := list(itertools.islice(same, MAX_ROWS_PER_FRAME)):
-                self.ring.append(encode(_frame(header(self.ring.next_seq), part)))
+                self.ring.append(encode(self._frame(header(self.ring.next_seq), columns, part)))
         for _ in range(messages):
             self.ring.append(encode(self._messages.popleft()(header(self.ring.next_seq))))
 
@@ -188,11 +219,10 @@ class Outbox:
             )
         )
 
-
-def _frame(header: Header, rows: Sequence[Row]) -> MetricFrame:
-    return MetricFrame(
-        header=header,
-        columns=KNOWN_COLUMNS + rows[0].names,
-        steps=np.array([row.step for row in rows], dtype=np.int64),
-        values=np.array([row.known + row.scalars.read() for row in rows], dtype=np.float64),
-    )
+    def _frame(self, header: Header, columns: tuple[str, ...], rows: Sequence[Row]) -> MetricFrame:
+        return MetricFrame(
+            header=header,
+            columns=columns,
+            steps=np.array([row.step for row in rows], dtype=np.int64),
+            values=np.array([row.read(self._baseline) for row in rows], dtype=np.float64),
+        )

@@ -26,7 +26,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from sosa_stream.agent import gradients
 from sosa_stream.agent.actuators import Actuators, LearningRate, StopTraining
 from sosa_stream.agent.fence_runner import Fence, InDoubt
-from sosa_stream.agent.outbox import LAYER_COLUMNS, Outbox, Row
+from sosa_stream.agent.looks import Looks
+from sosa_stream.agent.outbox import Outbox, Row
 from sosa_stream.agent.scalars import fetch
 from sosa_stream.agent.snapshots import SnapshotRing, TrainingState
 from sosa_stream.agent.taps import Taps
@@ -34,9 +35,6 @@ from sosa_stream.errors import SosaError
 from sosa_stream.protocol.messages import Ack, AckState, Command, Phase
 
 MOST_SKIPS_TOLD = 10
-NOT_LOOKED_AT = (float("nan"), float("nan"))
-LAYERS_EVERY = 8
-"""Ticks between two looks at the ends of the network."""
 HANDOVER_TICKS = 16
 """Ticks of other optimizers after which one that no longer steps is not the primary one: a GAN's take turns sooner."""
 
@@ -91,7 +89,7 @@ class Probe:
         self._norm_is_shared = False
         self._clipped_to: float | None = None
         self._skipped: float | torch.Tensor = 0.0
-        self._layers: tuple[float | torch.Tensor, float | torch.Tensor] = NOT_LOOKED_AT
+        self.looks = Looks(self._lose_sight)
         self._kinds: weakref.WeakKeyDictionary[Optimizer, tuple[bool, bool]] = weakref.WeakKeyDictionary()
         self._primary: weakref.ref[Optimizer] | None = None
         self._primary_tick = 0
@@ -106,7 +104,7 @@ class Probe:
         if not (self.observing and self.controlling):
             return
         try:
-            seen = [("loss", self._taps.take_loss()), ("skipped", 1.0)]
+            seen = [("loss", self._taps.take_loss()), ("skipped", 1.0), ("loss_scale", self._taps.loss_scale)]
             self._outbox.add_row(
                 Row(
                     step=self.step,
@@ -117,8 +115,7 @@ class Probe:
             )
             self.step += 1
         except Exception as error:
-            self.observing = False
-            self._on_error(error, False)
+            self._lose_sight(error)
 
     def install(self, optimizer: Optimizer | None = None) -> None:
         """Watch one optimizer, or every optimizer of the process."""
@@ -132,11 +129,14 @@ class Probe:
                 optimizer.register_step_pre_hook(self._before_step),
                 optimizer.register_step_post_hook(self._after_step),
             ]
+        self.looks.sees_inputs = optimizer is None
+        self.looks.begin(self.step)
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.looks.remove()
         self._put_back()
 
     # -- before the step -------------------------------------------------------------------------------------------
@@ -185,7 +185,6 @@ class Probe:
             self._snapshots.take(0, 0)
         self._skipped = 0.0
         self._norm = None
-        self._layers = NOT_LOOKED_AT
         self._taps.phase = Phase.OPTIMIZER
         command = self.fence.arrive(self.tick) if self.fence is not None else None
         if command is not None:
@@ -193,6 +192,7 @@ class Probe:
 
     def _meet(self, optimizer: Optimizer) -> None:
         """A new optimizer: are its parameters sharded, and its gradients the same on all ranks?"""
+        self.looks.meet(optimizer)
         sharded = gradients.is_sharded(optimizer)
         shared = not sharded and (self._alone or gradients.reduced_by_ddp(optimizer))
         self._kinds[optimizer] = sharded, shared
@@ -242,14 +242,16 @@ class Probe:
         """With the step's gradients at hand: norm, guard, clip, learning rate."""
         actuators = self._actuators
         parameters = gradients.parameters_with_gradients(optimizer)
+        local: list[torch.Tensor] = []
+        norms: list[torch.Tensor] | None = None
+        skip = False
+        sharded, shared = self._kinds[optimizer]
         if parameters:
             self._norm, self._clipped_to = self._taps.take_norm(parameters)
             # Equal on all ranks: that of whole, reduced gradients, or for sharded ones the script's own reduced norm.
-            sharded, shared = self._kinds[optimizer]
             self._norm_is_shared = self._norm is not None if sharded else shared
             actuators.norm_is_shared = self._norm_is_shared
             local = gradients.local_gradients(parameters, sharded)
-            look = self.tick % LAYERS_EVERY == 0 and not sharded
             norms = gradients.tensor_norms(local) if self._norm is None else None
             if norms is not None:
                 self._norm = gradients.total_norm(norms)
@@ -257,8 +259,6 @@ class Probe:
             grad_scale = getattr(optimizer, "grad_scale", None)
             if isinstance(grad_scale, torch.Tensor):
                 self._norm = self._norm / grad_scale.to(self._norm.device)
-            if look:
-                self._look_at_layers(parameters, local, norms, grad_scale)
             skip = bool(actuators.skip_left or actuators.stale_gradients)
             if skip:
                 self._skip(optimizer)
@@ -270,23 +270,27 @@ class Probe:
             if actuators.max_norm is not None and self._norm_is_shared and not skip and not scaled:
                 gradients.clip(local, gradients.norm_after_clip(self._norm, self._clipped_to), actuators.max_norm)
         actuators.stale_gradients = False
+        if self.observing and not sharded:
+            self._look(optimizer, parameters, local, norms, skip)
         if actuators.lr_multiplier != 1.0:
             self._learning_rate.scale(optimizer, actuators.lr_multiplier)
 
-    def _look_at_layers(
+    def _look(
         self,
+        optimizer: Optimizer,
         parameters: list[torch.Tensor],
         local: list[torch.Tensor],
         norms: list[torch.Tensor] | None,
-        grad_scale: torch.Tensor | None,
+        skip: bool,
     ) -> None:
-        """First to last layer's gradient norm, and the first's, unscaled."""
-        ends = gradients.end_layers(parameters)
-        if ends is None:
+        if self._primary is not None and self._primary() is not optimizer:
             return
-        first, last = [norms[i] for i in ends] if norms else gradients.tensor_norms([local[i] for i in ends])
-        unscaled = first / grad_scale.to(first.device) if isinstance(grad_scale, torch.Tensor) else first
-        self._layers = (first / last.to(first.device), unscaled)
+        try:
+            self.looks.before_update(self.step, optimizer, parameters, local, norms)
+            if skip:
+                self.looks.forget_update()
+        except Exception as error:
+            self._lose_sight(error)
 
     def _guard(self, optimizer: Optimizer, norm: torch.Tensor, num_parameters: int) -> bool:
         """Whether the step is known, on the host, to be skipped."""
@@ -357,8 +361,7 @@ class Probe:
             except StopTraining:
                 raise
             except Exception as error:
-                self.observing = False
-                self._on_error(error, False)
+                self._lose_sight(error)
         if self._snapshots is not None:
             self._copy_snapshot()
 
@@ -368,7 +371,11 @@ class Probe:
         self._last_step_at = now
         lr = optimizer.param_groups[0].get("lr", 0.0)
         seen = [("lr", lr), ("loss", self._taps.take_loss()), ("grad_norm", self._norm), ("skipped", self._skipped)]
-        seen += zip(LAYER_COLUMNS, self._layers, strict=True)  # NaN where not looked at: one shape for all rows
+        seen.append(("loss_scale", self._taps.loss_scale))
+        self.looks.after_update(step)
+        columns, inputs = self.looks.take()
+        seen += columns.items()
+        self.looks.begin(self.step)
         names = tuple([name for name, value in seen if value is not None])
         self._outbox.add_row(
             Row(
@@ -376,6 +383,7 @@ class Probe:
                 known=(self.tick - 1, self._actuators.lr_multiplier, seconds, self.model),
                 names=names,
                 scalars=fetch([value for _, value in seen if value is not None]),
+                inputs=inputs,
             )
         )
 
@@ -392,6 +400,11 @@ class Probe:
         self._learning_rate.restore()
         while self._restore:
             self._restore.pop()()
+
+    def _lose_sight(self, error: Exception) -> None:
+        self.observing = False
+        self.looks.remove()
+        self._on_error(error, False)
 
     def _lose_control(self, error: Exception) -> None:
         in_force = self.guarding or self._actuators.standing

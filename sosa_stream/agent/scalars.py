@@ -1,18 +1,25 @@
-"""Scalars from the device to the host without making either wait for the other."""
+"""Numbers from the device to the host without making either wait for the other."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 
 @dataclass(slots=True)
 class Scalars:
-    """Host values that are there now, or will be once ``event`` has passed on the device."""
+    """Host values that are there now, or will be once ``event`` has passed on the device.
+
+    ``values`` is empty until then; ``known`` holds what the host had, with a gap at each of ``places``.
+    """
 
     values: tuple[float, ...] = ()
+    known: Sequence[float] = ()
+    places: Sequence[int] = ()
     host: torch.Tensor | None = None
     event: torch.cuda.Event | None = None
 
@@ -22,8 +29,26 @@ class Scalars:
 
     def read(self) -> tuple[float, ...]:
         if self.host is not None:
-            self.values, self.host, self.event = tuple(self.host.tolist()), None, None
+            values = list(self.known)
+            for place, value in zip(self.places, self.host.tolist(), strict=True):
+                values[place] = value
+            self.values, self.host, self.event = tuple(values), None, None
         return self.values
+
+
+@dataclass(slots=True)
+class Vector:
+    """One float64 tensor on its way to the host; see `Scalars`."""
+
+    host: torch.Tensor
+    event: torch.cuda.Event | None = None
+
+    def ready(self) -> bool:
+        return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
+
+    def read(self) -> NDArray[np.float64]:
+        values: NDArray[np.float64] = self.host.numpy()
+        return values
 
 
 def fetch(values: Sequence[torch.Tensor | float]) -> Scalars:
@@ -31,21 +56,29 @@ def fetch(values: Sequence[torch.Tensor | float]) -> Scalars:
 
     Device scalars are stacked and copied ``non_blocking`` into pinned memory behind a CUDA event.
     """
-    on_device = [value for value in values if isinstance(value, torch.Tensor) and not value.is_cpu]
-    if not on_device:
+    places = [i for i, value in enumerate(values) if isinstance(value, torch.Tensor) and not value.is_cpu]
+    if not places:
         here = [value.item() if isinstance(value, torch.Tensor) else float(value) for value in values]
         return Scalars(values=tuple(here))
-    device = on_device[0].device
-    stacked = torch.stack(
-        [
-            value.detach().to(torch.float64).reshape(())
-            if isinstance(value, torch.Tensor) and value.device == device
-            else torch.full((), float(value), dtype=torch.float64, device=device)
-            for value in values
-        ]
-    )
-    host = torch.empty(len(values), dtype=torch.float64, pin_memory=True)
-    host.copy_(stacked, non_blocking=True)
+    away = [value for value in values if isinstance(value, torch.Tensor) and not value.is_cpu]
+    device = away[0].device
+    stacked = torch.stack([value.detach().to(device, torch.float64, non_blocking=True).reshape(()) for value in away])
+    known = [float("nan") if i in places else float(value) for i, value in enumerate(values)]
+    host, event = _to_host(stacked)
+    return Scalars(known=known, places=places, host=host, event=event)
+
+
+def fetch_vector(values: torch.Tensor) -> Vector:
+    """Start bringing a 1-d tensor that nobody else will change to the host, as float64."""
+    if values.is_cpu:
+        return Vector(host=values.to(torch.float64))
+    host, event = _to_host(values.to(torch.float64))
+    return Vector(host=host, event=event)
+
+
+def _to_host(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
+    host = torch.empty(values.shape, dtype=torch.float64, pin_memory=True)
+    host.copy_(values, non_blocking=True)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(device))
-    return Scalars(host=host, event=event)
+    event.record(torch.cuda.current_stream(values.device))
+    return host, event

@@ -1,14 +1,16 @@
 """Where a script that knows nothing of us lets its loss and its gradient norm be seen.
 
-Four functions of torch are wrapped, and put back by `Taps.remove`: ``torch.autograd.backward`` (which
+A few functions of torch are wrapped, and put back by `Taps.remove`: ``torch.autograd.backward`` (which
 ``Tensor.backward`` calls), ``GradScaler.scale`` (to see the loss unscaled), ``GradScaler.update`` (the loss of a step
-that the scaler skipped is not the next one's) and ``clip_grad_norm_`` (whose result is the gradient norm that we would
-otherwise compute again). What is raised is torch's own; what we cannot see is left out.
+that the scaler skipped is not the next one's), ``clip_grad_norm_`` (whose result is the gradient norm that we would
+otherwise compute again), and ``torch.compile`` with ``Module.compile`` (beside which no global hook may be in). What is
+raised is torch's own; what we cannot see is left out.
 """
 
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +35,8 @@ class Taps:
         self._clipped: list[torch.Tensor] = []
         self._depth = 0
         self.on_scaler_skip: Callable[[], None] = lambda: None
+        self.on_compile: Callable[[], None] = lambda: None
+        self._scaler: weakref.ref[GradScaler] | None = None
         self._restore: list[Callable[[], None]] = []
 
     def install(self) -> None:
@@ -41,6 +45,8 @@ class Taps:
         self._wrap(GradScaler, "update", self._update)
         for module in (torch.nn.utils, clip_grad):
             self._wrap(module, "clip_grad_norm_", self._clip_grad_norm)
+        self._wrap(torch, "compile", self._compile)
+        self._wrap(torch.nn.Module, "compile", self._compile)
 
     def remove(self) -> None:
         while self._restore:
@@ -60,6 +66,12 @@ class Taps:
         """The loss since the last call; None where no backward was seen."""
         loss, self.loss = self.loss, None
         return loss
+
+    @property
+    def loss_scale(self) -> torch.Tensor | None:
+        """The scale of the scaler that scaled the last loss; None where none did, or it is switched off."""
+        scaler = self._scaler() if self._scaler is not None else None
+        return getattr(scaler, "_scale", None)
 
     def take_norm(self, parameters: list[torch.Tensor]) -> tuple[torch.Tensor | None, float | None]:
         """The norm that the script's own clipping returned, and its bound, if it covered exactly these parameters."""
@@ -107,6 +119,7 @@ class Taps:
             scaled = original(scaler, outputs)
             if isinstance(outputs, torch.Tensor) and isinstance(scaled, torch.Tensor) and scaled is not outputs:
                 setattr(scaled, UNSCALED, outputs.detach())
+                self._scaler = weakref.ref(scaler)
             return scaled
 
         return scale
@@ -119,6 +132,14 @@ class Taps:
             return original(scaler, *args, **kwargs)
 
         return update
+
+    def _compile(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def compile(model: Any = None, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(model, torch.nn.Module):
+                self.on_compile()
+            return original(model, *args, **kwargs)
+
+        return compile
 
     def _clip_grad_norm(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def clip_grad_norm_(parameters: Any, max_norm: Any, norm_type: Any = 2.0, *args: Any, **kwargs: Any) -> Any:

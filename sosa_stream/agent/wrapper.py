@@ -113,6 +113,8 @@ class SOSATrainingWrapper:
         Raises:
             UsageError: what came back holds no scalar loss tensor.
         """
+        if self._agent is not None and self._owns_agent:
+            self._agent.see_inputs(self.model, batch)
         try:
             loss = find_loss(forward_fn(self.model, batch) if forward_fn else _forward(self.model, batch))
             self.optimizer.zero_grad(set_to_none=True)
@@ -182,6 +184,16 @@ class SOSATrainingWrapper:
             actions = ", ".join(action["action"] for action in fix["actions"])
             lines.append(f"  step {fix['applied_step']}: {actions}: {fix['state']}, {fix['verdict']}")
         self._say("\n".join(lines))
+
+    def log(self, metrics: Mapping[str, Any] | None = None, /, **more: Any) -> None:
+        """Hand metrics over at the present step, as `sosa_stream.agent.log` does: ``wrapper.log(val_loss=1.2)``."""
+        if self._agent is not None:
+            self._agent.log({**(metrics or {}), **more})
+
+    def observe_posterior(self, mu: torch.Tensor, logvar: torch.Tensor) -> None:
+        """Hand over a VAE's approximate posterior of one training batch: means and log variances, (batch, latent)."""
+        if self._agent is not None:
+            self._agent.observe_posterior(mu, logvar)
 
     def load_best(self) -> int:
         """Put the best checkpoint back into model and optimizer. Returns the step after which it was saved.

@@ -1,0 +1,130 @@
+"""How unlike a rank's own recent batches one batch's inputs are. On the host, by the thread that encodes frames.
+
+Each feature (channel of an image, column of a table) has its recent means and spreads (mean absolute deviations). A
+mean is measured from its median in units of the spread, the larger of the usual and this batch's own; a spread by its
+log ratio to the median. One wild sample moves both by X/n only, so that a heavy tail moves them little. Both are
+divided by their usual size: the largest of 1.4826 · MAD [Huber, *Robust Statistics*, 1981, 5.1] and a quarter of the
+farthest of the recent batches, which slowly shrinks. So the input's own tail makes the threshold, and a score of 12 is
+three times as far as anything that was usual.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+WINDOW, WARMUP, REFRESH = 64, 16, 8
+"""Batches that are remembered, that are needed before anything is judged, and between two computations."""
+MOVED = 0.4
+"""A feature that moved by less (a factor of 1.5 in its spread) is not scored, however steady it used to be."""
+UNUSUAL = 12.0
+"""Scores above this do not widen what is usual."""
+FORGETTING = 0.98
+"""What is left of the usual size from one computation to the next, where the recent batches were calmer."""
+NEW_NORMAL = 24
+"""Unusual batches in a row that are the new usual."""
+MAX_KEYS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moments:
+    """One batch: mean and mean absolute deviation of each feature, and whether anything in it is not finite."""
+
+    means: NDArray[np.float64]
+    spreads: NDArray[np.float64]
+    num_nonfinite: int
+
+
+class _Usual:
+    """The recent batches of one input."""
+
+    def __init__(self, num_features: int) -> None:
+        self._batches = np.zeros((2, num_features, WINDOW))
+        self._num = 0
+        self._refresh = max(REFRESH, min(WINDOW // 2, num_features // 8))
+        self._center = np.zeros((2, num_features))
+        self._floor = 0.0
+        """A quarter of the typical spread over all features: what one that is usually constant is measured by."""
+        self.num_unusual = 0
+        """In a row."""
+        self.scale: NDArray[np.float64] | None = None
+
+    def moved(self, batch: NDArray[np.float64]) -> NDArray[np.float64]:
+        """How far the means and spreads of a batch, shape (2, num_features), are from their medians, each ≥ 0."""
+        return self._moved(batch[..., None])[..., 0]
+
+    def _moved(self, batches: NDArray[np.float64]) -> NDArray[np.float64]:
+        (means, spreads), (mean, spread) = batches, self._center[..., None]
+        shift = np.abs(means - mean) / np.maximum(np.maximum(spread, spreads), self._floor)
+        return np.stack([shift, np.abs(np.log((spreads + self._floor) / (spread + self._floor)))])
+
+    def add(self, batch: NDArray[np.float64]) -> None:
+        self._batches[..., self._num % WINDOW] = batch
+        self._num += 1
+        if self._num >= WARMUP and (self.scale is None or self._num % self._refresh == 0):
+            self._measure(self._batches[..., : min(self._num, WINDOW)])
+
+    def _measure(self, seen: NDArray[np.float64]) -> None:
+        self._center = _median(seen)
+        self._floor = 0.25 * float(np.median(seen[1].mean(axis=0) + seen[0].std(axis=0))) + 1e-30
+        moved = self._moved(seen)
+        usual = 1.4826 * _median(moved)
+        if self.scale is not None:  # what was judged unusual must not become the measure
+            moved = np.minimum(moved, UNUSUAL * self.scale[..., None])
+            usual = np.maximum(usual, FORGETTING * self.scale)
+        farthest = moved.max(axis=-1) / 4.0
+        # Any feature may be the next to move; one that is constant in most batches, as far as any did.
+        of_any = np.where(usual <= 0.01, 1.0, 0.5) * farthest.max(axis=-1, keepdims=True)
+        self.scale = np.maximum(np.maximum(usual, np.maximum(farthest, of_any)), 0.01)
+
+
+class InputBaseline:
+    """Judges batch after batch of one rank, each kind of input (module, shape) against its own past."""
+
+    def __init__(self) -> None:
+        self._usual: dict[Hashable, _Usual] = {}
+
+    def judge(self, key: Hashable, batch: Moments) -> tuple[float, float, float]:
+        """Score, change and feature, as the columns ``input_score``, ``input_change`` and ``input_feature`` say."""
+        usual = self._usual.get(key)
+        if usual is None:
+            if len(self._usual) == MAX_KEYS:
+                self._usual.pop(next(iter(self._usual)))
+            usual = self._usual[key] = _Usual(len(batch.means))
+        now = np.stack([batch.means, batch.spreads])
+        finite = np.isfinite(now).all(axis=0)
+        if batch.num_nonfinite or not finite.all():
+            feature = float(np.argmin(finite)) if not finite.all() else 0.0
+            return (math.inf if usual.scale is not None else math.nan), math.nan, feature
+        if usual.scale is None:
+            usual.add(now)
+            return math.nan, math.nan, math.nan
+        moved = usual.moved(now)
+        scores = np.where(moved >= MOVED, moved / usual.scale, 0.0)
+        place = int(np.argmax(np.where(scores >= UNUSUAL, moved, 0.0))) or int(np.argmax(scores))
+        score, change = float(scores.flat[place]), float(np.median(moved.max(axis=0)))
+        usual.num_unusual = usual.num_unusual + 1 if score >= UNUSUAL else 0
+        if usual.num_unusual >= NEW_NORMAL:
+            del self._usual[key]
+        else:
+            usual.add(now)
+        return score, change, float(place % len(batch.means))
+
+
+def fingerprint(values: NDArray[np.float64]) -> float:
+    """A 53-bit hash, exact as a float64."""
+    digest = hashlib.blake2b(values.tobytes(), digest_size=8).digest()
+    return float(int.from_bytes(digest, "little") >> 11)
+
+
+def _median(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Over the last axis; numpy's own spends most of its time on checking for NaN, which there is none of here."""
+    ordered = np.sort(values, axis=-1)
+    num = ordered.shape[-1]
+    middle: NDArray[np.float64] = 0.5 * (ordered[..., (num - 1) // 2] + ordered[..., num // 2])
+    return middle

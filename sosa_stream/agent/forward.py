@@ -1,0 +1,98 @@
+"""Where a forward pass can be seen: the outermost module's arguments at each step, activations in sampled steps.
+
+A global hook makes every module call slower and cannot be had beside ``torch.compile``, which warns of it. So the one
+for the arguments stays until the first module call in training mode only, and a job that compiles gets none.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from sosa_stream.agent.activations import Activations
+from sosa_stream.agent.inputs import Inputs, look
+
+
+class Forward:
+    """One step's inputs and activations; ``roots`` are the outermost modules seen so far."""
+
+    def __init__(self, on_error: Callable[[Exception], None]) -> None:
+        self.inputs: Inputs | None = None
+        self.roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.compiles = False
+        """Set once the script has asked for a compiled module."""
+        self._on_error = on_error
+        self._activations = Activations()
+        self._looking = False
+        self._outermost: Any = None
+        self._keywords: Any = None
+
+    def arm(self, *, inputs: bool, activations: bool) -> None:
+        """For the coming step: look at the outermost call's arguments, and at activations."""
+        self.inputs = None
+        if self._keywords is not None:
+            self._keywords.remove()
+            self._keywords = None
+        if self.compiles:
+            return
+        if inputs and self._outermost is None:
+            self._outermost = register_module_forward_pre_hook(self._see_outermost)
+        if activations and not any(_is_compiled(root) for root in self.roots):
+            self._activations.install()
+            self._looking = True
+
+    def take_activations(self) -> dict[str, torch.Tensor]:
+        """The sampled columns of the step that ends, if it was one that is looked at."""
+        if not self._looking:
+            return {}
+        self._looking = False
+        return self._activations.take()
+
+    def see(self, module: nn.Module, *arguments: Any) -> None:
+        """What goes into ``module``, the outermost one, where the caller knows it."""
+        self.roots.add(module)
+        try:
+            self.inputs = look(module, *arguments)
+        except Exception as error:
+            self._on_error(error)
+
+    def give_up(self) -> None:
+        """The script compiles: no global hook may be in any more."""
+        self.compiles = True
+        self.remove()
+
+    def remove(self) -> None:
+        """Take every hook away."""
+        for handle in (self._outermost, self._keywords):
+            if handle is not None:
+                handle.remove()
+        self._outermost = self._keywords = None
+        self._looking = False
+        self._activations.remove()
+
+    def _see_outermost(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if torch.compiler.is_compiling() or not module.training or not torch.is_grad_enabled():
+            return
+        self._outermost.remove()
+        self._outermost = None
+        self.see(module, args)
+        if self.inputs is None:  # a global hook is not shown keywords; one of the module's own, after the call, is
+            self._keywords = module.register_forward_hook(self._see_keywords, with_kwargs=True)
+
+    def _see_keywords(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        if self._keywords is not None:
+            self._keywords.remove()
+            self._keywords = None
+            self.see(module, kwargs)
+
+
+def _is_compiled(root: nn.Module) -> bool:
+    return any(
+        type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+        for module in root.modules()
+    )

@@ -1,0 +1,108 @@
+"""What an update does to the weights, from a few of them: copied before the step, compared after it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+MAX_PARAMETERS, MAX_ELEMENTS = 16, 1 << 16
+"""Parameters that are looked at, spread over the depth, and elements of each: every k-th row of a larger one."""
+
+
+class Weights:
+    """Looks at one optimizer's updates; the sample of its parameters stays the same, so that a frozen one is noticed.
+
+    The parameters are those that had a gradient at the first look. Embeddings are left out: most of their rows have no
+    gradient in any one step.
+    """
+
+    def __init__(self) -> None:
+        self._samples: weakref.WeakKeyDictionary[Optimizer, list[torch.Tensor]] = weakref.WeakKeyDictionary()
+        self._before: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
+
+    def before(self, optimizer: Optimizer, roots: Iterable[nn.Module]) -> dict[str, torch.Tensor]:
+        """Copy the sample; the share of exact zeros among its gradients."""
+        sample = self._samples.get(optimizer)
+        if sample is None:
+            sample = _choose(optimizer, _embeddings(roots))
+            if sample:
+                self._samples[optimizer] = sample
+        if not sample:
+            return {}
+        now = [_rows(parameter.detach()) for parameter in sample]
+        self._before = now, [part.clone() for part in now]
+        grads = [_rows(g.detach()) for parameter in sample if (g := parameter.grad) is not None and not g.is_sparse]
+        if not grads:
+            return {}
+        nonzero = torch.stack([torch.count_nonzero(grad).to(grads[0].device) for grad in grads]).sum()
+        return {"zero_grad_share": 1.0 - nonzero / sum(grad.numel() for grad in grads)}
+
+    def after(self) -> dict[str, torch.Tensor]:
+        """How much the step changed the sample; nothing where `before` copied none."""
+        if self._before is None:
+            return {}
+        (now, before), self._before = self._before, None
+        moved, size, changed = [], [], []
+        for new, old in zip(now, before, strict=True):
+            difference = torch.sub(new, old)
+            moved.append(torch.linalg.vector_norm(difference))
+            size.append(torch.linalg.vector_norm(old))
+            changed.append(torch.count_nonzero(difference))
+        device = moved[0].device
+        ratios = torch.stack([(a / (b + 1e-12)).to(device, torch.float32) for a, b in zip(moved, size, strict=True)])
+        counts = torch.stack([count.to(device) for count in changed])
+        return {"update_ratio": ratios.median(), "changed_share": (counts > 0).float().mean()}
+
+    def forget(self) -> None:
+        """This step takes no update: there is nothing to compare."""
+        self._before = None
+
+
+def orphans(roots: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -> list[tuple[str, torch.Tensor]]:
+    """Trainable parameters of modules in training mode that have a gradient and belong to no optimizer, with names."""
+    owned = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    found: dict[int, tuple[str, torch.Tensor]] = {}
+    for root in roots:
+        for path, module in root.named_modules():
+            if not module.training:
+                continue
+            for name, parameter in module._parameters.items():
+                if parameter is None or parameter.grad is None or not parameter.requires_grad:
+                    continue
+                if id(parameter) not in owned:
+                    found.setdefault(id(parameter), (f"{path}.{name}" if path else name, parameter))
+    return list(found.values())
+
+
+def num_stale(optimizer: Optimizer) -> int:
+    """Parameters of an optimizer that got no gradient."""
+    return sum(p.grad is None for group in optimizer.param_groups for p in group["params"])
+
+
+def _choose(optimizer: Optimizer, left_out: set[int]) -> list[torch.Tensor]:
+    candidates = [
+        p for group in optimizer.param_groups for p in group["params"] if p.grad is not None and id(p) not in left_out
+    ]
+    if len(candidates) <= MAX_PARAMETERS:
+        return candidates
+    last = len(candidates) - 1
+    return [candidates[i * last // (MAX_PARAMETERS - 1)] for i in range(MAX_PARAMETERS)]
+
+
+def _embeddings(roots: Iterable[nn.Module]) -> set[int]:
+    return {
+        id(module.weight)
+        for root in roots
+        for module in root.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    }
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.numel() <= MAX_ELEMENTS or tensor.dim() == 0:
+        return tensor
+    return tensor[:: -(-tensor.numel() // MAX_ELEMENTS)]
