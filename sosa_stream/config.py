@@ -215,7 +215,7 @@ class MetricRule:
 class DetectSettings:
     """Windows, thresholds and the user's own rules."""
 
-    warmup_steps: int = 20
+    warmup_steps: int = 12
     """Steps of a run or segment before statistics speak; non-finite values are always noticed."""
     window_steps: int = 256
     """Length of the run-level window, in steps."""

@@ -13,9 +13,10 @@ from sosa_stream.config import DetectSettings
 from sosa_stream.decide.commands import CommandRecord
 from sosa_stream.decide.policy import RunPolicy
 from sosa_stream.decide.repairs import Repairs
-from sosa_stream.detect.alignment import Alignment, Logged, Row
+from sosa_stream.detect.alignment import Alignment, Block, Logged, Row
 from sosa_stream.detect.detectors import ALL, DetectorState, On
 from sosa_stream.detect.incidents import Incident
+from sosa_stream.detect.sensitivity import admit
 from sosa_stream.detect.tracker import Tracker
 from sosa_stream.detect.windows import Reports, RunWindows
 from sosa_stream.effects import Approve, CommandChanged, Effect, Event, IncidentChanged, Notice, Reconfigured, Timer
@@ -228,6 +229,8 @@ class Engine:
             return
         self._ended = True
         self._log(self._alignment.rest())
+        self._windows.ended = True
+        self._detect(On.END)
         self._repairs.end_run()
         self._tracker.finish(self._windows.step)
 
@@ -235,8 +238,17 @@ class Engine:
         """Take every step that is complete by now, one by one, with the effects of each in order."""
         for block in self._alignment.complete():
             self._log(block.logged)
-            for i in range(len(block)):
+            self._take(block)
+
+    def _take(self, block: Block) -> None:
+        """One step after the other; where nothing is open and nothing happens, many at once, to the same end."""
+        i = 0
+        while i < len(block):
+            calm = self._tracker.is_calm and self._repairs.is_idle
+            num = self._windows.take_quiet(block, i) if calm else 0
+            if not num:
                 self._step(block.row(i))
+            i += num or 1
 
     def _step(self, row: Row) -> None:
         segment, model = self._windows.segment, self._windows.model
@@ -267,8 +279,10 @@ class Engine:
     def _detect(self, on: On = On.STEP) -> None:
         findings = []
         for detector in ALL:
-            if detector.on is on:
+            if on in detector.on:
                 finding = detector.check(self._windows)
+                if finding is not None:
+                    finding = admit(finding, self._settings)
                 if finding is not None:
                     findings.append(finding)
                     self._firing[finding.kind] = self._windows.step

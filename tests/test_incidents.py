@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from sosa_stream.config import DetectSettings
+from sosa_stream.detect.detectors import BY_KIND
 from sosa_stream.detect.incidents import Finding, Incident, IncidentState, Severity
-from sosa_stream.detect.tracker import HEALTHY_STEPS, Tracker, make_id
+from sosa_stream.detect.tracker import Tracker, make_id
 from sosa_stream.detect.windows import RunWindows
+
+HEALTHY_STEPS = BY_KIND["nan_loss"].quiet_points
 
 HOSTS = {0: "a", 1: "b"}
 
@@ -142,5 +145,5 @@ def test_public_keys_of_an_incident_are_frozen() -> None:
     incident = _only(_track([_finding("nan_loss", 0, ranks=(1,))]))
     assert list(incident.as_dict()) == [
         *("schema_version", "id", "run", "kind", "group", "severity", "state", "first_step", "detected_step"),
-        *("resolved_step", "ranks", "hosts", "evidence", "symptoms", "message", "causes", "fixes"),
+        *("resolved_step", "at_end", "ranks", "hosts", "evidence", "symptoms", "message", "causes", "fixes"),
     ]

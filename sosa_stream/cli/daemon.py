@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
-    from sosa_stream.detect.detectors import GROUP_OF
+    from sosa_stream.detect.detectors import BY_KIND
 
     path = arguments.config
     if path is None and os.environ.get(CONFIG_VARIABLE):
@@ -86,7 +86,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     }
     given = {name: value for name, value in flags.items() if value is not None}
     settings = load_settings(path=path, env=os.environ, overrides=given)
-    settings.detect.check_kinds(GROUP_OF)
+    settings.detect.check_kinds(BY_KIND)
     return settings
 
 

@@ -51,6 +51,11 @@ class Repairs:
         return any(entry.in_flight for entry in self.ledger.live)
 
     @property
+    def is_idle(self) -> bool:
+        """Whether a healthy step changes nothing."""
+        return not (self.ledger.live or self._holding)
+
+    @property
     def kept_open(self) -> frozenset[str]:
         """Incidents that stay open until their fix has a verdict."""
         busy = (entry for entry in self.ledger.live if entry.record.state not in (_S.PROPOSED, _S.APPROVED))

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from sosa_stream.detect import learning, numerical, reports
+from sosa_stream.detect import courses, numerical, reports, rises, validation
 from sosa_stream.detect.incidents import Finding, Group
 from sosa_stream.detect.windows import RunWindows
+from sosa_stream.protocol.columns import EVAL_LOSS
 
 
 class DetectorState(StrEnum):
@@ -25,11 +26,15 @@ class DetectorState(StrEnum):
 
 
 class On(StrEnum):
-    """When a detector looks: at each complete step, at `RunWindows.newest_logged`, or at `RunWindows.reports`."""
+    """When a detector looks.
+
+    At each complete step, at `RunWindows.newest_logged`, at `RunWindows.reports`, or once the run is over.
+    """
 
     STEP = "step"
     LOGGED = "logged"
     REPORT = "report"
+    END = "end"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +47,14 @@ class Detector:
     check: Callable[[RunWindows], Finding | None]
     warms: bool = True
     """Whether it needs a band, so that it warms after the start of a segment."""
-    on: On = On.STEP
+    on: tuple[On, ...] = (On.STEP,)
+    disturbs: bool = False
+    """Whether it takes the loss and the norm out of their bands: they are kept as they were before, and the incident is
+    over when the loss is back in them."""
+    well: Callable[[RunWindows], bool] | None = None
+    """Whether what it saw is over, for a kind that its bands do not show."""
+    quiet_points: int = 20
+    """Points without a finding, and well, that close an incident."""
 
     def state(self, windows: RunWindows, firing: bool) -> DetectorState:
         if firing:
@@ -55,21 +67,52 @@ class Detector:
 
 
 ALL: tuple[Detector, ...] = (
-    Detector(kind="nan_loss", group=Group.NUMERICAL, requires=("loss",), check=numerical.nan_loss, warms=False),
+    Detector(
+        kind="nan_loss", disturbs=True, group=Group.NUMERICAL, requires=("loss",), check=numerical.nan_loss, warms=False
+    ),
     Detector(
         kind="nonfinite_gradient",
+        disturbs=True,
         group=Group.NUMERICAL,
         requires=("grad_norm",),
         check=numerical.nonfinite_gradient,
         warms=False,
     ),
-    Detector(kind="lr_jump", group=Group.LEARNING, requires=("lr", "loss"), check=learning.lr_jump),
-    Detector(kind="loss_spike", group=Group.LEARNING, requires=("loss",), check=learning.loss_spike),
-    Detector(kind="loss_divergence", group=Group.LEARNING, requires=("loss",), check=learning.loss_divergence),
-    Detector(kind="loss_oscillation", group=Group.LEARNING, requires=("loss",), check=learning.loss_oscillation),
-    Detector(kind="loss_plateau", group=Group.LEARNING, requires=("loss",), check=learning.loss_plateau),
+    Detector(kind="lr_jump", disturbs=True, group=Group.LEARNING, requires=("lr", "loss"), check=rises.lr_jump),
+    Detector(kind="loss_spike", disturbs=True, group=Group.LEARNING, requires=("loss",), check=rises.loss_spike),
     Detector(
-        kind="exploding_gradient", group=Group.NUMERICAL, requires=("grad_norm",), check=numerical.exploding_gradient
+        kind="loss_divergence", disturbs=True, group=Group.LEARNING, requires=("loss",), check=rises.loss_divergence
+    ),
+    Detector(
+        kind="loss_oscillation",
+        quiet_points=64,
+        group=Group.LEARNING,
+        requires=("loss",),
+        check=courses.loss_oscillation,
+    ),
+    Detector(
+        kind="loss_plateau",
+        group=Group.LEARNING,
+        requires=("loss",),
+        check=courses.loss_plateau,
+        on=(On.STEP, On.END),
+        well=courses.moves_again,
+    ),
+    Detector(
+        kind="overfitting",
+        group=Group.LEARNING,
+        requires=("loss", EVAL_LOSS),
+        check=validation.overfitting,
+        warms=False,
+        on=(On.LOGGED,),
+        well=validation.fits_again,
+    ),
+    Detector(
+        kind="exploding_gradient",
+        disturbs=True,
+        group=Group.NUMERICAL,
+        requires=("grad_norm",),
+        check=numerical.exploding_gradient,
     ),
     Detector(
         kind="vanishing_gradient",
@@ -78,8 +121,10 @@ ALL: tuple[Detector, ...] = (
         check=numerical.vanishing_gradient,
         warms=False,
     ),
-    Detector(kind="oom", group=Group.SYSTEM, requires=(), check=reports.oom, warms=False, on=On.REPORT),
-    Detector(kind="exception", group=Group.SYSTEM, requires=(), check=reports.exception, warms=False, on=On.REPORT),
-    Detector(kind="rank_desync", group=Group.RANK, requires=(), check=reports.rank_desync, warms=False, on=On.REPORT),
+    Detector(kind="oom", group=Group.SYSTEM, requires=(), check=reports.oom, warms=False, on=(On.REPORT,)),
+    Detector(kind="exception", group=Group.SYSTEM, requires=(), check=reports.exception, warms=False, on=(On.REPORT,)),
+    Detector(
+        kind="rank_desync", group=Group.RANK, requires=(), check=reports.rank_desync, warms=False, on=(On.REPORT,)
+    ),
 )
-GROUP_OF = {detector.kind: detector.group for detector in ALL}
+BY_KIND = {detector.kind: detector for detector in ALL}

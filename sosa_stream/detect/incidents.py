@@ -74,6 +74,8 @@ class Incident:
     message: str = ""
     causes: tuple[str, ...] = ()
     fixes: tuple[Mapping[str, Any], ...] = ()
+    at_end: bool = False
+    """Found only when the run or the log was over; ``detected_step`` is its last step."""
 
     def as_dict(self) -> dict[str, Any]:
         """The public JSON object. Keys are frozen by a test."""
@@ -88,6 +90,7 @@ class Incident:
             "first_step": self.first_step,
             "detected_step": self.detected_step,
             "resolved_step": self.resolved_step,
+            "at_end": self.at_end,
             "ranks": list(self.ranks),
             "hosts": list(self.hosts),
             "evidence": dict(self.evidence),

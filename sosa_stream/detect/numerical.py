@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from sosa_stream.detect.incidents import Finding, Severity
 from sosa_stream.detect.windows import RunWindows
 from sosa_stream.detect.wording import name_ranks, number, times
 
 EXPLODED_RATIO = 5.0
 """A gradient norm this far above its median has exploded, if it is above its band."""
+FAR_RATIO = 20.0
+"""This far it is worth a look even where the loss does not suffer."""
+LOST_RATIO = 100.0
+"""This far, and the loss with it, the run may be lost."""
+CALIBRATION_POINTS = 16
+"""AMP's scale starts at 2^16, and 16 halvings bring it to 1."""
 
 
 def nan_loss(windows: RunWindows) -> Finding | None:
@@ -48,12 +56,13 @@ def nan_loss(windows: RunWindows) -> Finding | None:
 def nonfinite_gradient(windows: RunWindows) -> Finding | None:
     """The gradient norm is NaN or infinite.
 
-    Alone it is ``info`` (AMP calibrating its scale does this), ``warning`` the second time in a row and ``critical``
-    the third.
+    Alone it is ``info``, ``warning`` the second time in a row and ``critical`` the third. In the first
+    `CALIBRATION_POINTS` AMP looks for its scale, halving it each time, and the loss is finite: ``info`` for as long.
     """
     if not windows.bad_grad:
         return None
-    severity = Severity(min(windows.num_bad_grad, 3))
+    calibrating = windows.num_points <= CALIBRATION_POINTS and not windows.bad_loss
+    severity = Severity.INFO if calibrating else Severity(min(windows.num_bad_grad, 3))
     return Finding(
         kind="nonfinite_gradient",
         severity=severity,
@@ -74,37 +83,59 @@ def nonfinite_gradient(windows: RunWindows) -> Finding | None:
 
 
 def exploding_gradient(windows: RunWindows) -> Finding | None:
-    """The log of the gradient norm is above its robust band and 5 × its median.
+    """The log of the gradient norm is above its robust band and 5 × its median, or has drifted to 100 × the run's.
 
-    Three of the last four steps, or one step with the loss out of its band, or one step 100 × the median and twice as
-    far as the threshold. Relative to the run's own window: an absolute bound would call AMP-scaled norms a fault.
+    Band: three of the last four points, or one with the loss out of its band, or one 100 × the median and twice as far as
+    the threshold. Relative to the run's own window: an absolute bound would call AMP-scaled norms a fault. Healthy runs
+    have gradients that rise for a while (a warm-up) or for a step: ``info`` below `FAR_RATIO`, unless the loss suffers.
+    Drift: the median of the last 8 norms against the median of the run's course, which a slow rise does not carry along
+    [OPT: gradient norms drift before the loss diverges].
     """
+    return _burst(windows) or _drift(windows)
+
+
+def _burst(windows: RunWindows) -> Finding | None:
     norms = windows.log_norms
-    level, excursion = norms.band.level, norms.excursion
-    if not norms.above or level is None or excursion is None:
+    if not norms.above or norms.excursion is None:
         return None
-    level = excursion.level
-    ratio = windows.norm_ratio
+    level, ratio = norms.excursion.level, windows.norm_ratio
     if ratio < EXPLODED_RATIO:
         return None
     suffers = windows.losses.above
-    alone = norms.score > 2.0 * level.threshold and ratio > 100.0
+    alone = norms.score > 2.0 * level.threshold and ratio > LOST_RATIO
     if norms.num_above(4) < 3 and not suffers and not alone:
         return None
+    if suffers:
+        severity = Severity.CRITICAL if ratio > LOST_RATIO else Severity.WARNING
+    else:
+        severity = Severity.WARNING if ratio >= FAR_RATIO else Severity.INFO
+    evidence = {"score": norms.score, "threshold": level.threshold}
+    return _exploded(windows, severity, norms.excursion.first_step, math.exp(level.center), ratio, evidence)
+
+
+def _drift(windows: RunWindows) -> Finding | None:
+    course = windows.norm_course
+    if not windows.pulse or windows.log_norms.value is None or len(course.blocks) < course.MOST // 2:
+        return None
+    center = float(np.median(course.blocks))
+    ratio = math.exp(min(windows.log_norms.smoothed(8) - center, 700.0))
+    if ratio < LOST_RATIO:
+        return None
+    return _exploded(windows, Severity.WARNING, windows.step, math.exp(center), ratio, {})
+
+
+def _exploded(
+    windows: RunWindows, severity: Severity, first_step: int, usual: float, ratio: float, evidence: dict[str, float]
+) -> Finding:
+    lr = "" if windows.lr is None else f" ({windows.lr:.3g})"
     return Finding(
         kind="exploding_gradient",
-        severity=Severity.CRITICAL if suffers and ratio > 100.0 else Severity.WARNING,
+        severity=severity,
         step=windows.step,
-        first_step=excursion.first_step,
-        message=f"gradient norm {number(windows.grad_norm)} is {times(ratio)} its median {math.exp(level.center):.3g}",
-        evidence={
-            "value": windows.grad_norm,
-            "baseline": math.exp(level.center),
-            "score": norms.score,
-            "threshold": level.threshold,
-            "ratio": ratio,
-        },
-        causes=("a batch with extreme values", "no gradient clipping", "the learning rate is too high"),
+        first_step=first_step,
+        message=f"gradient norm {number(windows.grad_norm)} is {times(ratio)} its median {usual:.3g}",
+        evidence={"value": windows.grad_norm, "baseline": usual, "ratio": ratio, "lr": windows.lr, **evidence},
+        causes=("a batch with extreme values", "no gradient clipping", f"the learning rate{lr} is too high"),
     )
 
 

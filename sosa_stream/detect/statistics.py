@@ -1,7 +1,8 @@
 """Robust statistics that one outlier cannot move and one NaN cannot end: rings, bands and excursions.
 
-A `Band` says where a series usually is. Its centre is the median of a short window. Its scale is the largest of three
-robust estimates and a floor of float resolution:
+A `Band` says where a series usually is. Its window is the last quarter of the run at first, then a fixed length, then
+the last 64th: a loss falls by a power of time, so what is recent grows with it. Its centre is the window's median. Its
+scale is the largest of three robust estimates and a floor of float resolution:
 
 * 1.4826 · MAD (Huber, *Robust Statistics*, 1981, section 5.1),
 * (q90 - median) / 1.2816, which sees a long upper tail that the MAD of a skewed series misses,
@@ -22,8 +23,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-REFRESH_EVERY = 8
-"""Values between two computations of centre, scale and threshold: what keeps a step cheap."""
+MIN_WINDOW = 16
+"""Values that a band's window holds at least, once there are as many."""
+LONGEST_WINDOWS = 8
+"""How many times its fixed length the window grows to, late in a long run."""
 TAIL_FROM = 3.0
 """Scores above this are tail."""
 ALPHA = 0.01
@@ -58,6 +61,19 @@ class Ring:
         self._buffer[index] = self._buffer[index + self._capacity] = value
         self.num_pushed += 1
 
+    def extend(self, values: NDArray[np.float64]) -> None:
+        """Push each of ``values``."""
+        capacity = self._capacity
+        skipped = max(0, len(values) - capacity)
+        self.num_pushed += skipped
+        values = values[skipped:]
+        begin = self.num_pushed % capacity
+        head = min(len(values), capacity - begin)
+        for start, part in ((begin, values[:head]), (0, values[head:])):
+            self._buffer[start : start + len(part)] = part
+            self._buffer[start + capacity : start + capacity + len(part)] = part
+        self.num_pushed += len(values)
+
     def last(self, num: int | None = None) -> NDArray[np.float64]:
         """The newest ``num`` values (all by default), oldest first. A view: valid until the next push."""
         if not self.num_pushed:
@@ -84,24 +100,55 @@ class Level:
         return self.score(value) <= self.threshold
 
     @property
+    def low(self) -> float:
+        """A value below enters the window as this."""
+        return self.center - CLIP_SCORE * self.scale
+
+    @property
+    def high(self) -> float:
+        """A value above enters the window as this."""
+        return self.center + CLIP_SCORE * self.scale
+
+    @property
     def top(self) -> float:
         """Where a level, as opposed to a single value, counts as back: three scales above the centre."""
         return self.center + 3.0 * self.scale
 
 
 class Band:
-    """A running robust band of one series, with a threshold fitted to the series' own tail."""
+    """A running robust band of one series, with a threshold fitted to the series' own tail.
 
-    __slots__ = ("_exceeded", "_log_excess", "_scores", "_values", "_warmup", "level")
+    ``strictness`` multiplies the threshold: above 1 for fewer alarms, below for more.
+    """
 
-    def __init__(self, size: int, warmup: int) -> None:
-        self._values = Ring(size)
+    __slots__ = (
+        "_exceeded",
+        "_log_excess",
+        "_scores",
+        "_size",
+        "_strictness",
+        "_until_refresh",
+        "_values",
+        "_warmup",
+        "level",
+    )
+
+    def __init__(self, size: int, warmup: int, strictness: float = 1.0) -> None:
+        self._values = Ring(LONGEST_WINDOWS * size)
+        self._size = size
         self._warmup = warmup
+        self._strictness = strictness
         self._scores = 0
         self._exceeded = 0
         self._log_excess = 0.0
+        self._until_refresh = warmup
         self.level: Level | None = None
         """The band in force; None while warming."""
+
+    @property
+    def room(self) -> int:
+        """How many values go in before centre, scale and threshold are computed again."""
+        return self._until_refresh
 
     def push(self, value: float) -> None:
         """Take a finite value in, clipped when it is an outlier."""
@@ -110,18 +157,45 @@ class Band:
             score = level.score(value)
             self._scores += 1
             if score > TAIL_FROM:
-                self._exceeded += 1
-                self._log_excess += math.log(min(score, level.threshold) / TAIL_FROM)
-            value = min(max(value, level.center - CLIP_SCORE * level.scale), level.center + CLIP_SCORE * level.scale)
+                self._note_tail(score, level)
+            value = min(max(value, level.low), level.high)
         self._values.push(value)
+        self._until_refresh -= 1
+        if not self._until_refresh:
+            self._refresh()
+
+    def extend(self, values: NDArray[np.float64], scores: NDArray[np.float64]) -> None:
+        """As `push` of each, for no more than `room` values with these scores."""
+        level = self.level
+        assert level is not None
+        assert len(values) <= self.room
+        self._scores += len(values)
+        for score in scores[scores > TAIL_FROM].tolist():
+            self._note_tail(score, level)
+        self._values.extend(np.minimum(np.maximum(values, level.low), level.high))
+        self._until_refresh -= len(values)
+        if not self._until_refresh:
+            self._refresh()
+
+    def _note_tail(self, score: float, level: Level) -> None:
+        self._exceeded += 1
+        self._log_excess += math.log(min(score, level.threshold) / TAIL_FROM)
+
+    def _refresh(self) -> None:
         num = self._values.num_pushed
-        if num >= self._warmup and (level is None or num % REFRESH_EVERY == 0):
-            center, scale = center_and_scale(self._values.last())
-            self.level = Level(center=center, scale=scale, threshold=self._threshold())
+        window = max(MIN_WINDOW, min(num // 4, self._size), min(num // 64, LONGEST_WINDOWS * self._size))
+        self._until_refresh = max(2, window // 8)
+        center, scale = center_and_scale(self._values.last(window))
+        self.level = Level(
+            center=center,
+            scale=scale,
+            threshold=self._strictness * self._threshold(),
+        )
 
     def upper_quantile(self, share: float) -> float | None:
         """A quantile of the window, None when it is empty."""
-        return float(np.quantile(self._values.last(), share)) if len(self._values) else None
+        values = self._values.last(self._size)
+        return float(np.quantile(values, share)) if len(values) else None
 
     def _threshold(self) -> float:
         """The score x with P(score > x) = q: TAIL_FROM · (p / q)^index, p the share of scores beyond TAIL_FROM."""
@@ -150,12 +224,70 @@ def _median_of_sorted(ordered: NDArray[np.float64]) -> float:
     return float(ordered[num // 2]) if num % 2 else 0.5 * float(ordered[num // 2 - 1] + ordered[num // 2])
 
 
+class Course:
+    """A whole run in 32 to 64 blocks, however long: each block the mean of equally many values.
+
+    When there are 64, neighbours are joined. What goes in has been clipped to its band, so that outliers count little.
+    """
+
+    __slots__ = ("_count", "_sum", "blocks", "length", "lrs", "steps")
+
+    MOST = 64
+
+    def __init__(self) -> None:
+        self.blocks: list[float] = []
+        self.steps: list[int] = []
+        """The last step of each block."""
+        self.lrs: list[float | None] = []
+        """The learning rate at that step."""
+        self.length = 1
+        """Values in each block."""
+        self._sum, self._count = 0.0, 0
+
+    @property
+    def room(self) -> int:
+        """How many values go in before the next block closes."""
+        return self.length - self._count
+
+    def push(self, value: float, step: int, lr: float | None) -> bool:
+        """Take a value in; returns whether a block was closed."""
+        self._sum += value
+        self._count += 1
+        if self._count < self.length:
+            return False
+        self.blocks.append(self._sum / self._count)
+        self.steps.append(step)
+        self.lrs.append(lr)
+        self._sum, self._count = 0.0, 0
+        if len(self.blocks) == self.MOST:
+            self.steps, self.lrs = self.steps[1::2], self.lrs[1::2]
+            self.blocks = [0.5 * (a + b) for a, b in zip(self.blocks[::2], self.blocks[1::2], strict=True)]
+            self.length *= 2
+        return True
+
+    def extend(self, values: NDArray[np.float64]) -> None:
+        """As `push` of each, for fewer than `room` values."""
+        assert len(values) < self.room
+        # one after the other, as `push` adds them: the same bits however rows were batched
+        self._sum = float(np.add.accumulate(np.concatenate(([self._sum], values)))[-1])
+        self._count += len(values)
+
+    def restlessness(self) -> float:
+        """Robust scale of the steps from block to block: 1.4826 · MAD of the first differences."""
+        if len(self.blocks) < 4:
+            return math.inf
+        steps = np.diff(np.array(self.blocks))
+        mad = _median_of_sorted(np.sort(np.abs(steps - _median_of_sorted(np.sort(steps)))))
+        return max(1.4826 * mad, FLOAT_RESOLUTION * max(abs(self.blocks[0]), abs(self.blocks[-1])) + 1e-300)
+
+
 @dataclass(slots=True, kw_only=True)
 class Excursion:
     """A stretch of steps above the band: from its first step until it has come back."""
 
     first_step: int
     peak: float
+    num_points: int = 0
     num_above: int = 0
     num_calm: int = 0
     level: Level
@@ -164,15 +296,18 @@ class Excursion:
 class Channel:
     """A series with its band and what it is doing now: score of the newest value, and the excursion it is in."""
 
-    __slots__ = ("_recent", "band", "excursion", "num_held", "recent_above", "score", "value")
+    __slots__ = ("_recent", "band", "clipped", "excursion", "num_held", "recent_above", "score", "value")
 
     CALM_STEPS = 5
     """Steps below half the threshold that end an excursion."""
+    RECENT = 16
 
-    def __init__(self, size: int, warmup: int) -> None:
-        self.band = Band(size, warmup)
-        self._recent = Ring(16)
+    def __init__(self, size: int, warmup: int, strictness: float = 1.0) -> None:
+        self.band = Band(size, warmup, strictness)
+        self._recent = Ring(self.RECENT)
         self.value: float | None = None
+        self.clipped = math.nan
+        """The newest value as it entered the band."""
         self.score = 0.0
         self.recent_above = 0
         self.excursion: Excursion | None = None
@@ -200,6 +335,11 @@ class Channel:
         self.value, self.score = None, 0.0
         self.recent_above = (self.recent_above << 1) & 0xFF
 
+    def miss_all(self, num: int) -> None:
+        """As `miss`, ``num`` times."""
+        self.value, self.score = None, 0.0
+        self.recent_above = (self.recent_above << num) & 0xFF
+
     def take(self, step: int, value: float, hold: bool) -> bool:
         """Score a finite value against the band before it, then let it in; returns whether it went in.
 
@@ -210,8 +350,10 @@ class Channel:
         self._recent.push(value)
         level = self.band.level
         above = False
+        self.clipped = value
         if level is not None:
             self.score = level.score(value)
+            self.clipped = min(max(value, level.low), level.high)
             above = self.score > level.threshold
             if above or self.excursion is not None:
                 self._follow(step, value, level)
@@ -223,10 +365,32 @@ class Channel:
         self.band.push(value)
         return True
 
+    def num_quiet(self, values: NDArray[np.float64]) -> int:
+        """How many of ``values`` can be taken at once: none of them above the band, none of them before a refresh."""
+        level = self.band.level
+        if level is None or self.excursion is not None:
+            return 0
+        loud = np.flatnonzero((values[: self.band.room] - level.center) / level.scale > level.threshold)
+        return int(loud[0]) if len(loud) else min(len(values), self.band.room)
+
+    def extend(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """As `take` of each, for values that are `num_quiet`; returns them clipped."""
+        level = self.band.level
+        assert level is not None
+        scores = (values - level.center) / level.scale
+        clipped = np.minimum(np.maximum(values, level.low), level.high)
+        self.value, self.score, self.clipped = float(values[-1]), float(scores[-1]), float(clipped[-1])
+        self._recent.extend(values)
+        self.recent_above = (self.recent_above << len(values)) & 0xFF
+        self.num_held = 0
+        self.band.extend(values, scores)
+        return clipped
+
     def _follow(self, step: int, value: float, level: Level) -> None:
         excursion = self.excursion
         if excursion is None:
             excursion = self.excursion = Excursion(first_step=step, peak=value, level=level)
+        excursion.num_points += 1
         excursion.peak = max(excursion.peak, value)
         # by the band of the time before: the running band may be following a steady rise
         excursion.num_above += not excursion.level.holds(value)

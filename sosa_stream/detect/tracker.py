@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sosa_stream.detect.detectors import GROUP_OF
+from sosa_stream.detect.detectors import BY_KIND, Detector
 from sosa_stream.detect.incidents import Finding, Group, Incident, IncidentState, Severity
 from sosa_stream.detect.statistics import Level
 from sosa_stream.detect.windows import RunWindows
@@ -40,15 +40,8 @@ FOLLOWS: Mapping[str, frozenset[str]] = {
 
 TOGETHER_STEPS = 2
 """Findings whose first steps differ by no more than this began together: a gradient shows it a step after a loss."""
-HEALTHY_STEPS = 20
-"""Complete steps without a finding, back in the band, that close an incident."""
 HEALTHY_STEPS_AT_END = 3
 """As many are enough when the run is over."""
-SLOW_STEPS: Mapping[str, int] = {"loss_oscillation": 64}
-"""The same for kinds whose detectors look only now and then."""
-LEARNED = 6.0
-"""Learning, in units of a block's noise, that ends a plateau; it began below 4."""
-HOLDING = frozenset({Group.NUMERICAL, Group.LEARNING})
 
 
 def make_id(prefix: str, run: str, counter: int) -> str:
@@ -72,9 +65,12 @@ class OpenIncident:
     of_past: bool = False
     """Of an earlier generation: nothing joins it and nothing is done about it any more."""
 
+    detector: Detector
+    """The one that names it."""
+
     @property
     def holds_band(self) -> bool:
-        return self.incident.group in HOLDING and self.incident.severity >= Severity.WARNING
+        return self.detector.disturbs and self.incident.severity >= Severity.WARNING
 
 
 class Tracker:
@@ -82,6 +78,8 @@ class Tracker:
 
     def __init__(self, run: str) -> None:
         self._run = run
+        self.detectors: Mapping[str, Detector] = BY_KIND
+        """Those that there are, the user's own rules among them."""
         self._counter = 0
         self._all: dict[str, Incident] = {}
         self._shown: dict[str, Incident] = {}
@@ -105,6 +103,11 @@ class Tracker:
     def find(self, incident_id: str) -> OpenIncident | None:
         return self._open.get(incident_id)
 
+    @property
+    def is_calm(self) -> bool:
+        """Whether no incident is open, so that a healthy step changes nothing."""
+        return not self._open
+
     def take(self, findings: list[Finding], windows: RunWindows, hosts: Mapping[int, str]) -> None:
         """Take the findings of one complete step (or of a report between steps) in."""
         for finding in sorted(findings, key=lambda found: (found.first_step, _precedence(found.kind))):
@@ -126,10 +129,7 @@ class Tracker:
             if known.of_past:
                 healthy = healthy and not self.hold
             known.num_healthy = known.num_healthy + 1 if healthy else 0
-            if (
-                known.num_healthy >= SLOW_STEPS.get(known.incident.kind, HEALTHY_STEPS)
-                and known.incident.id not in kept_open
-            ):
+            if known.num_healthy >= known.detector.quiet_points and known.incident.id not in kept_open:
                 self._resolve(known, windows.step)
 
     def finish(self, step: int) -> None:
@@ -174,13 +174,15 @@ class Tracker:
 
     def _open_incident(self, finding: Finding, windows: RunWindows, hosts: Mapping[int, str]) -> None:
         self._counter += 1
+        detector = self.detectors[finding.kind]
         incident = Incident(
             id=make_id("i", self._run, self._counter),
             run=self._run,
             kind=finding.kind,
-            group=GROUP_OF[finding.kind],
+            group=detector.group,
             severity=finding.severity,
             state=IncidentState.OPEN,
+            at_end=windows.ended,
             first_step=finding.first_step,
             detected_step=finding.step,
             ranks=finding.ranks,
@@ -192,7 +194,8 @@ class Tracker:
         log_high = windows.log_norms.band.upper_quantile(0.9)
         self._open[incident.id] = OpenIncident(
             incident=incident,
-            loss_level=windows.loss_level() if incident.group in HOLDING else None,
+            detector=detector,
+            loss_level=windows.loss_level() if detector.disturbs else None,
             norm_high=None if log_high is None else math.exp(log_high),
             last_found_step=finding.step,
         )
@@ -217,11 +220,12 @@ class Tracker:
                 causes=finding.causes if cause else incident.causes,
             )
         elif _names(finding, incident):
+            known.detector = self.detectors[finding.kind]
             symptoms = tuple(kind for kind in (*incident.symptoms, incident.kind) if kind != finding.kind)
             incident = replace(
                 incident,
                 kind=finding.kind,
-                group=GROUP_OF[finding.kind],
+                group=self.detectors[finding.kind].group,
                 severity=max(incident.severity, finding.severity),
                 first_step=min(incident.first_step, finding.first_step),
                 ranks=finding.ranks,
@@ -254,8 +258,8 @@ def in_band(known: OpenIncident, windows: RunWindows) -> bool:
     """Whether the newest step is where the run was before the incident: each loss, and the median of the last five."""
     if windows.bad_loss or windows.bad_grad:
         return False
-    if known.incident.kind == "loss_plateau":
-        return windows.learned > LEARNED
+    if known.detector.well is not None:
+        return known.detector.well(windows)
     if known.loss_level is None or windows.loss is None:
         return True
     return known.loss_level.holds(windows.loss) and windows.losses.smoothed(5) <= known.loss_level.top

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sosa_stream.config import DetectSettings
-from sosa_stream.detect.alignment import AT, Logged, Row
-from sosa_stream.detect.statistics import REFRESH_EVERY, Channel, Level, Ring, center_and_scale
-from sosa_stream.protocol.columns import SAMPLED_COLUMNS
+from sosa_stream.detect.alignment import AT, Block, Logged, Row
+from sosa_stream.detect.sensitivity import strictness
+from sosa_stream.detect.statistics import Channel, Course, Level, Ring
+from sosa_stream.protocol.columns import COLUMNS, SAMPLED_COLUMNS
 from sosa_stream.protocol.messages import ExceptionReport
 
 TICK, LOSS, GRAD_NORM, LR, LR_MULTIPLIER = (AT[name] for name in ("tick", "loss", "grad_norm", "lr", "lr_multiplier"))
@@ -23,7 +24,14 @@ LOWEST_COUNTS = frozenset({"layer_ratio", "first_norm", "update_ratio", "changed
 LOOKS = 64
 """Looks and logged values that are remembered."""
 MAX_LOGGED_NAMES = 256
+PULSE_POINTS = 16
+"""Losses between two looks of detectors that look at a stretch of them; more, late in a long run."""
+MIN_QUIET = 4
+"""Steps that are worth taking at once."""
+ORDINARY = frozenset({"tick", "loss", "grad_norm", "lr", "lr_multiplier", "step_seconds", "skipped", "model"})
+"""Step columns of which many steps can be taken at once."""
 
+_ORDINARY = np.isin(COLUMNS, list(ORDINARY))
 LR_RATIO = 3.0
 """A learning rate this far above the run's own recent schedule is a jump [FAULTS.md]."""
 LR_LAG, LR_WINDOW = 8, 64
@@ -53,25 +61,43 @@ class Reports:
     digests_step: int = 0
 
 
-class LoggedSeries:
-    """The newest values of one logged metric, with their steps and the points at which they came."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lowest:
+    """The lowest value of a logged metric: ``count`` says which of its finite values it is, from 1."""
 
-    __slots__ = ("_points", "_steps", "_values")
+    value: float
+    step: int
+    count: int
+    train: float
+    """The training loss of that time: the median since the value before."""
+
+
+class LoggedSeries:
+    """The newest values of one logged metric, each with its step and the training loss since the one before."""
+
+    __slots__ = ("_num_losses", "_steps", "_trains", "_values", "lowest", "num_finite")
 
     def __init__(self) -> None:
-        self._values, self._steps, self._points = Ring(LOOKS), Ring(LOOKS), Ring(LOOKS)
+        self._values, self._steps, self._trains = Ring(LOOKS), Ring(LOOKS), Ring(LOOKS)
+        self._num_losses = 0
+        self.num_finite = 0
+        self.lowest: Lowest | None = None
 
-    def __len__(self) -> int:
-        return len(self._values)
-
-    @property
-    def num_pushed(self) -> int:
-        return self._values.num_pushed
-
-    def push(self, step: int, point: int, value: float) -> None:
+    def push(self, step: int, value: float, losses: Ring) -> None:
+        since = losses.last(max(1, losses.num_pushed - self._num_losses))
+        train = float(np.median(since)) if len(since) else math.nan
+        self._num_losses = losses.num_pushed
         self._values.push(value)
         self._steps.push(step)
-        self._points.push(point)
+        self._trains.push(train)
+        if math.isfinite(value):
+            self.num_finite += 1
+            if self.lowest is None or value < self.lowest.value:
+                self.lowest = Lowest(value=value, step=step, count=self.num_finite, train=train)
+
+    def forget_lowest(self) -> None:
+        """The objective is another one now."""
+        self.lowest, self.num_finite, self._num_losses = None, 0, 0
 
     @property
     def values(self) -> NDArray[np.float64]:
@@ -82,8 +108,8 @@ class LoggedSeries:
         return self._steps.last()
 
     @property
-    def points(self) -> NDArray[np.float64]:
-        return self._points.last()
+    def trains(self) -> NDArray[np.float64]:
+        return self._trains.last()
 
 
 class RunWindows:
@@ -122,6 +148,8 @@ class RunWindows:
         """What the script logs by name; it outlives segments."""
         self.newest_logged: Logged | None = None
         """Set while detectors look at what was logged, between steps."""
+        self.ended = False
+        """Set once the run is over, for what can be said only then."""
         self.hold = False
         """Set while an incident is open: values above a band stay out of it."""
         self.segment = 0
@@ -131,26 +159,39 @@ class RunWindows:
     def restart(self) -> None:
         """Open a new segment: statistics begin again, detectors are warming."""
         self.segment += 1
+        for series in self.logged.values():
+            series.forget_lowest()
         size, warmup = max(32, self.settings.window_steps // 4), self.settings.warmup_steps
-        self.losses = Channel(size, warmup)
-        self.log_norms = Channel(size, warmup)
-        self.loss_ring = Ring(self.settings.window_steps)
-        self.blocks = Ring(64)
-        """Medians of `REFRESH_EVERY` losses each: the smoothed course of the loss."""
+        self.losses = Channel(size, warmup, strictness(self.settings))
+        self.log_norms = Channel(size, warmup, strictness(self.settings))
+        self.recent_losses = Ring(64)
+        self.recent_steps = Ring(64)
+        """The steps of `recent_losses`."""
+        self.course = Course()
+        """The loss of this segment."""
+        self.norm_course = Course()
+        """The log of the gradient norm, likewise."""
+        self.closed = False
+        """Whether this step closed a block of the course."""
+        self.pulse = False
+        """Whether it is time to look at `recent_losses`."""
+        self._until_pulse = PULSE_POINTS
+        self._first_losses: list[float] = []
         self.start: float | None = None
+        """Median of the first eight losses."""
         self.best: float | None = None
-        self.calmest = float("inf")
+        """Lowest median of eight losses in a row."""
+        self.calmest = math.inf
         """Smallest scale of the loss band so far."""
-        self.block_noise = float("inf")
-        """Robust scale of one block, from the differences between neighbours."""
         self.num_steps = 0
         self.num_bad_loss = self.num_bad_grad = 0
         """Non-finite steps in a row."""
         self.looks: dict[str, Ring] = {name: Ring(LOOKS) for name in SAMPLED_COLUMNS}
         """The looks of each sampled column, one value over all ranks each."""
         self.num_looks = 0
-        self.looked = False
         """Steps of this segment at which anything was sampled."""
+        self.looked = False
+        """Whether this step was one."""
         self.jump: LrJump | None = None
         self._lrs = Ring(LR_WINDOW + LR_LAG)
         self._lr_steps = Ring(LR_LAG + 2)
@@ -174,18 +215,16 @@ class RunWindows:
         return 0.0 < after[0] <= ratio * before and all(after[0] / 3 <= lr <= 3 * after[0] for lr in after[1:])
 
     @property
-    def progress(self) -> float:
-        """What has been learned: start - best of the smoothed loss, at least the scale of its noise."""
-        level = self.losses.band.level
-        noise = level.scale if level is not None else 0.0
-        if self.start is None or self.best is None:
-            return noise
-        return max(self.start - self.best, noise)
+    def noise(self) -> float:
+        """Scale of the loss band; 0 while it is warming."""
+        return self.losses.band.level.scale if self.losses.band.level is not None else 0.0
 
     @property
-    def learned(self) -> float:
-        """What has been learned, in units of a block's noise: (start - best) / block_noise."""
-        return 0.0 if self.start is None or self.best is None else (self.start - self.best) / self.block_noise
+    def progress(self) -> float:
+        """What has been learned: start - best of the smoothed loss, at least the scale of its noise."""
+        if self.start is None or self.best is None:
+            return self.noise
+        return max(self.start - self.best, self.noise)
 
     @property
     def norm_ratio(self) -> float:
@@ -259,7 +298,7 @@ class RunWindows:
             if len(self.logged) >= MAX_LOGGED_NAMES:
                 return
             series = self.logged[logged.name] = LoggedSeries()
-        series.push(logged.step, self.num_points, logged.value)
+        series.push(logged.step, logged.value, self.recent_losses)
 
     def _look(self, values: NDArray[np.float64], finite: NDArray[np.bool_]) -> None:
         self.num_looks += 1
@@ -269,33 +308,121 @@ class RunWindows:
                 self.looks[name].push(float(found.min() if name in LOWEST_COUNTS else found.max()))
 
     def _fold(self) -> None:
+        self.closed = self.pulse = False
         if self.loss is None or self.bad_loss:
             self.losses.miss()
-        elif self.losses.take(self.step, self.loss, self.hold):
+        else:
+            taken = self.losses.take(self.step, self.loss, self.hold)
             self._progress(self.loss)
-        elif self.losses.num_held >= self.settings.window_steps:
-            # this level is no longer an excursion: learn it as the new normal, visibly warming
-            self.restart()
-            return
+            if not taken and self.losses.num_held >= self.settings.window_steps:
+                # this level is no longer an excursion: learn it as the new normal, visibly warming
+                self.restart()
+                return
         if self.grad_norm is None or self.grad_norm <= 0.0 or self.bad_grad:
             self.log_norms.miss()
         else:
             self.log_norms.take(self.step, float(np.log(self.grad_norm)), self.hold)
+            self.norm_course.push(self.log_norms.clipped, self.step, self.lr)
         if self.lr is not None:
             self._script_lrs.push(self.lr / self.lr_multiplier if self.lr_multiplier else self.lr)
             self._follow_lr(self.lr)
 
     def _progress(self, loss: float) -> None:
-        self.loss_ring.push(loss)
-        if self.loss_ring.num_pushed % REFRESH_EVERY:
-            return
-        block = float(np.median(self.loss_ring.last(REFRESH_EVERY)))
-        self.blocks.push(block)
-        self.start = block if self.start is None else self.start
-        self.best = block if self.best is None else min(self.best, block)
-        if self.losses.band.level is not None and self.blocks.num_pushed % 8 == 0:
-            self.calmest = min(self.calmest, self.losses.band.level.scale)
-            self.block_noise = center_and_scale(np.diff(self.blocks.last()))[1] / math.sqrt(2.0)
+        self.recent_losses.push(loss)
+        self.recent_steps.push(self.step)
+        if len(self._first_losses) < 8:
+            self._first_losses.append(loss)
+            self.start = float(np.median(self._first_losses))
+        self._until_pulse -= 1
+        self.pulse = not self._until_pulse
+        if self.pulse:
+            self._until_pulse = max(PULSE_POINTS, self.recent_losses.num_pushed // 256)
+        self.closed = self.course.push(self.losses.clipped, self.step, self.lr)
+        if self.closed:
+            smoothed = self.losses.smoothed(8)
+            self.best = smoothed if self.best is None else min(self.best, smoothed)
+            if self.losses.band.level is not None:
+                self.calmest = min(self.calmest, self.losses.band.level.scale)
+
+    def take_quiet(self, block: Block, first: int) -> int:
+        """Take as many steps of ``block`` from ``first`` on as show nothing new, at once; how many, 0 for none.
+
+        They leave the windows exactly as `take` of each would, and no detector has anything to say to them.
+        """
+        if block.values.shape[1] != 1 or len(block.sent) != 1 or len(block) - first < MIN_QUIET:
+            return 0
+        if self.hold or self.jump is not None or self.losses.band.level is None or not self._all_ordinary(block):
+            return 0
+        sent = block.sent[0, 0]
+        room = min(self.course.room, self.norm_course.room, self._until_pulse) - 1
+        rows = block.values[first : first + room, 0]
+        bad = np.flatnonzero(~np.isfinite(rows[:, sent]).all(axis=1))
+        rows = rows[: bad[0]] if len(bad) else rows
+        if sent[MODEL] and len(rows) and (rows[:, MODEL] != self.model).any():
+            return 0
+        if sent[SKIPPED] and rows[:, SKIPPED].any():
+            return 0
+        num = self.losses.num_quiet(rows[:, LOSS])
+        log_norms = None
+        if sent[GRAD_NORM]:
+            if not (rows[:num, GRAD_NORM] > 0.0).all():
+                return 0
+            log_norms = np.log(rows[:num, GRAD_NORM])
+            num = min(num, self.log_norms.num_quiet(log_norms))
+        rows = rows[:num]
+        if num < MIN_QUIET or (sent[LR] and not self._take_quiet_lrs(rows, block.steps[first : first + num], sent)):
+            return 0
+        self._take_quiet(rows, sent)
+        self.recent_steps.extend(block.steps[first : first + num].astype(np.float64))
+        self.step = int(block.steps[first + num - 1])
+        self.row = block.row(first + num - 1)
+        if log_norms is not None:
+            self.norm_course.extend(self.log_norms.extend(log_norms[:num]))
+        else:
+            self.log_norms.miss_all(num)
+        return num
+
+    def _all_ordinary(self, block: Block) -> bool:
+        names = block.sent[0, 0]
+        return bool(names[LOSS] and not (names & ~_ORDINARY).any())
+
+    def _take_quiet(self, rows: NDArray[np.float64], sent: NDArray[np.bool_]) -> None:
+        num, last = len(rows), rows[-1].tolist()
+        self.num_steps += num
+        self.num_points += num
+        self.num_ranks = 1
+        self.newest_logged = None
+        self.bad_loss = self.bad_grad = ()
+        self.num_bad_loss = self.num_bad_grad = 0
+        self.skipped = self.looked = self.closed = self.pulse = False
+        self.loss = last[LOSS]
+        self.grad_norm = last[GRAD_NORM] if sent[GRAD_NORM] else None
+        if sent[TICK]:
+            self.tick = max(self.tick, int(rows[:, TICK].max()))
+        if sent[STEP_SECONDS]:
+            self.step_seconds = last[STEP_SECONDS]
+        if not sent[LR]:
+            self.lr, self.lr_multiplier = None, last[LR_MULTIPLIER] if sent[LR_MULTIPLIER] else 1.0
+        losses = rows[:, LOSS]
+        self.recent_losses.extend(losses)
+        self._until_pulse -= num
+        self.course.extend(self.losses.extend(losses))
+
+    def _take_quiet_lrs(self, rows: NDArray[np.float64], steps: NDArray[np.int64], sent: NDArray[np.bool_]) -> bool:
+        """Follow learning rates among which there can be no jump; False, and nothing done, where there may be one."""
+        multipliers = rows[:, LR_MULTIPLIER] if sent[LR_MULTIPLIER] else np.ones(len(rows))
+        lrs = rows[:, LR] * multipliers
+        known = self._lrs.last()
+        lowest = min(float(lrs.min()), float(known.min())) if len(known) else float(lrs.min())
+        if not float(lrs.max()) <= LR_RATIO * lowest:
+            return False
+        for ring, values in ((self._lrs, lrs), (self._lr_steps, steps.astype(np.float64))):
+            ring.extend(values)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            self._script_lrs.extend(np.where(multipliers != 0.0, lrs / multipliers, lrs))
+        self._lr_borne = max(self._lr_borne, float(lrs.max()))
+        self.lr, self.lr_multiplier = float(lrs[-1]), float(multipliers[-1])
+        return True
 
     def _follow_lr(self, lr: float) -> None:
         jump = self.jump

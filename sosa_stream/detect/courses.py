@@ -1,0 +1,146 @@
+"""Detectors of a loss that goes nowhere: it swings, or it stays where it began."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sosa_stream.detect.incidents import Finding, Severity
+from sosa_stream.detect.windows import RunWindows
+
+FLAT_SHARE = 0.01
+"""A loss whose last quarter differs from its second by no more than this share of itself is flat."""
+STUCK_SHARE = 0.03
+"""Likewise for all of the run but its first twentieth: it is stuck."""
+LEARNED_SHARE = 0.35
+"""Having fallen by this share from the first twentieth on, it has learned."""
+LONG_PLATEAU_POINTS = 4096
+"""A plateau of a running job is worth a look after as many."""
+SWINGS = {32: (0.65, 0.75), 64: (0.45, 0.6)}
+"""For so many losses, the share of the power that one frequency holds, and that it holds with its harmonics."""
+SWING_RATIO = 3.0
+"""A swing is this much larger than the calmest noise of the run."""
+
+
+def loss_oscillation(windows: RunWindows) -> Finding | None:
+    """The detrended loss swings at one frequency and its harmonics, beyond noise.
+
+    Fisher's g (*Proc. R. Soc. A* 125, 1929): the largest share of one frequency in the periodogram of the last 32 or 64
+    losses minus their line. For white noise P(g > x) <= m (1 - x)^(m - 1) with m = 15 or 31, which is below 1e-5 at the
+    shares of `SWINGS`. A swing that is not a sine spreads over the multiples of its frequency, which are added. Only
+    periods up to 8 points count (drift is slow, not swinging), and only an amplitude of 3 × the calmest noise of the run.
+    """
+    if not windows.pulse:
+        return None
+    for num, (alone, together) in SWINGS.items():
+        period, scale = _swing(windows.recent_losses.last(num), alone, together)
+        if period and windows.recent_losses.num_pushed >= num and scale > SWING_RATIO * windows.calmest:
+            break
+    else:
+        return None
+    return Finding(
+        kind="loss_oscillation",
+        severity=Severity.WARNING,
+        step=windows.step,
+        first_step=int(windows.recent_steps.last(num)[0]),
+        message=f"loss swings with a period of {period:.1f} steps, ±{scale * math.sqrt(2.0):.3g}",
+        evidence={
+            "value": windows.loss,
+            "baseline": windows.calmest,
+            "score": scale / windows.calmest,
+            "threshold": SWING_RATIO,
+            "period_steps": period,
+            "window": num,
+        },
+        causes=(
+            "the learning rate"
+            + ("" if windows.lr is None else f" ({windows.lr:.3g})")
+            + " or the momentum is too high",
+        ),
+    )
+
+
+def _swing(values: NDArray[np.float64], alone: float, together: float) -> tuple[float, float]:
+    """Period of the swing in points, 0 where there is none, and the root mean square of what is left beside the line."""
+    num = len(values)
+    at = np.arange(float(num))
+    rest = values - np.polyval(np.polyfit(at, values, 1), at)
+    power = 2.0 * np.abs(np.fft.rfft(rest)[1:]) ** 2
+    power[-1] /= 2.0  # the highest frequency has no mirror image
+    total = float(power.sum())
+    scale = math.sqrt(total) / num
+    peak = int(power.argmax()) + 1
+    if total <= 0.0 or peak < num // 8:
+        return 0.0, scale
+    if power[peak - 1] >= alone * total:
+        return num / peak, scale
+    fundamentals = [peak // k for k in (1, 2, 3) if peak % k == 0 and peak // k >= num // 8]
+    shares = {fundamental: float(power[fundamental - 1 :: fundamental].sum()) / total for fundamental in fundamentals}
+    best = max(shares, key=lambda fundamental: shares[fundamental])
+    return (num / best if shares[best] >= together else 0.0), scale
+
+
+def loss_plateau(windows: RunWindows) -> Finding | None:
+    """Nothing is learned: the loss stays where it began, but for its first few points.
+
+    With m(a, b) the median of the run's course from share a to b: m(.25, .5) and m(.75, 1) differ by at most
+    `FLAT_SHARE`, m(.05, .25) and m(.75, 1) by at most `STUCK_SHARE` of m(.75, 1), and m(0, .05) was less than 1.5 times
+    as high (`LEARNED_SHARE`). A run that has converged looks the same later on, and is healthy. Many a run learns
+    nothing for a while and then does, so that before its end this is ``info`` until `LONG_PLATEAU_POINTS`.
+    Shares of the loss itself: exempt from the shift test; silent for losses that are not positive.
+    """
+    course = windows.course
+    at_doubling = windows.closed and len(course.blocks) == course.MOST // 2 and course.length >= 16
+    if not (windows.ended or at_doubling) or windows.losses.excursion is not None:
+        return None
+    blocks = np.array(course.blocks)
+    num = len(blocks)
+    if num < 15 or blocks.min() <= 0.0 or windows.lr == 0.0:
+        return None
+    first, early, middle, late = (
+        float(np.median(blocks[int(a * num) : max(int(b * num), int(a * num) + 1)]))
+        for a, b in ((0.0, 0.05), (0.05, 0.25), (0.25, 0.5), (0.75, 1.0))
+    )
+    if abs(middle - late) > FLAT_SHARE * late or abs(early - late) > STUCK_SHARE * late:
+        return None
+    if first - late > LEARNED_SHARE * first:
+        return None
+    num_points = windows.recent_losses.num_pushed
+    lasting = windows.ended or num_points >= LONG_PLATEAU_POINTS
+    return Finding(
+        kind="loss_plateau",
+        severity=Severity.WARNING if lasting else Severity.INFO,
+        step=windows.step,
+        first_step=course.steps[0],
+        message=f"loss has not moved from {early:.4g} in {num_points} steps",
+        evidence={
+            "value": windows.loss,
+            "baseline": early,
+            "score": abs(early - late) / late,
+            "threshold": STUCK_SHARE,
+            "window": num_points,
+            "lr": windows.lr,
+        },
+        causes=(
+            "learning rate far too low" + ("" if windows.lr is None else f" ({windows.lr:.3g})"),
+            "frozen layers",
+            "an optimizer that holds other parameters than the model",
+            *_chance(late),
+        ),
+    )
+
+
+def moves_again(windows: RunWindows) -> bool:
+    """Whether a plateau is over: the newest eight losses are clearly below where it lay."""
+    start = windows.start
+    return start is not None and windows.losses.smoothed(8) < start * (1.0 - 2.0 * STUCK_SHARE) - 2.0 * windows.noise
+
+
+def _chance(loss: float) -> tuple[str, ...]:
+    """Says so where a loss is that of guessing: the cross-entropy of k equally likely classes is ln k."""
+    classes = round(math.exp(loss)) if loss < 12.0 else 0
+    if classes < 2 or abs(loss - math.log(classes)) > 0.003 * loss:
+        return ()
+    return (f"the model guesses: ln {classes} = {math.log(classes):.4g} is chance for {classes} classes",)

@@ -1,0 +1,182 @@
+"""Detectors of a loss that rises: a learning rate that jumps, a spike, a divergence.
+
+All judge the loss by affine-invariant statistics: it may be near zero, negative, scaled or shifted.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from sosa_stream.detect.incidents import Finding, Severity
+from sosa_stream.detect.numerical import EXPLODED_RATIO
+from sosa_stream.detect.windows import LR_SUFFER_STEPS, RunWindows
+from sosa_stream.detect.wording import number, times
+
+SPIKE_SHARE = 0.01
+"""A spike takes back at least this share of the progress: below it, nobody needs to look."""
+HURT_SHARE = 0.1
+"""A run suffers from its learning rate when it loses this share of the progress."""
+SPIKE_ALONE = 2.5
+"""One value this many times as far out as the threshold is a spike by itself."""
+DIVERGED_POINTS = 12
+"""Points out of the band without coming back that make a spike a divergence."""
+DIVERGED_SHARE, LOST_SHARE = 0.2, 0.5
+"""Shares of the progress undone that make it one, and that make it critical."""
+RISE_SCORE = 5.0
+"""A slow rise counts from this many times what steps at random would add up to."""
+
+
+def lr_jump(windows: RunWindows) -> Finding | None:
+    """The effective learning rate exceeds 3 × the largest of its recent schedule, and the run suffers for it.
+
+    The schedule is that of steps s-72 to s-8. Suffering, from the jump on (its own step shows the loss before its own
+    update): the loss or the gradient norm is above its band, or non-finite. A rate at which this run has already
+    trained (a schedule's restart) must undo half of the progress for two steps.
+    """
+    jump = windows.jump
+    if jump is None:
+        return None
+    if windows.step - jump.step > LR_SUFFER_STEPS and not windows.hold:
+        return None
+    nonfinite = bool(windows.bad_loss or windows.bad_grad)
+    losses, norms = windows.losses, windows.log_norms
+    share = windows.undone(windows.loss) if losses.above and windows.loss is not None else 0.0
+    hurt = nonfinite or share >= HURT_SHARE or (norms.above and windows.norm_ratio >= EXPLODED_RATIO)
+    if jump.borne and not nonfinite:
+        hurt = share >= 0.5 and losses.num_above(2) == 2
+    if not hurt:
+        return None
+    level = windows.loss_level()
+    ratio = jump.after / jump.before if jump.before > 0 else math.inf
+    return Finding(
+        kind="lr_jump",
+        severity=Severity.CRITICAL if nonfinite or share >= 0.5 else Severity.WARNING,
+        step=windows.step,
+        first_step=jump.step,
+        message=f"learning rate rose {times(ratio)} at step {jump.step} ({jump.before:.3g} to {jump.after:.3g})"
+        + (f", loss {level.center:.4g} to {number(windows.loss)}" if level else ""),
+        evidence={
+            "lr_before": jump.before,
+            "lr_after": jump.after,
+            "lr_ratio": ratio if math.isfinite(ratio) else None,
+            "jump_step": jump.step,
+            "loss_before": level.center if level else None,
+            "value": windows.loss,
+            "score": losses.score,
+            "share_undone": share,
+        },
+        causes=(
+            f"the scheduler or the script set the learning rate {times(ratio)}",
+            "a warm-up or a cycle was restarted",
+            "a resumed run lost its scheduler's state",
+        ),
+    )
+
+
+def loss_spike(windows: RunWindows) -> Finding | None:
+    """The loss is above its robust band: two of the last three points, or one point far beyond the threshold.
+
+    The threshold spends an error budget on the run's own tail (`statistics`). One point out is often one hard batch; two
+    in a row hardly ever are.
+    """
+    losses = windows.losses
+    level, excursion = windows.loss_level(), losses.excursion
+    if not losses.above or level is None or excursion is None or windows.loss is None:
+        return None
+    if losses.num_above(3) < 2 and losses.score < SPIKE_ALONE * level.threshold:
+        return None
+    share = windows.undone(windows.loss)
+    if share < SPIKE_SHARE:
+        return None
+    return Finding(
+        kind="loss_spike",
+        severity=Severity.WARNING,
+        step=windows.step,
+        first_step=excursion.first_step,
+        message=f"loss spiked from {level.center:.4g} to {windows.loss:.4g} at step {excursion.first_step}",
+        evidence=_loss_evidence(windows, share),
+        causes=("a batch unlike the others", "the learning rate is near the edge of stability"),
+    )
+
+
+def loss_divergence(windows: RunWindows) -> Finding | None:
+    """A sustained rise that does not come back, judged by the share of progress undone and a robust score.
+
+    Fast: `DIVERGED_POINTS` points after leaving the band, the median of the last 8 is still above it, has undone
+    `DIVERGED_SHARE` of (start - best), and is not on its way down: more than 0.7 of the height that the last 16 have.
+    Slow: over the k blocks of the run's course since its lowest, most neighbours rise, the last three lie above the
+    lowest by R > `RISE_SCORE` · s · sqrt(k), s the robust scale of a step between neighbours, and R undoes 0.3 of the
+    progress. The score of a random walk is of the order of 1. R must be twice any rise that the run has come back from before: a game's swings
+    and a walk are not news.
+    """
+    return _fast_divergence(windows) or _slow_divergence(windows)
+
+
+def _fast_divergence(windows: RunWindows) -> Finding | None:
+    losses = windows.losses
+    excursion = losses.excursion
+    if excursion is None or windows.loss is None or excursion.num_points <= DIVERGED_POINTS:
+        return None
+    level, now = excursion.level, losses.smoothed(8)
+    share = windows.undone(now)
+    high = now - level.center > 0.7 * (losses.smoothed(16) - level.center)
+    if excursion.num_above < DIVERGED_POINTS // 2 or level.holds(now) or share < DIVERGED_SHARE or not high:
+        return None
+    severity = Severity.CRITICAL if share >= LOST_SHARE else Severity.WARNING
+    return _divergence(windows, severity, excursion.first_step, share, level.score(now))
+
+
+def _slow_divergence(windows: RunWindows) -> Finding | None:
+    course = windows.course
+    if not windows.closed or len(course.blocks) < 16:
+        return None
+    blocks = np.array(course.blocks)
+    lowest = int(np.argmin(blocks))
+    since = len(blocks) - 1 - lowest
+    if since < 4 or since * course.length < 8:
+        return None
+    after = blocks[lowest:]
+    rise = float(np.median(after[-3:]) - after[0])
+    score = rise / (course.restlessness() * math.sqrt(since))
+    share = rise / max(windows.progress, 1e-300)
+    rising = float((np.diff(after) > 0).mean())
+    before = blocks[: lowest + 1]
+    recovered = float((before - np.minimum.accumulate(before)).max())
+    if score < RISE_SCORE or share < 0.3 or rising < 0.6 or rise < 2.0 * recovered:
+        return None
+    severity = Severity.CRITICAL if share >= LOST_SHARE else Severity.WARNING
+    lr = course.lrs[lowest]
+    if lr is not None and windows.lr is not None and windows.lr > 1.05 * lr and share < 1.0:
+        severity = Severity.INFO  # a warm-up: the schedule itself is shaking the weights
+    return _divergence(windows, severity, course.steps[lowest], share, score)
+
+
+def _divergence(windows: RunWindows, severity: Severity, first_step: int, share: float, score: float) -> Finding:
+    level = windows.loss_level()
+    before = level.center if level else None
+    return Finding(
+        kind="loss_divergence",
+        severity=severity,
+        step=windows.step,
+        first_step=first_step,
+        message=f"loss diverges since step {first_step}: {number(before)} to {number(windows.loss)},"
+        f" {min(share, 99.0):.0%} of the progress undone",
+        evidence={**_loss_evidence(windows, share), "score": score},
+        causes=("the learning rate is too high", "the weights were damaged by an earlier step"),
+    )
+
+
+def _loss_evidence(windows: RunWindows, share: float) -> dict[str, float | None]:
+    level = windows.loss_level()
+    assert level is not None
+    return {
+        "value": windows.loss,
+        "baseline": level.center,
+        "scale": level.scale,
+        "score": windows.losses.score,
+        "threshold": level.threshold,
+        "share_undone": share,
+        "lr": windows.lr,
+    }
