@@ -238,6 +238,16 @@ def test_a_users_mistake_is_one_clear_sentence_and_exit_code_2(
     assert not rest or rest[0].startswith("usage: ")
 
 
+def test_an_override_of_a_kind_that_there_is_not_is_told_before_the_script_runs(here: Path) -> None:
+    write(here, "script.py", "print('ran')")
+    config = here / "sosa.toml"
+    config.write_text("[detect.loss_spikes]\nenabled = false\n")
+    ours = watched(here, "script.py", env={"SOSA_CONFIG": str(config)})
+    assert (ours.returncode, ours.stdout) == (2, "")
+    assert "did you mean loss_spike" in ours.stderr
+    assert len(ours.stderr.splitlines()) == 1
+
+
 def test_help_is_shown_on_stdout(here: Path) -> None:
     ours = watched(here, "--help")
     assert ours.returncode == 0

@@ -469,6 +469,8 @@ def test_settings_come_as_they_are_and_mistakes_are_named(wrap: Any) -> None:
     assert wrap(max_fixes_per_error=7).settings.auto.max_fixes_per_error == 7
     with pytest.raises(ConfigError, match=r"unknown setting 'no\.such'"):
         wrap(config={"no.such": 1})
+    with pytest.raises(ConfigError, match=r"detect\.loss_spikes: there is no such kind"):
+        wrap(config={"detect.overrides": {"loss_spikes": {"enabled": False}}})
     with pytest.raises(UsageError, match="`sosa` section"):
         wrap(config=3)
     with pytest.raises(UsageError, match="checkpoint_every"):

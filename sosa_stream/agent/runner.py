@@ -94,7 +94,9 @@ def main(argv: list[str] | None = None, env: Mapping[str, str] | None = None) ->
         rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
         injected = faults.parse_faults(target.inject)
         from sosa_stream.agent.core import Agent, run_name
+        from sosa_stream.detect.detectors import BY_KIND
 
+        settings.detect.check_kinds(BY_KIND)  # here, where it is read, and not in the log of the daemon that we start
         agent = Agent(settings, run=run_name(settings, env, target.name), rank=rank, world_size=world_size)
     except UsageError as error:
         print(f"sosa: {error}", file=sys.stderr)

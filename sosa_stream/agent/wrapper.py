@@ -32,6 +32,7 @@ from sosa_stream.agent.courier import policy
 from sosa_stream.agent.link import LocalLink
 from sosa_stream.agent.monitor import TrainingMonitor
 from sosa_stream.config import CONFIG_VARIABLE, Mode, Settings, load_settings
+from sosa_stream.detect.detectors import BY_KIND
 from sosa_stream.engine import Engine
 from sosa_stream.errors import UsageError
 
@@ -79,6 +80,7 @@ class SOSATrainingWrapper:
         self.model = model
         self.optimizer = optimizer
         self.enabled, self.settings = _settings(config, auto_fix, max_fixes_per_error)
+        self.settings.detect.check_kinds(BY_KIND)
         self._say = say or (_to_stdout if _is_rank_zero() else _to_nowhere)
         self._losses: deque[float] = deque(maxlen=RECENT_LOSSES)
         self._best_loss = math.inf

@@ -165,13 +165,13 @@ def duration_seconds(text: str) -> int:
 
 def _kinds(store: sqlite3.Connection, run: str) -> list[str]:
     """The kinds that there are: those of detectors, of the settings' own rules, and those that the run has had."""
-    from sosa_stream.detect.detectors import ALL  # with numpy, which the other commands need not load
+    from sosa_stream.detect.detectors import BY_KIND  # with numpy, which the other commands need not load
 
     config = os.environ.get(CONFIG_VARIABLE)
     rules = load_settings(path=Path(config) if config else None, env=os.environ).detect.rules
     records = store.execute("SELECT record FROM incidents WHERE run = ?", (run,))
     had = {json.loads(record)["kind"] for (record,) in records}
-    return sorted({*(detector.kind for detector in ALL), *(rule.name for rule in rules), *had})
+    return sorted({*BY_KIND, *(rule.name for rule in rules), *had})
 
 
 def _check(what: str, word: str, known: Collection[str]) -> None:
