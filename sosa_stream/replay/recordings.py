@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from sosa_stream.decide.commands import CommandRecord
 from sosa_stream.detect.incidents import Incident
-from sosa_stream.effects import Event, ShellEvent
+from sosa_stream.effects import Effect, Event, ShellEvent
 from sosa_stream.engine import Engine, RunView
 from sosa_stream.errors import UsageError
-from sosa_stream.protocol.recording import decode_record, read_recording
+from sosa_stream.protocol.codec import DEFAULT_LIMITS
+from sosa_stream.protocol.recording import MAGIC, RECORD_HEAD, decode_record, read_recording
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,25 +25,73 @@ class Replay:
     view: RunView
 
 
+def is_recording(path: Path) -> bool:
+    """Whether a path is a recording, by how it begins."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
+class RecordingFeed:
+    """The records of one run on their way into a fresh Engine, which is there once its name is known."""
+
+    def __init__(self) -> None:
+        self.engine: Engine | None = None
+        self._early: list[tuple[float, Event]] = []
+
+    def take(self, received_at: float, payload: bytes) -> list[Effect]:
+        """Feed the next record."""
+        event = decode_record(payload)
+        if self.engine is not None:
+            return self.engine.handle(event, received_at)
+        self._early.append((received_at, event))  # the settings come before the first message, which tells the name
+        if isinstance(event, ShellEvent):
+            return []
+        self.engine = Engine(event.header.run)
+        return [effect for at, earlier in self._early for effect in self.engine.handle(earlier, at)]
+
+
 def replay_recording(path: Path) -> Replay:
     """Feed every record to a fresh Engine.
 
     Raises:
         UsageError: the file is missing, is no recording, or holds no message of an agent.
     """
-    engine: Engine | None = None
-    early: list[tuple[float, Event]] = []  # the settings come before the first message, which tells the run's name
+    feed = RecordingFeed()
     for received_at, payload in read_recording(path):
-        event = decode_record(payload)
-        if engine is not None:
-            engine.handle(event, received_at)
-            continue
-        early.append((received_at, event))
-        if not isinstance(event, ShellEvent):
-            engine = Engine(event.header.run)
-            for at, earlier in early:
-                engine.handle(earlier, at)
-    if engine is None:
+        feed.take(received_at, payload)
+    if feed.engine is None:
         raise UsageError(f"{path} holds no message of a training process")
-    view = engine.view()
+    view = feed.engine.view()
     return Replay(run=view.run, incidents=view.incidents, commands=view.commands, view=view)
+
+
+def follow_recording(path: Path, wait: Callable[[], bool]) -> Iterator[tuple[float, bytes]]:
+    """Records as they are written. ``wait`` is called whenever there is nothing new; it says whether to look again.
+
+    Raises:
+        UsageError: the file cannot be read or is no recording.
+    """
+    try:
+        with path.open("rb") as file:
+            if file.read(len(MAGIC)) != MAGIC:
+                raise UsageError(f"{path} is no sosa recording: it does not begin with {MAGIC.decode()}")
+            pending = b""
+            while True:
+                data = file.read(1 << 20)
+                if not data and not wait():
+                    return
+                pending += data
+                while len(pending) >= RECORD_HEAD.size:
+                    length, received_at = RECORD_HEAD.unpack_from(pending)
+                    if not 0 < length <= DEFAULT_LIMITS.max_message_bytes:
+                        return
+                    end = RECORD_HEAD.size + length
+                    if len(pending) < end:
+                        break
+                    yield received_at, pending[RECORD_HEAD.size : end]
+                    pending = pending[end:]
+    except OSError as error:
+        raise UsageError(f"cannot read the recording {path}: {error.strerror}") from None

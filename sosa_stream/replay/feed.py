@@ -1,0 +1,192 @@
+"""A log's rows into an Engine, as the agent of a world of one would have sent them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sosa_stream.config import DetectSettings
+from sosa_stream.detect.detectors import ALL
+from sosa_stream.detect.incidents import Incident
+from sosa_stream.effects import Effect, IncidentChanged
+from sosa_stream.engine import Engine
+from sosa_stream.errors import UsageError
+from sosa_stream.protocol.columns import COLUMNS
+from sosa_stream.protocol.messages import AgentMessage, Bye, Header, Hello, MetricFrame
+from sosa_stream.replay.guess import Guess, guess_columns, known_columns
+from sosa_stream.replay.log import Column, Log, joined
+from sosa_stream.replay.steps import Points, Stepper, Tally
+
+MAX_FRAME_ROWS = 4096
+_SECONDS_PER_MESSAGE = 1e-3
+"""The Engine's clock here. It only has to move, by less than the silence after which a rank is lost."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Stretch:
+    """Losses of one generation that were fed together: ``steps`` and ``losses`` of shape (n,)."""
+
+    generation: int
+    steps: NDArray[np.int64]
+    losses: NDArray[np.float64]
+
+
+class LogFeed:
+    """One run's log on its way into a fresh Engine, in as many parts as it comes in.
+
+    ``mapping`` says which column is which where the guess is wrong; ``wanted`` names metrics to feed besides, as
+    ``log/<name>``.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        *,
+        mapping: Mapping[str, str] | None = None,
+        wanted: frozenset[str] = frozenset(),
+        settings: DetectSettings | None = None,
+    ) -> None:
+        self.engine = Engine(run, settings)
+        self.guess: Guess | None = None
+        self.curve: list[Stretch] = []
+        self._mapping = mapping or {}
+        self._wanted = wanted
+        self._waiting: list[Log] = []
+        self._fillers: set[str] = set()
+        self._fed: set[str] = set()
+        self._stepper = Stepper()
+        self._opened: dict[str, int] = {}
+        self._seq = 0
+        self._generation = 0
+        self._header = Header(run=run, generation="", source="log", rank=0, world_size=1, host="log", seq=0)
+
+    @property
+    def tally(self) -> Tally:
+        """What has been read so far."""
+        return self._stepper.tally
+
+    def first_step(self, log: Log) -> float:
+        """Where a log begins; infinite where it does not say."""
+        counter = guess_columns(log, mapping=self._mapping).counter
+        steps = log.columns[counter].values if counter is not None else np.array([np.inf])
+        return float(np.nanmin(steps))
+
+    def take(self, log: Log) -> list[Effect]:
+        """Feed the next rows; they wait until a loss has been seen.
+
+        Raises:
+            UsageError: ``mapping`` names a column that is not there.
+        """
+        if self.guess is None:
+            self._waiting.append(log)
+            log = joined(self._waiting)
+            guess = guess_columns(log, mapping=self._mapping, wanted=self._wanted)
+            if not guess.has_loss:
+                return []
+            self.guess = guess
+            self._waiting.clear()
+            self._fillers = {name for name, column in log.columns.items() if _is_filler(column)}
+        else:
+            self.guess = self.guess.extended(guess_columns(log, wanted=self._wanted))
+        effects: list[Effect] = []
+        for points in self._stepper.take(_without_fillers(log, self._fillers), self.guess):
+            for message in self._messages(points):
+                effects += self._handle(message)
+        return effects
+
+    def finish(self) -> list[Effect]:
+        """The log has ended.
+
+        Raises:
+            UsageError: it has held no loss.
+        """
+        if self.guess is None:
+            known = known_columns(joined(self._waiting).counts())
+            raise UsageError(f"no loss found in it; {known}; --map loss=NAME says which column it is")
+        return self._handle(Bye(header=self._next_header(), reason="end", exit_code=0, dropped=0))
+
+    def blind(self) -> dict[str, tuple[str, ...]]:
+        """Detectors that lack an input, and which columns they lack."""
+        blind = {kind for kind, state in self.engine.view().detectors if state == "blind"}
+        return {
+            detector.kind: tuple(name for name in detector.requires if name not in self._fed)
+            for detector in ALL
+            if detector.kind in blind
+        }
+
+    def places(self, incidents: Iterable[Incident]) -> list[int]:
+        """Where incidents were detected: indices into the losses of `curve`, one after another."""
+        return [self._place(self._opened.get(incident.id, 0), incident.detected_step) for incident in incidents]
+
+    def _place(self, generation: int, step: int) -> int:
+        start = last = 0
+        for stretch in self.curve:
+            if stretch.generation == generation:
+                last = start + min(int(np.searchsorted(stretch.steps, step)), len(stretch.steps) - 1)
+                if step <= stretch.steps[-1]:
+                    return last
+            start += len(stretch.steps)
+        return last
+
+    def _handle(self, message: AgentMessage) -> list[Effect]:
+        effects = self.engine.handle(message, self._seq * _SECONDS_PER_MESSAGE)
+        for effect in effects:
+            if isinstance(effect, IncidentChanged):
+                self._opened.setdefault(effect.incident.id, self._generation)
+        return effects
+
+    def _next_header(self) -> Header:
+        self._seq += 1
+        return replace(self._header, generation=f"log-{self._generation}", seq=self._seq)
+
+    def _messages(self, points: Points) -> Iterator[AgentMessage]:
+        if not self._seq or points.generation != self._generation:
+            self._generation = points.generation
+            header, policy = self._next_header(), {"mode": "observe"}
+            yield Hello(header=header, pid=0, device="", versions={}, parameters=(), policy=policy)
+        self._fed.update(ours for ours, column in points.columns.items() if column.present.any())
+        loss = points.columns.get("loss")
+        if loss is not None and loss.present.any():
+            steps, losses = points.steps[loss.present], loss.values[loss.present]
+            self.curve.append(Stretch(generation=points.generation, steps=steps, losses=losses))
+        of_steps = {ours: column for ours, column in points.columns.items() if ours in COLUMNS}
+        logged = {ours: column for ours, column in points.columns.items() if ours not in COLUMNS}
+        # A frame ends where other columns are present, and before and after what was logged.
+        kinds = sum((column.present << i for i, column in enumerate(of_steps.values())), np.zeros_like(points.steps))
+        tells = sum((column.present for column in logged.values()), np.zeros_like(points.is_step))
+        cuts = (np.flatnonzero((np.diff(kinds) != 0) | tells[:-1]) + 1).tolist()
+        for start, end in zip([0, *cuts], [*cuts, len(kinds)], strict=True):
+            if points.is_step[start]:
+                for first in range(start, end, MAX_FRAME_ROWS):
+                    yield self._frame(points.steps, of_steps, slice(first, min(first + MAX_FRAME_ROWS, end)))
+            if tells[end - 1]:
+                yield self._frame(points.steps, logged, slice(end - 1, end))
+
+    def _frame(self, steps: NDArray[np.int64], columns: Mapping[str, Column], rows: slice) -> MetricFrame:
+        """These rows, with the columns that the first of them has: all of them have the same."""
+        values = {ours: column.values[rows] for ours, column in columns.items() if column.present[rows.start]}
+        return MetricFrame(
+            header=self._next_header(),
+            columns=tuple(values),
+            steps=steps[rows],
+            values=np.column_stack(list(values.values())),
+        )
+
+
+def _is_filler(column: Column) -> bool:
+    """Whether NaN stands for "not logged": most of the values, and numbers follow it again and again."""
+    nan = np.isnan(column.values[column.present])
+    return bool(2 * nan.sum() >= len(nan) and np.count_nonzero(nan[:-1] & ~nan[1:]) >= 3)
+
+
+def _without_fillers(log: Log, fillers: set[str]) -> Log:
+    columns = {
+        name: Column(values=column.values, present=column.present & ~np.isnan(column.values))
+        if name in fillers
+        else column
+        for name, column in log.columns.items()
+    }
+    return Log(num_rows=log.num_rows, columns=columns)

@@ -1,0 +1,113 @@
+"""A log as it was read: named columns of numbers, each with a mask of the rows that had it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_WRAPPED = re.compile(r"(?:tensor|(?:np\.|numpy\.)?float\d*)\(\s*([^\s,()]+).*\)|(\S+?)\s*%")
+"""Numbers as scripts print them by accident: ``tensor(0.5, device='cuda:0')``, ``np.float32(0.5)``, ``12 %``."""
+_NOT_LOGGED = frozenset({"", "-", "--", "none", "null", "n/a", "na"})
+_GLANCE = 64
+"""Cells looked at before a column of words is given up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Column:
+    """``values`` float64 and ``present`` bool, both of shape (num_rows,); values are NaN where not present.
+
+    A value that is present may be NaN too: that is what was logged.
+    """
+
+    values: NDArray[np.float64]
+    present: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Log:
+    """Rows in the order of the log. Half-empty rows are normal."""
+
+    num_rows: int
+    columns: Mapping[str, Column]
+
+    def counts(self) -> dict[str, int]:
+        """How many rows have each column."""
+        return {name: int(column.present.sum()) for name, column in self.columns.items()}
+
+
+EMPTY = Log(num_rows=0, columns={})
+
+
+def number(cell: Any) -> float | None:
+    """What a cell says, or None where it says no number."""
+    if isinstance(cell, str):
+        wrapped = _WRAPPED.fullmatch(cell.strip())
+        cell = (wrapped[1] or wrapped[2]) if wrapped else cell
+    try:
+        return float(cell)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def column(cells: Sequence[Any]) -> Column | None:
+    """A column of numbers or of their texts; None in a cell: not logged. None where no cell holds a number."""
+    try:
+        values = np.array(cells, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        told = (cell for cell in cells if cell is not None and str(cell).strip().lower() not in _NOT_LOGGED)
+        glance = [cell for cell, _ in zip(told, range(_GLANCE), strict=False)]
+        if all(number(cell) is None for cell in glance):
+            return None
+        cells = [number(cell) for cell in cells]
+        values = np.array(cells, dtype=np.float64)
+    present = ~np.isnan(values)
+    if not present.all():
+        present = np.array([cell is not None for cell in cells], dtype=np.bool_)
+    return Column(values=values, present=present) if present.any() else None
+
+
+def from_cells(cells: Mapping[str, Sequence[Any]], num_rows: int) -> Log:
+    """A log from whole columns of ``num_rows`` cells each; those without a number are left out."""
+    columns = {name: column(texts) for name, texts in cells.items()}
+    return Log(num_rows=num_rows, columns={name: found for name, found in columns.items() if found is not None})
+
+
+def from_rows(rows: Sequence[Mapping[str, Any]]) -> Log:
+    """A log from one mapping per row; a key that a row lacks was not logged there."""
+    names = dict.fromkeys(name for keys in dict.fromkeys(map(tuple, rows)) for name in keys)
+    return from_cells({name: [row.get(name) for row in rows] for name in names}, len(rows))
+
+
+def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, names joined by ``/``; lists are left out."""
+    found: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}/")
+        elif not isinstance(value, list):
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def joined(logs: Iterable[Log]) -> Log:
+    """Logs one after another."""
+    parts = [log for log in logs if log.num_rows]
+    if len(parts) == 1:
+        return parts[0]
+    num_rows = sum(log.num_rows for log in parts)
+    columns: dict[str, Column] = {}
+    for name in dict.fromkeys(name for log in parts for name in log.columns):
+        values, present = np.full(num_rows, np.nan), np.zeros(num_rows, dtype=np.bool_)
+        start = 0
+        for log in parts:
+            if name in log.columns:
+                values[start : start + log.num_rows] = log.columns[name].values
+                present[start : start + log.num_rows] = log.columns[name].present
+            start += log.num_rows
+        columns[name] = Column(values=values, present=present)
+    return Log(num_rows=num_rows, columns=columns)
