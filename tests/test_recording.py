@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from sosa_stream.errors import ProtocolError, SosaError, UsageError
 from sosa_stream.protocol.codec import encode
 from sosa_stream.protocol.messages import Received
 from sosa_stream.protocol.recording import MAGIC, Recorder, decode_record, encode_shell_record, read_recording
-from sosa_stream.testing import hello
+from sosa_stream.replay import replay_recording
+from sosa_stream.testing import NOW, frame, hello
 
 RECORDS = [(1.5, b"one"), (2.5, b"second"), (3.5, b"x" * 1000)]
 
@@ -114,6 +116,7 @@ def test_a_full_disk_is_an_error_and_not_silence(tmp_path: Path, monkeypatch: py
 
 RECONFIGURED = Reconfigured(
     settings=DetectSettings(
+        warmup_steps=20,
         sensitivity=Sensitivity.LOW,
         overrides={"loss_spike": DetectorOverride(severity_cap=SeverityName.WARNING)},
         rules=(MetricRule(name="stuck", metric="entropy", flat=True, for_points=9),),
@@ -148,6 +151,20 @@ def test_shell_records_are_frozen() -> None:
 
 def test_an_agents_message_is_recorded_as_it_came() -> None:
     assert decode_record(encode(hello())) == hello()
+
+
+@pytest.mark.parametrize(("told_at", "found"), [(None, {"nan_loss"}), (0, set()), (61, set()), (90, {"nan_loss"})])
+def test_a_replay_detects_with_the_settings_that_were_in_force(
+    tmp_path: Path, told_at: int | None, found: set[str]
+) -> None:
+    """Told before the first message, before the fault, or after it."""
+    losses = [math.nan if 60 <= step < 80 else 2.0 + 0.1 * math.sin(step) for step in range(120)]
+    payloads = [encode(hello()), *(encode(frame(loss, first_step=step)) for step, loss in enumerate(losses))]
+    if told_at is not None:
+        off = DetectSettings(overrides={"nan_loss": DetectorOverride(enabled=False)})
+        payloads.insert(told_at, encode_shell_record(Reconfigured(settings=off)))
+    write(tmp_path / "run.sosa", [(NOW + 0.1 * at, payload) for at, payload in enumerate(payloads)])
+    assert {incident.kind for incident in replay_recording(tmp_path / "run.sosa").incidents} == found
 
 
 @pytest.mark.parametrize(
