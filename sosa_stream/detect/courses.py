@@ -16,6 +16,8 @@ STUCK_SHARE = 0.03
 """Likewise for all of the run but its first twentieth: it is stuck."""
 LEARNED_SHARE = 0.35
 """Having fallen by this share from the first twentieth on, it has learned."""
+FEW_CLASSES = 10
+"""Above, the logarithms lie so close that every loss is near one."""
 LONG_PLATEAU_POINTS = 4096
 """A plateau of a running job is worth a look after as many."""
 SWINGS = {32: (0.65, 0.75), 64: (0.45, 0.6)}
@@ -30,7 +32,7 @@ def loss_oscillation(windows: RunWindows) -> Finding | None:
     Fisher's g (*Proc. R. Soc. A* 125, 1929): the largest share of one frequency in the periodogram of the last 32 or 64
     losses minus their line. For white noise P(g > x) <= m (1 - x)^(m - 1) with m = 15 or 31, which is below 1e-5 at the
     shares of `SWINGS`. A swing that is not a sine spreads over the multiples of its frequency, which are added. Only
-    periods up to 8 points count (drift is slow, not swinging), and only an amplitude of 3 × the calmest noise of the run.
+    periods up to 8 points count (drift is slow, not swinging), and only a size of 3 × the calmest noise of the run.
     """
     if not windows.pulse:
         return None
@@ -63,7 +65,7 @@ def loss_oscillation(windows: RunWindows) -> Finding | None:
 
 
 def _swing(values: NDArray[np.float64], alone: float, together: float) -> tuple[float, float]:
-    """Period of the swing in points, 0 where there is none, and the root mean square of what is left beside the line."""
+    """Period of the swing in points (0: there is none), and the root mean square of what is left beside the line."""
     num = len(values)
     at = np.arange(float(num))
     rest = values - np.polyval(np.polyfit(at, values, 1), at)
@@ -86,10 +88,12 @@ def loss_plateau(windows: RunWindows) -> Finding | None:
     """Nothing is learned: the loss stays where it began, but for its first few points.
 
     With m(a, b) the median of the run's course from share a to b: m(.25, .5) and m(.75, 1) differ by at most
-    `FLAT_SHARE`, m(.05, .25) and m(.75, 1) by at most `STUCK_SHARE` of m(.75, 1), and m(0, .05) was less than 1.5 times
-    as high (`LEARNED_SHARE`). A run that has converged looks the same later on, and is healthy. Many a run learns
-    nothing for a while and then does, so that before its end this is ``info`` until `LONG_PLATEAU_POINTS`.
-    Shares of the loss itself: exempt from the shift test; silent for losses that are not positive.
+    `FLAT_SHARE`, m(.05, .25) and m(.75, 1) by at most `STUCK_SHARE` of m(.75, 1), and neither the first eight losses
+    nor m(0, .05) were 1.5 times as high (`LEARNED_SHARE`): a run that has converged looks the same later on, and is
+    healthy. A bad initialisation may have fallen further, to where the model guesses: the cross-entropy of few classes,
+    ln k. Many a run learns nothing for a while and then does, so that before its end this is ``info`` until
+    `LONG_PLATEAU_POINTS`. Shares of the loss itself: exempt from the shift test; silent for losses that are not
+    positive.
     """
     course = windows.course
     at_doubling = windows.closed and len(course.blocks) == course.MOST // 2 and course.length >= 16
@@ -105,7 +109,9 @@ def loss_plateau(windows: RunWindows) -> Finding | None:
     )
     if abs(middle - late) > FLAT_SHARE * late or abs(early - late) > STUCK_SHARE * late:
         return None
-    if first - late > LEARNED_SHARE * first:
+    first = max(first, windows.start or 0.0)
+    guesses = _chance(late)
+    if first - late > LEARNED_SHARE * first and not guesses:
         return None
     num_points = windows.recent_losses.num_pushed
     lasting = windows.ended or num_points >= LONG_PLATEAU_POINTS
@@ -127,7 +133,7 @@ def loss_plateau(windows: RunWindows) -> Finding | None:
             "learning rate far too low" + ("" if windows.lr is None else f" ({windows.lr:.3g})"),
             "frozen layers",
             "an optimizer that holds other parameters than the model",
-            *_chance(late),
+            *guesses,
         ),
     )
 
@@ -140,7 +146,7 @@ def moves_again(windows: RunWindows) -> bool:
 
 def _chance(loss: float) -> tuple[str, ...]:
     """Says so where a loss is that of guessing: the cross-entropy of k equally likely classes is ln k."""
-    classes = round(math.exp(loss)) if loss < 12.0 else 0
-    if classes < 2 or abs(loss - math.log(classes)) > 0.003 * loss:
+    num = min(range(2, FEW_CLASSES + 1), key=lambda k: abs(math.log(k) - loss))
+    if abs(loss - math.log(num)) > FLAT_SHARE * loss:
         return ()
-    return (f"the model guesses: ln {classes} = {math.log(classes):.4g} is chance for {classes} classes",)
+    return (f"the model guesses: ln {num} = {math.log(num):.4g} is the loss of chance for {num} classes",)

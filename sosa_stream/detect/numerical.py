@@ -85,9 +85,10 @@ def nonfinite_gradient(windows: RunWindows) -> Finding | None:
 def exploding_gradient(windows: RunWindows) -> Finding | None:
     """The log of the gradient norm is above its robust band and 5 × its median, or has drifted to 100 × the run's.
 
-    Band: three of the last four points, or one with the loss out of its band, or one 100 × the median and twice as far as
-    the threshold. Relative to the run's own window: an absolute bound would call AMP-scaled norms a fault. Healthy runs
-    have gradients that rise for a while (a warm-up) or for a step: ``info`` below `FAR_RATIO`, unless the loss suffers.
+    Band: three of the last four points, or one with the loss out of its band, or one 100 × the median and twice as far
+    as the threshold. Relative to the run's own window: an absolute bound would call AMP-scaled norms a fault. Healthy
+    runs have gradients that rise for a while (a warm-up) or for a step: ``info`` below `FAR_RATIO`, unless the loss
+    suffers.
     Drift: the median of the last 8 norms against the median of the run's course, which a slow rise does not carry along
     [OPT: gradient norms drift before the loss diverges].
     """

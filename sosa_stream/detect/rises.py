@@ -78,8 +78,8 @@ def lr_jump(windows: RunWindows) -> Finding | None:
 def loss_spike(windows: RunWindows) -> Finding | None:
     """The loss is above its robust band: two of the last three points, or one point far beyond the threshold.
 
-    The threshold spends an error budget on the run's own tail (`statistics`). One point out is often one hard batch; two
-    in a row hardly ever are.
+    The threshold spends an error budget on the run's own tail (`statistics`). One point out is often one hard batch;
+    two in a row hardly ever are.
     """
     losses = windows.losses
     level, excursion = windows.loss_level(), losses.excursion
@@ -108,8 +108,8 @@ def loss_divergence(windows: RunWindows) -> Finding | None:
     `DIVERGED_SHARE` of (start - best), and is not on its way down: more than 0.7 of the height that the last 16 have.
     Slow: over the k blocks of the run's course since its lowest, most neighbours rise, the last three lie above the
     lowest by R > `RISE_SCORE` · s · sqrt(k), s the robust scale of a step between neighbours, and R undoes 0.3 of the
-    progress. The score of a random walk is of the order of 1. R must be twice any rise that the run has come back from before: a game's swings
-    and a walk are not news.
+    progress. The score of a random walk is of the order of 1. R must be twice any rise that the run has come back from
+    before: a game's swings are not news.
     """
     return _fast_divergence(windows) or _slow_divergence(windows)
 

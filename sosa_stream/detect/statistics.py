@@ -184,7 +184,7 @@ class Band:
     def _refresh(self) -> None:
         num = self._values.num_pushed
         window = max(MIN_WINDOW, min(num // 4, self._size), min(num // 64, LONGEST_WINDOWS * self._size))
-        self._until_refresh = max(2, window // 8)
+        self._until_refresh = max(2, window // 8 if window <= self._size else window // 4)
         center, scale = center_and_scale(self._values.last(window))
         self.level = Level(
             center=center,

@@ -21,12 +21,13 @@ RECENT = 12
 def overfitting(windows: RunWindows) -> Finding | None:
     """The validation loss has turned and rises, and the training loss does not rise with it.
 
-    With b the lowest of n validation losses, each of the last m exceeds b + `OVERFIT_SHARE` · ``|b|``, their median exceeds
-    b by `RISE_NOISE` times the noise (1.4826 · median|second difference| / sqrt(6) of the last `RECENT`), they are not on
-    their way down again, and the training loss rose by less than 0.3 of that since b. m is 3, and one more for each
-    doubling of n from 8 on: more evaluations are more chances to be wrong. At the end of a run, the median of the last
-    three is enough. The share is that of Amazon SageMaker Debugger's rule Overfit, (validation - training) / training
-    > 0.1, taken against the run's own best instead: the two losses need not be comparable. Exempt from the shift test.
+    With b the lowest of n validation losses, each of the last m exceeds b + `OVERFIT_SHARE` · ``|b|``, their median
+    exceeds b by `RISE_NOISE` times the noise (1.4826 · median|second difference| / sqrt(6) of the last `RECENT`), they
+    are not on their way down again, and the training loss rose by less than 0.3 of that since b. m is 3, and one more
+    for each doubling of n from 8 on: more evaluations are more chances to be wrong. At the end of a run, the median of
+    the last three is enough. The share is that of Amazon SageMaker Debugger's rule Overfit,
+    (validation - training) / training > 0.1, taken against the run's own best instead: the two losses need not be
+    comparable. Exempt from the shift test.
     """
     series = windows.logged.get(EVAL_LOSS)
     if series is None or not (windows.ended or _is_new(windows)):

@@ -354,7 +354,7 @@ class RunWindows:
         if self.hold or self.jump is not None or self.losses.band.level is None or not self._all_ordinary(block):
             return 0
         sent = block.sent[0, 0]
-        room = min(self.course.room, self.norm_course.room, self._until_pulse) - 1
+        room = min(self.course.room, self._until_pulse, *([self.norm_course.room] if sent[GRAD_NORM] else [])) - 1
         rows = block.values[first : first + room, 0]
         bad = np.flatnonzero(~np.isfinite(rows[:, sent]).all(axis=1))
         rows = rows[: bad[0]] if len(bad) else rows
