@@ -213,6 +213,17 @@ def test_no_log_line_holds_the_secret(caplog: pytest.LogCaptureFixture, monkeypa
     assert "secret" not in caplog.text
 
 
+def test_what_cannot_be_put_into_words_does_not_end_the_daemon(caplog: pytest.LogCaptureFixture) -> None:
+    async def act(hook: Webhook) -> None:
+        hook.offer(replace(notification(1), incident=replace(INCIDENT, evidence={"value": object()})))
+        hook.offer(notification(2))
+        await settled(hook, 2)
+
+    with WebhookServer() as server:
+        assert posting(server.url, act) == {Outcome.FAILED: 1, Outcome.SENT: 1}
+    assert "TypeError" in caplog.text
+
+
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
 def test_a_certificate_that_nobody_vouches_for_is_not_trusted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -108,6 +108,9 @@ class Webhook:
         outcome = Outcome.DROPPED  # unless the end comes later than the answer
         try:
             outcome = await self._post_until_settled(notification)
+        except Exception as error:  # a fault of ours must not end the daemon
+            outcome = Outcome.FAILED
+            log.error("%r: a notification cannot be posted: %s", self._url, type(error).__name__)
         finally:
             self.counts[outcome] += 1
         try:
@@ -141,13 +144,10 @@ class Webhook:
 
     async def _attempt(self, body: bytes) -> tuple[str, float | None]:
         """Why the notification was not taken, or nothing; and how long to wait at least, or None: do not try again."""
-        request = urllib.request.Request(
-            self._url,
-            data=body,
-            headers={"Content-Type": "application/json", "User-Agent": f"sosa/{__version__}"},
-        )
 
         def post() -> None:
+            headers = {"Content-Type": "application/json", "User-Agent": f"sosa/{__version__}"}
+            request = urllib.request.Request(self._url, data=body, headers=headers)
             self._opener.open(request, timeout=ATTEMPT_SECONDS).close()
 
         try:
