@@ -1,4 +1,4 @@
-"""Real logs, labelled: ``$SOSA_CORPUS``, else ``../shared/corpus`` beside this repository, read by its own ``load.py``."""
+"""Real logs, labelled, read by their own ``load.py``: in ``$SOSA_CORPUS``, else in ``../shared/corpus``."""
 
 from __future__ import annotations
 

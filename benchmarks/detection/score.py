@@ -1,8 +1,9 @@
 """One judge for all rules: was the fault recognised, how late, and what was said of healthy runs.
 
 A sick run counts as recognised only by an alarm (a warning or worse) of the right family, detected at or after the
-onset or still open at it, with at most two cause groups warned in the whole run. What was detected before the onset and
-had ended by then is a false alarm.
+onset or still open at it, with at most two cause groups warned in the whole run. An incident counts for its name and
+for the symptoms that it shows, each from when it was shown. What was detected before the onset and
+had ended by then is a false alarm; in a program of ours, clean until its onset, any alarm before that spoils the run.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.detection.series import Alarm, Run
 from sosa_stream.detect.incidents import Severity
@@ -43,7 +47,7 @@ FAMILY: Mapping[str, tuple[str, ...]] = {
     "nan_loss": _NONFINITE,
     "nonfinite_gradient": ("nonfinite_gradient", "nan_loss", "loss_scale_collapse"),
     "lr_jump": ("lr_jump", *_BLOW_UP, *_NONFINITE, "loss_oscillation"),
-    "exploding_gradient": ("exploding_gradient", *_BLOW_UP, *_NONFINITE),
+    "exploding_gradient": ("exploding_gradient", *_BLOW_UP, *_NONFINITE, "input_anomaly"),
     "vanishing_gradient": _STANDSTILL,
     "loss_spike": ("loss_spike", *_BLOW_UP, "input_anomaly"),
     "loss_divergence": ("loss_divergence", *_BLOW_UP, *_NONFINITE, "loss_oscillation"),
@@ -99,21 +103,42 @@ def judge(run: Run, alarms: Sequence[Alarm]) -> Verdict:
             recognised=False, exact=False, delay=None, num_false=len(alarms), num_critical=num_critical, groups=groups
         )
     timely = [alarm for alarm in alarms if alarm.detected >= run.onset or alarm.is_open_at(run.onset)]
-    hits = [alarm for alarm in timely if alarm.kind in FAMILY[run.label]]
-    recognised = bool(hits) and len(groups) <= MOST_GROUPS
+    shown = [(kind, step) for alarm in timely for kind, step in ((alarm.kind, alarm.detected), *alarm.symptoms.items())]
+    hits = [(kind, step) for kind, step in shown if kind in FAMILY[run.label]]
+    spoiled = run.is_live and any(alarm.detected < run.onset for alarm in alarms)
+    recognised = bool(hits) and len(groups) <= MOST_GROUPS and not spoiled
     exact = EXACT.get(run.label, FAMILY[run.label][:1])
     delay = None
     if recognised:
-        first = min(alarm.detected for alarm in hits)
+        first = min(step for _, step in hits)
         delay = sum(run.onset <= step < first for step in run.points)
     return Verdict(
         recognised=recognised,
-        exact=recognised and any(alarm.kind in exact for alarm in hits),
+        exact=recognised and any(alarm.kind in exact for alarm in timely),
         delay=delay,
         num_false=len(alarms) - len(timely),
         num_critical=num_critical,
         groups=groups,
     )
+
+
+def half_damage(sick: Sequence[float], clean: Sequence[float]) -> int | None:
+    """Points until a slow fault has done half of its final damage.
+
+    Damage is how far the 20-point median of ``sick`` is above that of ``clean``, its twin without the fault, both from
+    the onset on. None where there is none in the end.
+    """
+    excess = _medians(sick) - _medians(clean)
+    excess[np.isnan(excess)] = np.inf
+    final = float(np.median(excess[-20:]))
+    if not final > 0:
+        return None
+    return int(np.argmax(excess >= final / 2))
+
+
+def _medians(values: Sequence[float]) -> NDArray[np.float64]:
+    padded = np.concatenate([np.full(19, values[0]), np.asarray(values, dtype=np.float64)])
+    return np.median(np.lib.stride_tricks.sliding_window_view(padded, 20), axis=1)
 
 
 def wilson(hits: int, num: int) -> tuple[float, float]:
@@ -133,6 +158,19 @@ def share(hits: Iterable[bool]) -> dict[str, Any]:
     low, high = wilson(sum(values), len(values))
     value = sum(values) / len(values) if values else None
     return {"share": value, "hits": sum(values), "of": len(values), "wilson95": [round(low, 4), round(high, 4)]}
+
+
+def figures_of(cases: Sequence[Case]) -> dict[str, Any]:
+    """Every tool's figures. The binding column needs both sick and healthy runs."""
+    both = {case.run.onset is None for case in cases} == {True, False}
+    return {
+        tool: {
+            **summary(cases, tool),
+            "nan_at_once": nan_at_once(cases, tool),
+            "within_budget": within_budget(cases, tool) if both else None,
+        }
+        for tool in (cases[0].alarms if cases else ())
+    }
 
 
 def summary(cases: Sequence[Case], tool: str) -> dict[str, Any]:
@@ -157,12 +195,18 @@ def _rates(judged: Sequence[tuple[Run, Verdict]]) -> dict[str, Any]:
     sick = [verdict for run, verdict in judged if run.onset is not None]
     healthy = [(run, verdict) for run, verdict in judged if run.onset is None]
     delays = [verdict.delay for verdict in sick if verdict.delay is not None]
+    of_damage = [
+        verdict.delay / max(run.half_damage, 1)
+        for run, verdict in judged
+        if verdict.delay is not None and run.half_damage is not None
+    ]
     num_points = sum(len(run.points) for run, _ in healthy)
     num_false = sum(verdict.num_false for _, verdict in healthy)
     return {
         "recall": share(verdict.recognised for verdict in sick),
         "exact_kind": share(verdict.exact for verdict in sick),
         "median_delay_points": statistics.median(delays) if delays else None,
+        "median_delay_of_half_damage": statistics.median(of_damage) if of_damage else None,
         "false_before_onset": sum(verdict.num_false for verdict in sick),
         "healthy_warned": share(verdict.num_false > 0 for _, verdict in healthy),
         "healthy_critical": share(verdict.num_critical > 0 for _, verdict in healthy),
@@ -206,8 +250,13 @@ def nan_at_once(cases: Sequence[Case], tool: str) -> dict[str, Any]:
     for case in cases:
         bad = [int(row["step"]) for row in case.run.rows if "loss" in row and not math.isfinite(row["loss"])]
         if case.run.label == "nan" and bad:
-            alarms = [alarm for alarm in case.alarms.get(tool, ()) if alarm.kind in FAMILY["nan"]]
-            found.append(any(alarm.is_open_at(bad[0]) for alarm in alarms))
+            alarms = [alarm for alarm in case.alarms.get(tool, ()) if alarm.is_open_at(bad[0])]
+            shown = {
+                kind
+                for alarm in alarms
+                for kind in (alarm.kind, *(kind for kind, step in alarm.symptoms.items() if step <= bad[0]))
+            }
+            found.append(not shown.isdisjoint(FAMILY["nan"]))
     return share(found)
 
 

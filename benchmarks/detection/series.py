@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from sosa_stream.detect.incidents import Severity
+from sosa_stream.detect.incidents import Incident, Severity
 from sosa_stream.effects import Event, IncidentChanged
 from sosa_stream.engine import Engine
 from sosa_stream.protocol.messages import Bye, Header, Hello, MetricFrame
@@ -31,6 +29,10 @@ class Run:
     label: str
     onset: int | None
     rows: Sequence[Row]
+    is_live: bool = False
+    """A program of ours, clean until the onset: there any alarm before it spoils the run."""
+    half_damage: int | None = None
+    """Of a slow fault: steps from the onset to where half of the final damage is done."""
 
     @property
     def points(self) -> list[int]:
@@ -47,6 +49,8 @@ class Alarm:
     group: str
     detected: int
     ended: int | None = None
+    symptoms: Mapping[str, int] = field(default_factory=dict)
+    """Further kinds that were shown on the same incident, and the step at which each was first."""
 
     def is_open_at(self, step: int) -> bool:
         return self.detected <= step and (self.ended is None or self.ended >= step)
@@ -59,24 +63,30 @@ def feed_rows(engine: Engine, rows: Iterable[Row]) -> list[Alarm]:
 
 def watch(engine: Engine, events: Iterable[tuple[float, Event]]) -> list[Alarm]:
     """Alarms of a run from its events and their times: each incident that came to be a warning or worse."""
-    latest, warned_at = {}, {}
+    latest: dict[str, Incident] = {}
+    shown_at: dict[str, dict[str, int]] = {}
     for now, event in events:
         for effect in engine.handle(event, now):
-            if isinstance(effect, IncidentChanged):
-                incident = latest[effect.incident.id] = effect.incident
-                if incident.severity >= Severity.WARNING and incident.id not in warned_at:
-                    # an incident may begin as info: what counts is when people were warned
-                    warned_at[incident.id] = max(incident.detected_step, engine.view().step)
-    return [
-        Alarm(
-            kind=latest[key].kind,
-            severity=latest[key].severity,
-            group=str(latest[key].group),
-            detected=step,
-            ended=latest[key].resolved_step,
-        )
-        for key, step in warned_at.items()
-    ]
+            if not isinstance(effect, IncidentChanged):
+                continue
+            incident = latest[effect.incident.id] = effect.incident
+            if incident.severity >= Severity.WARNING:
+                # it may have begun as info, or under another name: what counts is when people were warned of what
+                shown = shown_at.setdefault(incident.id, {})
+                for kind in (incident.kind, *incident.symptoms):
+                    shown.setdefault(kind, max(incident.detected_step, engine.view().step))
+    return [_alarm(latest[key], shown) for key, shown in shown_at.items()]
+
+
+def _alarm(incident: Incident, shown: dict[str, int]) -> Alarm:
+    return Alarm(
+        kind=incident.kind,
+        severity=incident.severity,
+        group=str(incident.group),
+        detected=min(shown.values()),
+        ended=incident.resolved_step,
+        symptoms={kind: step for kind, step in shown.items() if kind != incident.kind},
+    )
 
 
 def messages(rows: Iterable[Row]) -> Iterator[Event]:
@@ -128,7 +138,3 @@ def whole_rows(rows: Iterable[Row]) -> Iterator[Row]:
             current = {"step": row["step"], **new}
     if current:
         yield current
-
-
-def is_finite(value: Any) -> bool:
-    return value is not None and math.isfinite(value)
