@@ -7,6 +7,7 @@ of every tensor: a few elements for the fingerprint. All of it is one small vect
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -30,8 +31,8 @@ MAX_DEPTH, MAX_TENSORS = 3, 8
 
 @dataclass(slots=True)
 class Inputs:
-    """A batch's vector: low, high, number of non-finite, variance within features; then of each feature an element, the
-    mean around it, the mean absolute deviation; then the sample."""
+    """A batch's vector: low, high, number of non-finite, variance within features; means and spreads of the features
+    (mean absolute deviations); the sample."""
 
     key: tuple[object, ...]
     num_features: int
@@ -48,9 +49,8 @@ class Inputs:
         if not self.num_features:
             return (fingerprint(values),)
         with np.errstate(invalid="ignore", over="ignore"):  # a batch with NaN or Inf in it is no error of ours
-            first, around, spreads = values[4 : 4 + 3 * self.num_features].reshape(3, self.num_features)
+            means, spreads = values[4 : 4 + 2 * self.num_features].reshape(2, self.num_features)
             low, high, num_nonfinite, within = values[:4].tolist()
-            means = first + around
             batch = Moments(means=means, spreads=spreads, num_nonfinite=int(num_nonfinite))
             whole = (float(means.mean()), float(np.sqrt(within + means.var())), low, high, num_nonfinite)
             return (*whole, *baseline.judge(self.key, batch), fingerprint(values))
@@ -68,35 +68,28 @@ def look(module: object, *arguments: object) -> Inputs | None:
     if floats:
         largest = max(floats, key=torch.Tensor.numel)
         sums, num_features = _sums(largest)
-        parts = [*sums, *parts]
+        parts = sums + parts
         key = (id(module), largest.dim(), num_features)
-    device = parts[0].device
-    vector = torch.cat([part.to(device, torch.float64, non_blocking=True) for part in parts])
-    return Inputs(key, num_features, fetch_vector(vector))
+    if any(part.dtype is not parts[0].dtype or part.device != parts[0].device for part in parts):
+        parts = [part.to(parts[0].device, torch.float64, non_blocking=True) for part in parts]
+    return Inputs(key, num_features, fetch_vector(torch.cat(parts)))
 
 
 def _sums(tensor: torch.Tensor) -> tuple[list[torch.Tensor], int]:
+    if tensor.dtype in (torch.float16, torch.bfloat16):
+        tensor = tensor.float()
     most = _rows(tensor, MOST_ON_DEVICE)
     low, high = torch.aminmax(most)
-    ends = torch.stack((low, high))
-    if not tensor.is_cpu:
-        bad = torch.isfinite(most).logical_not_().sum().reshape(1)
-    elif bool(torch.isfinite(ends).all()):
-        bad = torch.zeros(1)
+    if not tensor.is_cpu or not (math.isfinite(low.item()) and math.isfinite(high.item())):
+        num_nonfinite = torch.isfinite(most).logical_not_().sum().to(tensor.dtype)
     else:
-        bad = torch.isfinite(most).logical_not_().sum().reshape(1)
-    part = _rows(tensor, MOST_ON_CPU) if tensor.is_cpu else most
-    if part.dtype in (torch.float16, torch.bfloat16):
-        part = part.float()
-    values, dims, num = _by_feature(part)
-    # Around one of its own elements: the mean of 1000 ± 1 would lose digits of float32.
-    first = values.select(dims[-1], 0).unsqueeze(dims[-1])[:1]
-    values = values - first
+        num_nonfinite = torch.zeros((), dtype=tensor.dtype)
+    values, dims, num_features = _by_feature(_rows(tensor, MOST_ON_CPU) if tensor.is_cpu else most)
     mean = values.mean(dims, keepdim=True)
-    values -= mean
-    within = torch.dot(values.view(-1), values.view(-1)) / values.numel()
-    spread = values.abs_().mean(dims)
-    return [ends, bad, within.reshape(1), first.flatten(), mean.flatten(), spread.flatten()], num
+    around = (values - mean).view(-1)
+    within = torch.dot(around, around) / around.numel()
+    spread = around.abs_().view(values.shape).mean(dims)
+    return [torch.stack((low, high, num_nonfinite, within)), mean.view(-1), spread], num_features
 
 
 def _by_feature(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], int]:

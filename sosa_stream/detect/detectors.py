@@ -10,10 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from sosa_stream.detect import courses, numerical, reports, rises, validation
+from sosa_stream.detect import courses, inputs, latent, layers, numerical, reports, rises, validation
 from sosa_stream.detect.incidents import Finding, Group
 from sosa_stream.detect.windows import RunWindows
 from sosa_stream.protocol.columns import EVAL_LOSS
+
+LOOK_POINTS = 144
+"""Points without a finding that close an incident of a kind that is looked at every 64th point at the rarest."""
 
 
 class DetectorState(StrEnum):
@@ -121,7 +124,57 @@ ALL: tuple[Detector, ...] = (
         check=numerical.vanishing_gradient,
         warms=False,
     ),
+    Detector(
+        kind="dead_units",
+        group=Group.NUMERICAL,
+        requires=("zero_grad_share",),
+        check=layers.dead_units,
+        warms=False,
+        quiet_points=LOOK_POINTS,
+    ),
+    Detector(
+        kind="saturated_activations",
+        group=Group.NUMERICAL,
+        requires=("saturated_share",),
+        check=layers.saturated_activations,
+        warms=False,
+        quiet_points=LOOK_POINTS,
+    ),
+    Detector(
+        kind="loss_scale_collapse",
+        group=Group.NUMERICAL,
+        requires=("loss_scale",),
+        check=layers.loss_scale_collapse,
+        warms=False,
+    ),
+    Detector(
+        kind="weights_unchanged",
+        group=Group.LEARNING,
+        requires=("changed_share",),
+        check=layers.weights_unchanged,
+        warms=False,
+        quiet_points=LOOK_POINTS,
+    ),
+    Detector(
+        kind="input_anomaly", group=Group.DATA, requires=("input_score",), check=inputs.input_anomaly, warms=False
+    ),
+    Detector(
+        kind="posterior_collapse",
+        group=Group.LEARNING,
+        requires=("active_units", "latent_dims", "kl_per_dim"),
+        check=latent.posterior_collapse,
+        warms=False,
+        quiet_points=LOOK_POINTS,
+    ),
     Detector(kind="oom", group=Group.SYSTEM, requires=(), check=reports.oom, warms=False, on=(On.REPORT,)),
+    Detector(
+        kind="shape_mismatch",
+        group=Group.SYSTEM,
+        requires=(),
+        check=reports.shape_mismatch,
+        warms=False,
+        on=(On.REPORT,),
+    ),
     Detector(kind="exception", group=Group.SYSTEM, requires=(), check=reports.exception, warms=False, on=(On.REPORT,)),
     Detector(
         kind="rank_desync", group=Group.RANK, requires=(), check=reports.rank_desync, warms=False, on=(On.REPORT,)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 from sosa_stream.detect.incidents import Finding, Severity
 from sosa_stream.detect.windows import RunWindows
 from sosa_stream.detect.wording import name_ranks
@@ -12,6 +15,56 @@ LOST_PEER_TYPES = frozenset({"DistBackendError", "torch.distributed.DistBackendE
 LOST_PEER_WORDS = ("closed by peer", "reset by peer", "remote worker", "remote process exited")
 """How the collectives of gloo and NCCL say that another rank is gone (torch 2.13)."""
 
+SHAPE_ERRORS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), cause)
+    for pattern, cause in (
+        (
+            r"mat1 and mat2 shapes cannot be multiplied \((\d+)x(\d+) and (\d+)x(\d+)\)",
+            "a linear layer made for {2} input features was given {1}",
+        ),
+        (
+            r"expected input\[[\d, ]+\] to have (\d+) channels, but got (\d+) channels",
+            "a convolution made for {0} channels was given {1}",
+        ),
+        (
+            r"size of tensor a \((\d+)\) must match the size of tensor b \((\d+)\) at non-singleton dimension (\d+)",
+            "two tensors of sizes {0} and {1} in dimension {2} do not broadcast",
+        ),
+        (
+            r"[Ee]xpected input batch_size \((\d+)\) to match target batch_size \((\d+)\)",
+            "{0} predictions for {1} targets",
+        ),
+        (r"[Tt]arget size \((.+?)\) must be the same as input size \((.+?)\)", "targets {0} for predictions {1}"),
+        (r"[Ee]xpected target size (\[.+?\]), got (\[.+?\])", "targets of shape {1} where {0} is needed"),
+        (
+            r"normalized_shape=(\[.+?\]).* but got input of size ?(\[.+?\])",
+            "a layer norm made for {0} was given {1}",
+        ),
+        (r"running_mean should contain (\d+) elements not (\d+)", "a batch norm made for {1} features was given {0}"),
+        (
+            r"must be equal to input_size\. Expected (\d+), got (\d+)",
+            "a recurrent layer for {0} features was given {1}",
+        ),
+        (
+            r"a param with shape (\S*\[.*?\]\)?) from checkpoint, the shape in current model is (\S*\[.*?\]\)?)",
+            "the checkpoint is of another model: {0} for {1}",
+        ),
+        (r"shape '(\[.*?\])' is invalid for input of size (\d+)", "{1} elements cannot be seen as {0}"),
+        (
+            r"expanded size of the tensor \((\d+)\) must match the existing size \((\d+)\)",
+            "{1} cannot be expanded to {0}",
+        ),
+        (r"Sizes of tensors must match except in dimension", "tensors that are joined differ in another dimension"),
+        (r"stack expects each tensor to be equal size", "samples of different sizes are put into one batch"),
+        (r"doesn't match the broadcast shape|could not be broadcast together", "two shapes do not broadcast"),
+        (r"Expected size for first two dimensions of batch2 tensor", "the factors of a batched product do not fit"),
+        (r"size mismatch|[Ss]hape mismatch|shapes .* not aligned|do not broadcast", "two shapes do not fit"),
+    )
+)
+"""How torch 2.13 and numpy say that shapes do not fit, and what each means; the first that is found explains."""
+_SHAPE = re.compile(r"(?:torch\.Size\()?\[[\d, *]+\]\)?|\(\d+(?:, ?\d+)*,?\)|\b\d+(?:x\d+)+\b")
+_LIBRARIES = ("site-packages", "dist-packages", "<frozen", "<string>", "/torch/")
+
 
 def oom(windows: RunWindows) -> Finding | None:
     """A rank ran out of memory: torch.OutOfMemoryError, or an error that says ``out of memory``."""
@@ -19,8 +72,30 @@ def oom(windows: RunWindows) -> Finding | None:
 
 
 def exception(windows: RunWindows) -> Finding | None:
-    """A rank's script raised and did not catch; `oom` takes its place where it fits."""
-    return None if windows.reports.exception is None or _is_oom(windows) else _exception(windows, "exception")
+    """A rank's script raised and did not catch; `oom` and `shape_mismatch` take its place where they fit."""
+    if windows.reports.exception is None or _is_oom(windows) or _wrong_shape(windows) is not None:
+        return None
+    return _exception(windows, "exception")
+
+
+def shape_mismatch(windows: RunWindows) -> Finding | None:
+    """A rank's script raised because shapes do not fit; explained with the shapes and the script's own last line."""
+    cause = _wrong_shape(windows)
+    report = windows.reports.exception
+    if cause is None or report is None:
+        return None
+    own = [frame for frame in report.stack if not any(place in frame for place in _LIBRARIES)]
+    where = (own or list(report.stack))[-1:]
+    finding = _exception(windows, "shape_mismatch")
+    return replace(
+        finding,
+        evidence={
+            **finding.evidence,
+            "shapes": _SHAPE.findall(report.message)[:8],
+            "raised_in": where[0] if where else None,
+        },
+        causes=(cause + (f", in {where[0]}" if where else ""),),
+    )
 
 
 def rank_desync(windows: RunWindows) -> Finding | None:
@@ -48,6 +123,18 @@ def rank_desync(windows: RunWindows) -> Finding | None:
         evidence={"digests": {str(rank): digest for rank, digest in sorted(digests.items())}},
         causes=("a fix took hold on some ranks only", "the ranks had drifted apart before"),
     )
+
+
+def _wrong_shape(windows: RunWindows) -> str | None:
+    """What a shape error means; None for any other report."""
+    report = windows.reports.exception
+    if report is None or _is_oom(windows):
+        return None
+    for pattern, cause in SHAPE_ERRORS:
+        found = pattern.search(report.message)
+        if found is not None:
+            return cause.format(*found.groups())
+    return None
 
 
 def _is_oom(windows: RunWindows) -> bool:

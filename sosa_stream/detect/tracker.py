@@ -17,24 +17,41 @@ PRECEDENCE = (
     "lr_jump",
     "nan_loss",
     "nonfinite_gradient",
+    "loss_scale_collapse",
+    "input_anomaly",
     "exploding_gradient",
     "loss_divergence",
     "loss_spike",
     "loss_oscillation",
+    "posterior_collapse",
+    "dead_units",
+    "saturated_activations",
     "vanishing_gradient",
+    "weights_unchanged",
     "loss_plateau",
 )
 """Among findings that began together, the first here names the incident: the nearest to the cause."""
 
 _BLOW_UP = frozenset({"nan_loss", "nonfinite_gradient", "exploding_gradient", "loss_spike", "loss_divergence"})
+_STANDSTILL = frozenset(
+    {"dead_units", "saturated_activations", "vanishing_gradient", "weights_unchanged", "loss_plateau"}
+)
 FOLLOWS: Mapping[str, frozenset[str]] = {
-    "lr_jump": _BLOW_UP | {"loss_oscillation", "loss_plateau", "vanishing_gradient"},
-    "nan_loss": _BLOW_UP,
-    "nonfinite_gradient": _BLOW_UP,
-    "exploding_gradient": _BLOW_UP | {"loss_oscillation"},
-    "loss_divergence": _BLOW_UP | {"loss_oscillation", "loss_plateau"},
-    "loss_spike": _BLOW_UP | {"loss_oscillation", "loss_plateau"},
+    "lr_jump": _BLOW_UP | _STANDSTILL | {"loss_oscillation", "loss_scale_collapse"},
+    "nan_loss": _BLOW_UP | _STANDSTILL | {"loss_scale_collapse", "input_anomaly"},
+    "nonfinite_gradient": _BLOW_UP | _STANDSTILL | {"loss_scale_collapse", "input_anomaly"},
+    "loss_scale_collapse": frozenset({"nonfinite_gradient", "loss_plateau", "weights_unchanged"}),
+    # not a divergence: the weights are damaged, which is an incident of its own with repairs of its own
+    "input_anomaly": frozenset({"loss_spike", "exploding_gradient"}),
+    "exploding_gradient": _BLOW_UP | _STANDSTILL | {"loss_oscillation"},
+    "loss_divergence": _BLOW_UP | _STANDSTILL | {"loss_oscillation"},
+    "loss_spike": _BLOW_UP | _STANDSTILL | {"loss_oscillation"},
     "loss_oscillation": _BLOW_UP,
+    "posterior_collapse": frozenset({"loss_plateau"}),
+    "dead_units": _STANDSTILL,
+    "saturated_activations": _STANDSTILL,
+    "vanishing_gradient": frozenset({"weights_unchanged", "loss_plateau"}),
+    "weights_unchanged": frozenset({"loss_plateau"}),
 }
 """What each kind brings about: such findings join its open incident as symptoms, across cause groups."""
 

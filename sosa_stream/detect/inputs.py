@@ -1,0 +1,81 @@
+"""The detector of batches unlike the rank's own recent ones."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sosa_stream.detect.incidents import Finding, Severity
+from sosa_stream.detect.windows import RunWindows
+from sosa_stream.detect.wording import name_ranks, number
+
+UNUSUAL_SCORE = 12.0
+"""Three times as far as anything in the rank's recent batches (`agent.baseline`)."""
+BATCH_MOVED = 1.0
+"""Half of all features moved by a standard deviation, or spread by a factor of e: another kind of data."""
+
+
+def input_anomaly(windows: RunWindows) -> Finding | None:
+    """A rank's inputs are non-finite, or far from what they were in its own recent batches.
+
+    Far: the score of a feature exceeds 12, where 4 is the farthest of the last 64 batches; the score itself asks for a
+    change of 0.4 standard deviations or a factor of 1.5. ``warning`` when most features have moved by a standard
+    deviation (a wrong normalisation, all zeros, a scale of 100), or when the loss or the gradient leaves its band at
+    the same step; ``info`` otherwise. Non-finite inputs count where they used to be finite, or where the loss is
+    non-finite with them.
+    """
+    if "input_score" not in windows.columns:
+        return None
+    scores = windows.over_ranks("input_score")
+    nonfinite = windows.over_ranks("input_nonfinite") > 0
+    bad = nonfinite & (np.isposinf(scores) | bool(windows.bad_loss or windows.bad_grad))
+    if bad.any():
+        return _nonfinite(windows, tuple(np.flatnonzero(bad).tolist()))
+    with np.errstate(invalid="ignore"):
+        far = np.isfinite(scores) & (scores >= UNUSUAL_SCORE)
+    if not far.any():
+        return None
+    ranks = tuple(np.flatnonzero(far).tolist())
+    worst = int(np.argmax(np.where(far, scores, 0.0)))
+    change = float(windows.over_ranks("input_change")[worst])
+    hurt = bool(windows.bad_loss or windows.bad_grad) or windows.losses.above or windows.log_norms.above
+    evidence = _evidence(windows, worst)
+    return Finding(
+        kind="input_anomaly",
+        severity=Severity.WARNING if change >= BATCH_MOVED or hurt else Severity.INFO,
+        step=windows.step,
+        first_step=windows.step,
+        ranks=ranks,
+        message=f"the batch of {name_ranks(ranks)} at step {windows.step} is unlike those before it, most of all in"
+        f" feature {evidence['feature']} (mean {number(evidence['mean'])}, std {number(evidence['std'])} over all)",
+        evidence=evidence | {"value": float(scores[worst]), "threshold": UNUSUAL_SCORE, "change": change},
+        causes=(
+            "a batch that is scaled, normalised or decoded differently",
+            "an empty or constant batch" if evidence["std"] == 0.0 else "a shard of other data",
+        ),
+    )
+
+
+def _nonfinite(windows: RunWindows, ranks: tuple[int, ...]) -> Finding:
+    evidence = _evidence(windows, ranks[0])
+    count = int(windows.over_ranks("input_nonfinite")[list(ranks)].sum())
+    return Finding(
+        kind="input_anomaly",
+        severity=Severity.WARNING,
+        step=windows.step,
+        first_step=windows.step,
+        ranks=ranks,
+        message=f"{count} non-finite values in the inputs of {name_ranks(ranks)} at step {windows.step}, the first in"
+        f" feature {evidence['feature']}",
+        evidence=evidence | {"value": count},
+        causes=("damaged or missing data", "a normalisation that divides by zero"),
+    )
+
+
+def _evidence(windows: RunWindows, rank: int) -> dict[str, float | int | None]:
+    names = ("mean", "std", "min", "max")
+    values = {name: float(windows.over_ranks(f"input_{name}")[rank]) for name in names}
+    feature = float(windows.over_ranks("input_feature")[rank])
+    return {
+        **{name: value if np.isfinite(value) else None for name, value in values.items()},
+        "feature": int(feature) if np.isfinite(feature) else 0,
+    }
