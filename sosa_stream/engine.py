@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from sosa_stream.config import DetectSettings
 from sosa_stream.decide.commands import CommandRecord
 from sosa_stream.decide.policy import RunPolicy
 from sosa_stream.decide.repairs import Repairs
 from sosa_stream.detect.alignment import Alignment, Block, Logged, Row
-from sosa_stream.detect.detectors import ALL, DetectorState, On
+from sosa_stream.detect.detectors import ALL, Detector, DetectorState, On
 from sosa_stream.detect.incidents import Incident
+from sosa_stream.detect.rules import rule_detectors
 from sosa_stream.detect.sensitivity import admit
 from sosa_stream.detect.tracker import Tracker
 from sosa_stream.detect.windows import Reports, RunWindows
@@ -76,6 +79,8 @@ class Engine:
         self._firing: dict[str, int] = {}
         self._ended = False
         self._effects: list[Effect] = []
+        self._detectors: tuple[Detector, ...] = ()
+        self.reconfigure(self._settings)
 
     @property
     def has_commands_in_flight(self) -> bool:
@@ -99,11 +104,16 @@ class Engine:
         return effects
 
     def reconfigure(self, settings: DetectSettings) -> None:
-        """Detect with these settings from the next step on; the lengths of windows are those of the run's hello."""
+        """Detect by these settings from the next step on; the lengths of windows are those of the run's hello."""
         if self._greeted:
-            own = self._settings
-            settings = replace(settings, warmup_steps=own.warmup_steps, window_steps=own.window_steps)
-        self._settings = self._windows.settings = settings
+            known = self._settings
+            settings = replace(settings, warmup_steps=known.warmup_steps, window_steps=known.window_steps)
+        self._settings = settings
+        off = {kind for kind, override in settings.overrides.items() if not override.enabled}
+        detectors = (*ALL, *rule_detectors(settings.rules))
+        self._tracker.detectors = {detector.kind: detector for detector in detectors}
+        self._detectors = tuple(detector for detector in detectors if detector.kind not in off)
+        self._windows.reconfigure(settings)
 
     def view(self) -> RunView:
         """The run as it now is."""
@@ -119,7 +129,7 @@ class Engine:
             ranks=tuple(self._ranks[rank] for rank in sorted(self._ranks)),
             incidents=self._tracker.incidents,
             commands=self._repairs.ledger.records,
-            detectors=tuple((detector.kind, str(self._detector_state(detector.kind))) for detector in ALL),
+            detectors=tuple((detector.kind, str(self._detector_state(detector))) for detector in self._detectors),
         )
 
     def _hear(self, event: Hello | Heartbeat | MetricFrame | Ack | Bye, now: float) -> None:
@@ -260,6 +270,11 @@ class Engine:
         elif self._windows.segment != segment:
             self._tracker.begin_segment()
         self._detect()
+        for name in self._windows.step_metrics:
+            values = self._windows.over_ranks(name)
+            values = values[np.isfinite(values)]
+            if len(values):
+                self._log((Logged(name=name, step=row.step, value=float(values.mean())),))
         self._tracker.pass_step(self._windows, self._repairs.kept_open)
         self._repairs.step(self._windows)
         self._flush()
@@ -278,7 +293,7 @@ class Engine:
 
     def _detect(self, on: On = On.STEP) -> None:
         findings = []
-        for detector in ALL:
+        for detector in self._detectors:
             if on in detector.on:
                 finding = detector.check(self._windows)
                 if finding is not None:
@@ -299,6 +314,5 @@ class Engine:
         self._effects += [CommandChanged(record=record) for record in records]
         self._effects += self._repairs.effects()
 
-    def _detector_state(self, kind: str) -> DetectorState:
-        detector = next(detector for detector in ALL if detector.kind == kind)
-        return detector.state(self._windows, self._firing.get(kind) == self._windows.step)
+    def _detector_state(self, detector: Detector) -> DetectorState:
+        return detector.state(self._windows, self._firing.get(detector.kind) == self._windows.step)

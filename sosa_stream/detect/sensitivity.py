@@ -25,8 +25,6 @@ def admit(finding: Finding, settings: DetectSettings) -> Finding | None:
     override = settings.overrides.get(finding.kind)
     wanted = settings.sensitivity
     if override is not None:
-        if not override.enabled:
-            return None
         wanted = override.sensitivity or wanted
     score, threshold = finding.evidence.get("score"), finding.evidence.get("threshold")
     if score is not None and threshold is not None:

@@ -126,18 +126,18 @@ class Band:
         "_log_excess",
         "_scores",
         "_size",
-        "_strictness",
         "_until_refresh",
         "_values",
         "_warmup",
         "level",
+        "strictness",
     )
 
     def __init__(self, size: int, warmup: int, strictness: float = 1.0) -> None:
         self._values = Ring(LONGEST_WINDOWS * size)
         self._size = size
         self._warmup = warmup
-        self._strictness = strictness
+        self.strictness = strictness
         self._scores = 0
         self._exceeded = 0
         self._log_excess = 0.0
@@ -189,7 +189,7 @@ class Band:
         self.level = Level(
             center=center,
             scale=scale,
-            threshold=self._strictness * self._threshold(),
+            threshold=self.strictness * self._threshold(),
         )
 
     def upper_quantile(self, share: float) -> float | None:

@@ -13,7 +13,7 @@ from sosa_stream.config import DetectSettings
 from sosa_stream.detect.alignment import AT, Block, Logged, Row
 from sosa_stream.detect.sensitivity import strictness
 from sosa_stream.detect.statistics import Channel, Course, Level, Ring
-from sosa_stream.protocol.columns import COLUMNS, SAMPLED_COLUMNS
+from sosa_stream.protocol.columns import COLUMNS, EVAL_LOSS, SAMPLED_COLUMNS, logged_name
 from sosa_stream.protocol.messages import ExceptionReport
 
 TICK, LOSS, GRAD_NORM, LR, LR_MULTIPLIER = (AT[name] for name in ("tick", "loss", "grad_norm", "lr", "lr_multiplier"))
@@ -77,8 +77,8 @@ class LoggedSeries:
 
     __slots__ = ("_num_losses", "_steps", "_trains", "_values", "lowest", "num_finite")
 
-    def __init__(self) -> None:
-        self._values, self._steps, self._trains = Ring(LOOKS), Ring(LOOKS), Ring(LOOKS)
+    def __init__(self, size: int = LOOKS) -> None:
+        self._values, self._steps, self._trains = Ring(size), Ring(size), Ring(size)
         self._num_losses = 0
         self.num_finite = 0
         self.lowest: Lowest | None = None
@@ -110,6 +110,11 @@ class LoggedSeries:
     @property
     def trains(self) -> NDArray[np.float64]:
         return self._trains.last()
+
+
+def column_of(metric: str) -> str:
+    """The column of a metric as a rule names it: a step column, or what `agent.log` makes of it."""
+    return metric if metric in AT else logged_name(metric)
 
 
 class RunWindows:
@@ -155,6 +160,18 @@ class RunWindows:
         self.segment = 0
         """Counts the segments: bands of different ones are not comparable."""
         self.restart()
+
+    def reconfigure(self, settings: DetectSettings) -> None:
+        """Judge by these settings from the next step on; lengths of windows are those of the next segment."""
+        if settings.rules != self.settings.rules:
+            self.logged = {name: series for name, series in self.logged.items() if name == EVAL_LOSS}
+        self.settings = settings
+        self.losses.band.strictness = self.log_norms.band.strictness = strictness(settings)
+
+    @property
+    def step_metrics(self) -> tuple[str, ...]:
+        """The step columns that rules look at."""
+        return tuple(dict.fromkeys(rule.metric for rule in self.settings.rules if rule.metric in AT))
 
     def restart(self) -> None:
         """Open a new segment: statistics begin again, detectors are warming."""
@@ -297,7 +314,8 @@ class RunWindows:
         if series is None:
             if len(self.logged) >= MAX_LOGGED_NAMES:
                 return
-            series = self.logged[logged.name] = LoggedSeries()
+            wanted = [rule.for_points for rule in self.settings.rules if column_of(rule.metric) == logged.name]
+            series = self.logged[logged.name] = LoggedSeries(LOOKS + max(wanted, default=0))
         series.push(logged.step, logged.value, self.recent_losses)
 
     def _look(self, values: NDArray[np.float64], finite: NDArray[np.bool_]) -> None:
@@ -350,6 +368,8 @@ class RunWindows:
         They leave the windows exactly as `take` of each would, and no detector has anything to say to them.
         """
         if block.values.shape[1] != 1 or len(block.sent) != 1 or len(block) - first < MIN_QUIET:
+            return 0
+        if self.settings.rules and self.step_metrics:
             return 0
         if self.hold or self.jump is not None or self.losses.band.level is None or not self._all_ordinary(block):
             return 0

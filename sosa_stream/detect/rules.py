@@ -1,0 +1,85 @@
+"""The user's own rules on metrics that the script logs, as detectors like all others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sosa_stream.config import MetricRule
+from sosa_stream.detect.detectors import Detector, On
+from sosa_stream.detect.incidents import Finding, Group, Severity
+from sosa_stream.detect.statistics import FLOAT_RESOLUTION, center_and_scale
+from sosa_stream.detect.windows import RunWindows, column_of
+
+MIN_BASELINE = 8
+"""Values that ``jump`` needs before those that it judges."""
+
+
+def rule_detectors(rules: Sequence[MetricRule]) -> tuple[Detector, ...]:
+    """One detector for each rule; its kind is the rule's name."""
+    return tuple(
+        Detector(
+            kind=rule.name,
+            group=Group.LEARNING,
+            requires=(column_of(rule.metric),),
+            check=partial(_check, rule),
+            warms=False,
+            on=(On.LOGGED,),
+            well=partial(_is_well, rule),
+        )
+        for rule in rules
+    )
+
+
+def _check(rule: MetricRule, windows: RunWindows) -> Finding | None:
+    """The newest ``for`` values of the metric all break the rule."""
+    column = column_of(rule.metric)
+    newest = windows.newest_logged
+    if newest is None or newest.name != column or not _is_broken(rule, windows):
+        return None
+    series = windows.logged[column]
+    value, steps = float(series.values[-1]), series.steps[-rule.for_points :]
+    return Finding(
+        kind=rule.name,
+        severity=Severity[rule.severity.upper()],
+        step=max(windows.step, newest.step),
+        first_step=int(steps[0]),
+        message=f"{rule.metric} is {value:.4g}: {_words(rule)}",
+        evidence={"value": value, "metric": rule.metric, "rule": _words(rule), "window": rule.for_points},
+        causes=("your own rule in sosa.toml",),
+    )
+
+
+def _is_well(rule: MetricRule, windows: RunWindows) -> bool:
+    return column_of(rule.metric) not in windows.logged or not _is_broken(rule, windows)
+
+
+def _is_broken(rule: MetricRule, windows: RunWindows) -> bool:
+    values = windows.logged[column_of(rule.metric)].values
+    last = values[-rule.for_points :]
+    if len(last) < rule.for_points or np.isnan(last).any():
+        return False
+    if rule.above is not None:
+        return bool((last > rule.above).all())
+    if rule.below is not None:
+        return bool((last < rule.below).all())
+    if rule.jump is not None:
+        return _jumped(last, values[: -rule.for_points], rule.jump)
+    return bool(np.ptp(last) <= FLOAT_RESOLUTION * np.abs(last).max())
+
+
+def _jumped(last: NDArray[np.float64], before: NDArray[np.float64], score: float) -> bool:
+    before = before[np.isfinite(before)]
+    if len(before) < MIN_BASELINE:
+        return False
+    center, scale = center_and_scale(before)
+    return bool((np.abs(last - center) >= score * scale).all())
+
+
+def _words(rule: MetricRule) -> str:
+    limits = {"above": rule.above, "below": rule.below, "jump": rule.jump}
+    what = next((f"{name} {limit:g}" for name, limit in limits.items() if limit is not None), "flat")
+    return f"{what} for {rule.for_points}" if rule.for_points > 1 else what
