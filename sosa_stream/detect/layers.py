@@ -86,8 +86,8 @@ def loss_scale_collapse(windows: RunWindows) -> Finding | None:
     """The AMP scale has halved eight times without growing once, or is below 1, and still falls.
 
     Within the last 64 steps. A scaler finds its scale in the first steps of a run, from 65536 or more, so until then
-    only a scale below 1 counts: gradients then overflow without any help. ``critical`` when, besides, it fell in each of
-    the last eight steps: none of them was taken.
+    only a scale below 1 counts: gradients then overflow without any help. ``critical`` when, besides, it fell in each
+    of the last eight steps: none of them was taken.
     """
     scales = windows.looks["loss_scale"].last()
     if not _looked_at(windows, "loss_scale") or len(scales) < 2 or not scales[-1] > 0.0:

@@ -146,7 +146,7 @@ def vanishing_gradient(windows: RunWindows) -> Finding | None:
     A ratio by nature: exempt from the shift test.
     """
     ratios, norms = windows.looks["layer_ratio"].last(4), windows.looks["first_norm"].last(4)
-    if not windows.looked or len(norms) < 4 or (ratios >= 1e-3).any() or (norms >= 1e-4).any():
+    if not windows.looked or min(len(ratios), len(norms)) < 4 or (ratios >= 1e-3).any() or (norms >= 1e-4).any():
         return None
     return Finding(
         kind="vanishing_gradient",
