@@ -360,9 +360,10 @@ class Resume(MLPTask):
     """Killed at step 1000 and started again from the checkpoint of step 900."""
 
     restarts = (1000,)
+    save_at = 900
 
     def step(self, step: int) -> float:
-        if step == 900:
+        if step == self.save_at:
             self.checkpoint = copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()))
         return super().step(step)
 
