@@ -10,7 +10,7 @@ import torch
 from benchmarks.detection import healthy, sick
 from benchmarks.detection.live import events, recording, rows_of
 from benchmarks.detection.others import alarms_of_others
-from benchmarks.detection.score import HEALTHY, Case, half_damage
+from benchmarks.detection.score import CLASSES, HEALTHY, Case, half_damage
 from benchmarks.detection.series import Row, Run, watch
 from benchmarks.detection.tasks import Task
 from sosa_stream.engine import Engine
@@ -40,7 +40,7 @@ def _case(job: tuple[str, int, int, bool, bool]) -> Case:
     label, onset, half = HEALTHY, None, None
     if issubclass(program, sick.Fault):
         label, onset = program.kind, program.onset
-        if program.kind in sick.SLOW:
+        if program.kind in CLASSES["slow"]:
             clean = rows_of(recording(twin(program), seed, refresh=refresh))
             half = _half_damage(rows, clean, onset, "eval_loss" if program.kind == "overfitting" else "loss")
     name = f"{program.__name__}/{seed}"

@@ -57,7 +57,7 @@ def text(part: str, figures: Mapping[str, Any]) -> str:
     lines.append("mean over sources: " + ", ".join(f"{key} {_number(value)}" for key, value in means.items()))
     if ours["nan_at_once"]["of"]:
         lines.append(f"nan at the first non-finite loss: {_share(ours['nan_at_once'])}")
-    for group in ("by_label", "by_source"):
+    for group in ("by_class", "by_label", "by_source"):
         lines += [f"   {key:45.45s} {_rates(rates)}" for key, rates in ours[group].items()]
     return "\n".join(lines)
 
@@ -114,7 +114,8 @@ def _by_label(part: str, ours: Mapping[str, Any]) -> str:
         "| fault | runs | recognised (95% interval) | named exactly | median delay, points | of half the damage |",
         "|---|---|---|---|---|---|",
     ]
-    for label, rates in ours["by_label"].items():
+    for label, rates in (*ours["by_class"].items(), *ours["by_label"].items()):
+        label = f"**{label}**" if label in ours["by_class"] else label
         recall = rates["recall"]
         rows.append(
             f"| {label} | {recall['of']} | {_percent(recall, interval=True)} | {_percent(rates['exact_kind'])} | "

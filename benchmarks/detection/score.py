@@ -72,6 +72,21 @@ EXACT: Mapping[str, tuple[str, ...]] = {
     "weights_unchanged": ("weights_unchanged",),
 }
 """Where the label's own kind is not the first of its family."""
+CLASSES: Mapping[str, tuple[str, ...]] = {
+    "abrupt": (
+        *("nan", "loss_zero_nan_grad", "grad_explosion", "spike_recovered", "divergence"),
+        *("nan_loss", "nonfinite_gradient", "lr_jump", "exploding_gradient", "loss_spike"),
+        *("oom", "input_anomaly", "shape_mismatch"),
+    ),
+    "slow": (
+        *("overfit", "plateau_not_learning", "oscillating"),
+        *("loss_divergence", "loss_oscillation", "loss_plateau", "overfitting", "posterior_collapse"),
+    ),
+    "structural": (
+        *("vanishing_gradient", "dead_units", "saturated_activations", "loss_scale_collapse", "weights_unchanged"),
+    ),
+}
+"""What shows itself at once, what unfolds, and what is seen only inside the network."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,9 +194,15 @@ def summary(cases: Sequence[Case], tool: str) -> dict[str, Any]:
     sick = [(run, verdict) for run, verdict in judged if run.onset is not None]
     labels = sorted({run.label for run, _ in sick})
     sources = sorted({run.source for run, _ in judged})
+    by_class = {
+        name: _rates([pair for pair in sick if pair[0].label in those])
+        for name, those in CLASSES.items()
+        if any(run.label in those for run, _ in sick)
+    }
     by_source = {source: _rates([pair for pair in judged if pair[0].source == source]) for source in sources}
     return {
         **_rates(judged),
+        "by_class": by_class,
         "by_label": {label: _rates([pair for pair in sick if pair[0].label == label]) for label in labels},
         "by_source": by_source,
         "mean_over_sources": {

@@ -524,11 +524,3 @@ def _strike(fault: type[Fault], architecture: type[Task]) -> type[Fault]:
 
 
 PROGRAMS: tuple[type[Fault], ...] = tuple(_strike(fault, each) for fault, those in _TABLE for each in those)
-
-ABRUPT = (
-    *("nan_loss", "nonfinite_gradient", "lr_jump", "exploding_gradient", "loss_spike"),
-    *("oom", "input_anomaly", "shape_mismatch"),
-)
-"""Kinds that show themselves at once: delays count in steps."""
-SLOW = ("loss_divergence", "loss_oscillation", "loss_plateau", "overfitting", "posterior_collapse")
-"""Kinds that unfold: delays count as a share of the time that the damage takes. The rest lies in between."""
