@@ -43,6 +43,11 @@ class Log:
 EMPTY = Log(num_rows=0, columns={})
 
 
+def nothing(num_rows: int) -> Column:
+    """A column that no row has."""
+    return Column(values=np.full(num_rows, np.nan), present=np.zeros(num_rows, dtype=np.bool_))
+
+
 def number(cell: Any) -> float | None:
     """What a cell says, or None where it says no number."""
     if isinstance(cell, str):
@@ -99,15 +104,11 @@ def joined(logs: Iterable[Log]) -> Log:
     parts = [log for log in logs if log.num_rows]
     if len(parts) == 1:
         return parts[0]
-    num_rows = sum(log.num_rows for log in parts)
     columns: dict[str, Column] = {}
     for name in dict.fromkeys(name for log in parts for name in log.columns):
-        values, present = np.full(num_rows, np.nan), np.zeros(num_rows, dtype=np.bool_)
-        start = 0
-        for log in parts:
-            if name in log.columns:
-                values[start : start + log.num_rows] = log.columns[name].values
-                present[start : start + log.num_rows] = log.columns[name].present
-            start += log.num_rows
-        columns[name] = Column(values=values, present=present)
-    return Log(num_rows=num_rows, columns=columns)
+        pieces = [log.columns.get(name) or nothing(log.num_rows) for log in parts]
+        columns[name] = Column(
+            values=np.concatenate([piece.values for piece in pieces]),
+            present=np.concatenate([piece.present for piece in pieces]),
+        )
+    return Log(num_rows=sum(log.num_rows for log in parts), columns=columns)

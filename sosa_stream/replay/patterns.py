@@ -8,8 +8,9 @@ run the row is. A row that holds nothing else, such as ``Epoch 3/10``, says it f
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from sosa_stream.errors import UsageError
 
@@ -29,16 +30,25 @@ class Family:
     lines: tuple[re.Pattern[str], ...]
     keeps_last: bool = False
     """Whether lines at one place in the run repeat each other, as a progress bar's do: the last one counts."""
+    completes: Callable[[dict[str, float]], None] | None = None
+    """Adds to a row what its program does not print."""
 
 
-def _family(name: str, *lines: str, keeps_last: bool = False) -> Family:
+def _family(name: str, *lines: str, **how: Any) -> Family:
     """``<n>`` stands for a number in group ``n``, ``<n:d>`` for a whole one."""
     patterns = []
     for line in lines:
         line = re.sub(r"<(\w+):d>", r"(?P<\1>\\d+)", line)
         line = re.sub(r"(?<!\?P)<(\w+)>", lambda group: f"(?P<{group[1]}>{_NUMBER})", line)
         patterns.append(re.compile(line, re.IGNORECASE))
-    return Family(name=name, lines=tuple(patterns), keeps_last=keeps_last)
+    return Family(name=name, lines=tuple(patterns), **how)
+
+
+def _generator_loss(row: dict[str, float]) -> None:
+    """CycleGAN's loss: what its generators minimise, which is all that the discriminators (``D_A``, …) do not."""
+    terms = [value for name, value in row.items() if name not in COUNTERS and not name.startswith("D")]
+    if terms:
+        row["loss"] = sum(terms)
 
 
 _STAMP = r"^\s*(?:\[[^\]]*\]\s*)?"
@@ -79,12 +89,12 @@ FAMILIES: tuple[Family, ...] = (
         r"\bepoch\s*(?:\(train\)\s*)?\[<epoch:d>\]\[\s*<batch:d>/<num_batches:d>\]\s+(?P<rest>.*\bloss.*)",
         r"\biter\s*(?:\(train\)\s*)?\[\s*<step:d>/\d+\]\s+(?P<rest>.*\bloss.*)",
     ),
-    _family("CycleGAN", r"^\(epoch: <epoch:d>, iters: <batch:d>[^)]*\) (?P<rest>.*)"),
+    _family("CycleGAN", r"^\(epoch: <epoch:d>, iters: <batch:d>[^)]*\) (?P<rest>.*)", completes=_generator_loss),
     _family(
         "Keras",
         r"^\W*epoch <epoch:d>/\d+\s*$",
         # Only the full bar counts, and what follows it.
-        r"(?:^|[^\d.])(?P<done>\d+)/(?P=done)\b[^\d].*? -? ?(?P<rest>(?:\w+: \S+ - )*loss: .*)",
+        r"(?:^|[^\d./])(?P<done>\d+)/(?P=done) (?:\[=|━|-).*?(?P<rest>(?:\w+: \S+ - )*\bloss: .*)",
         r"^\s*- .*?(?P<rest>\bloss: .*\bval_loss: .*)",
     ),
     _family(
@@ -92,7 +102,7 @@ FAMILIES: tuple[Family, ...] = (
         _STAMP + r"step\s*:?\s*<step:d>(?:\s*/\s*\d+)?\s*[|,]\s*(?P<rest>.*)",
         r"^s:<step:d> (?:tel:<val_loss>|trl:<loss>|eval:<accuracy>)(?P<rest>.*)",
         r"^<step:d> (?:train <loss>|val <val_loss>|hella <accuracy>)",
-        r"^\s*val(?:idation)? loss:?\s*<val_loss>",
+        r"^\s*val(?:idation)? loss:?\s*<val_loss>\s*$",
     ),
     _family(
         "progress bar",
@@ -106,7 +116,7 @@ FAMILIES: tuple[Family, ...] = (
     _family(
         "plain text",
         r"\b(?:cost|loss)\s+(?:after|at)\s+(?:iteration|epoch|step)\s*<step:d>\s*[:=]\s*<loss>",
-        r"^(?=.*\b(?:loss|cost)\b)(?:(?=.*?\bepochs?\s*[:=#]?\s*[\[(]?\s*<epoch:d>)|)"
+        r"^(?!.*\d/\d+ (?:\[[=>.]|━))(?=.*(?:loss|cost)\b)(?:(?=.*?\bepochs?\s*[:=#]?\s*[\[(]?\s*<epoch:d>)|)"
         r"(?:(?=.*?\b(?:global_?step|steps?|iter(?:ation)?s?|batch(?:es)?|updates?)\s*[:=#]?\s*[\[(]?\s*"
         r"<batch:d>(?:\s*/\s*<num_batches:d>)?)|)(?P<rest>.*)",
         r"^\W*epoch\W{0,4}<epoch:d>(?:\s*/\s*\d+)?\W*$",
@@ -134,7 +144,10 @@ def row_of(family: Family, line: str) -> dict[str, float] | None:
     for pattern in family.lines:
         found = pattern.search(line)
         if found:
-            return _numbers(found.groupdict())
+            row = _numbers(found.groupdict())
+            if family.completes is not None:
+                family.completes(row)
+            return row
     return None
 
 

@@ -91,7 +91,8 @@ def read_log(path: Path, format: str, family: Family | None = None) -> tuple[str
     reader = open_reader(path, format, family)
     with closing(Lines(path)) as lines:
         parts = [reader.take(chunk) for chunk in lines]
-    return reader.name, joined([*parts, reader.finish(lines.rest)])
+        parts.append(reader.finish(lines.rest))
+    return reader.name, joined(parts)
 
 
 def follow_log(path: Path, format: str, family: Family | None, wait: Callable[[], bool]) -> Iterator[Log]:
@@ -182,7 +183,7 @@ def _sniff(head: bytes) -> str:
 def _json_kind(lines: Sequence[str]) -> str | None:
     """``jsonl``, ``hf`` for a document, or None for neither, by the first lines."""
     first = lines[0].strip()
-    if first.startswith("{"):
+    if first.startswith("{") and first != "{":
         objects = [value for value in map(_json, lines[:20]) if isinstance(value, dict)]
         if len(lines) > 1 and objects:
             return "jsonl"

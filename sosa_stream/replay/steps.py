@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from sosa_stream.protocol.columns import COLUMNS
 from sosa_stream.replay.guess import Guess
-from sosa_stream.replay.log import Column, Log
+from sosa_stream.replay.log import Column, Log, nothing
 
 STATES = frozenset({"lr", "lr_multiplier", "loss_scale"})
 """Step columns that hold until they are told again."""
@@ -71,8 +71,8 @@ class Stepper:
         columns = {ours: _sum(log, theirs) for ours, theirs in guess.columns.items() if log.columns.keys() >= {*theirs}}
         makes = [column.present for ours, column in columns.items() if ours in COLUMNS and ours not in STATES]
         is_step = _any(makes, log.num_rows)
-        for ours in STATES & columns.keys():
-            columns[ours] = self._hold(ours, columns[ours], is_step)
+        for ours in STATES & guess.columns.keys():
+            columns[ours] = self._hold(ours, columns.get(ours, nothing(log.num_rows)), is_step)
         rows = np.flatnonzero(_any([column.present for column in columns.values()], log.num_rows))
         columns = {ours: _pick(column, rows) for ours, column in columns.items()}
         generations, steps = self._label(log, guess, columns, rows, is_step[rows])
@@ -81,7 +81,8 @@ class Stepper:
         for generation in np.unique(generations[generations >= 0]).tolist():
             here = generations == generation
             chosen = {ours: _pick(column, here) for ours, column in columns.items()}
-            points.append(self._merged(generation, steps[here], chosen, is_step[rows][here]))
+            rising = np.maximum.accumulate(steps[here])
+            points.append(self._merged(generation, rising, chosen, is_step[rows][here]))
         return points
 
     def _hold(self, ours: str, told: Column, is_step: NDArray[np.bool_]) -> Column:
@@ -220,10 +221,10 @@ def _first_of(column: Column, group: NDArray[np.int64]) -> Column:
     """The first value of each group of rows that has one; groups are numbered from 0 in order."""
     num_groups = int(group[-1]) + 1
     filled, source = np.unique(group[column.present], return_index=True)
-    values, present = np.full(num_groups, np.nan), np.zeros(num_groups, dtype=np.bool_)
-    values[filled] = column.values[column.present][source]
-    present[filled] = True
-    return Column(values=values, present=present)
+    first = nothing(num_groups)
+    first.values[filled] = column.values[column.present][source]
+    first.present[filled] = True
+    return first
 
 
 def _sum(log: Log, names: Sequence[str]) -> Column:

@@ -56,7 +56,7 @@ class TextReader:
         return from_rows(rows) if rows else EMPTY
 
     def _vote(self, lines: Sequence[str], enough: int) -> None:
-        """Choose the first family that finds at least half as many losses as any other, if any finds ``enough``."""
+        """Choose the first family that finds three quarters of the losses that any finds, if that is ``enough``."""
         for line in lines:
             for i, family in enumerate(FAMILIES):
                 row = row_of(family, line)
@@ -66,7 +66,7 @@ class TextReader:
         most = max(self._votes)
         if most >= enough:
             self._family = next(
-                family for family, votes in zip(FAMILIES, self._votes, strict=True) if 2 * votes >= most
+                family for family, votes in zip(FAMILIES, self._votes, strict=True) if 4 * votes >= 3 * most
             )
 
     def _row(self, line: str) -> dict[str, float] | None:
