@@ -33,8 +33,8 @@ def dead_units(windows: RunWindows) -> Finding | None:
     if not (_looked_at(windows, "zero_grad_share") or _looked_at(windows, "dead_share")):
         return None
     zeros, units = windows.looks["zero_grad_share"].last(), windows.looks["dead_share"].last(2)
-    if len(zeros) < 2 or (zeros[-2:] < DEAD_SHARE).any():
-        return None
+    if len(zeros) < 2 or (zeros[-2:] < DEAD_SHARE).any() or (zeros[-1] == 1.0 and windows.grad_norm):
+        return None  # zero without exception, under a norm that is not: they were clipped away
     if len(windows.looks["dead_share"]):
         if len(units) < 2 or (units < DEAD_SHARE).any():
             return None
