@@ -254,9 +254,11 @@ class Engine:
         """One step after the other; where nothing is open and nothing happens, many at once, to the same end."""
         i = 0
         while i < len(block):
-            calm = self._tracker.is_calm and self._repairs.is_idle
-            num = self._windows.take_quiet(block, i) if calm else 0
-            if not num:
+            calm = self._tracker.is_calm if self._repairs.only_watches else self._tracker.is_empty
+            num = self._windows.take_quiet(block, i) if calm and self._repairs.is_idle else 0
+            if num:
+                self._tracker.pass_quiet(self._windows, block.steps[i : i + num])
+            else:
                 self._step(block.row(i))
             i += num or 1
 

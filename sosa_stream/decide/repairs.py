@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from sosa_stream.config import Mode
 from sosa_stream.decide.commands import CommandRecord, CommandState, Verdict
 from sosa_stream.decide.ledger import Entry, Ledger
 from sosa_stream.decide.playbook import GUARD_CONFIDENCE, Situation
@@ -49,6 +50,11 @@ class Repairs:
     @property
     def in_flight(self) -> bool:
         return any(entry.in_flight for entry in self.ledger.live)
+
+    @property
+    def only_watches(self) -> bool:
+        """Whether no fix is ever chosen."""
+        return self.policy.mode is Mode.OBSERVE
 
     @property
     def is_idle(self) -> bool:

@@ -139,9 +139,11 @@ def loss_plateau(windows: RunWindows) -> Finding | None:
 
 
 def moves_again(windows: RunWindows) -> bool:
-    """Whether a plateau is over: the newest eight losses are clearly below where it lay."""
-    start = windows.start
-    return start is not None and windows.losses.smoothed(8) < start * (1.0 - 2.0 * STUCK_SHARE) - 2.0 * windows.noise
+    """Whether a plateau is over: the newest two blocks of the course are clearly below its first half."""
+    blocks = windows.course.blocks
+    if len(blocks) < 4:
+        return False
+    return 0.5 * (blocks[-1] + blocks[-2]) < (1.0 - 2.0 * STUCK_SHARE) * float(np.median(blocks[: len(blocks) // 2]))
 
 
 def _chance(loss: float) -> tuple[str, ...]:

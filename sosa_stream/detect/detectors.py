@@ -55,7 +55,10 @@ class Detector:
     """Whether it takes the loss and the norm out of their bands: they are kept as they were before, and the incident is
     over when the loss is back in them."""
     well: Callable[[RunWindows], bool] | None = None
-    """Whether what it saw is over, for a kind that its bands do not show."""
+    """Whether what it saw is over, for a kind that its bands do not show. It may look at nothing that changes with each
+    step, such as the newest loss, so that many steps can be taken at once."""
+    ratio: bool = False
+    """Whether it judges a share of the loss itself: a ratio by nature, which a shifted loss changes."""
     quiet_points: int = 20
     """Points without a finding, and well, that close an incident."""
 
@@ -100,6 +103,7 @@ ALL: tuple[Detector, ...] = (
         check=courses.loss_plateau,
         on=(On.STEP, On.END),
         well=courses.moves_again,
+        ratio=True,
     ),
     Detector(
         kind="overfitting",
@@ -107,8 +111,9 @@ ALL: tuple[Detector, ...] = (
         requires=("loss", EVAL_LOSS),
         check=validation.overfitting,
         warms=False,
-        on=(On.LOGGED,),
+        on=(On.LOGGED, On.END),
         well=validation.fits_again,
+        ratio=True,
     ),
     Detector(
         kind="exploding_gradient",
@@ -119,6 +124,7 @@ ALL: tuple[Detector, ...] = (
     ),
     Detector(
         kind="vanishing_gradient",
+        ratio=True,
         group=Group.NUMERICAL,
         requires=("layer_ratio", "first_norm"),
         check=numerical.vanishing_gradient,

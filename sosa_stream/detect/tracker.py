@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sosa_stream.detect.detectors import BY_KIND, Detector
 from sosa_stream.detect.incidents import Finding, Group, Incident, IncidentState, Severity
 from sosa_stream.detect.statistics import Level
@@ -121,9 +124,13 @@ class Tracker:
         return self._open.get(incident_id)
 
     @property
-    def is_calm(self) -> bool:
-        """Whether no incident is open, so that a healthy step changes nothing."""
+    def is_empty(self) -> bool:
         return not self._open
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether no open incident depends on the loss of single steps, so that quiet ones can be passed at once."""
+        return all(known.detector.well is not None and not known.holds_band for known in self._open.values())
 
     def take(self, findings: list[Finding], windows: RunWindows, hosts: Mapping[int, str]) -> None:
         """Take the findings of one complete step (or of a report between steps) in."""
@@ -148,6 +155,15 @@ class Tracker:
             known.num_healthy = known.num_healthy + 1 if healthy else 0
             if known.num_healthy >= known.detector.quiet_points and known.incident.id not in kept_open:
                 self._resolve(known, windows.step)
+
+    def pass_quiet(self, windows: RunWindows, steps: NDArray[np.int64]) -> None:
+        """As `pass_step` after each of ``steps``, which were quiet: `is_calm`, and nothing was found."""
+        for known in tuple(self._open.values()):
+            healthy = in_band(known, windows)
+            missing = known.detector.quiet_points - known.num_healthy
+            if healthy and missing <= len(steps):
+                self._resolve(known, int(steps[max(missing, 1) - 1]))
+            known.num_healthy = known.num_healthy + len(steps) if healthy else 0
 
     def finish(self, step: int) -> None:
         """The run is over: what is back in its band resolves, the rest stays open."""
