@@ -100,7 +100,9 @@ def test_the_commands_and_flags_are_frozen() -> None:
         "mute": sorted([*both, "--for", "--home", "--json", "--list", "--reason", "KIND", "RUN"]),
         "unmute": sorted([*both, "--home", "KIND", "RUN"]),
         "feedback": sorted([*both, "--home", "--json", "--note", "INCIDENT", "VERDICT"]),
-        "replay": sorted([*both, *("--fail-on", "--follow", "--format", "--join", "--json", "--map", "--pattern", "PATHS")]),
+        "replay": sorted(
+            [*both, *("--fail-on", "--follow", "--format", "--join", "--json", "--map", "--pattern", "PATHS")]
+        ),
         "keys": both,
         "keys new": sorted([*both, "FOLDER"]),
     }

@@ -69,8 +69,9 @@ def test_a_log_is_understood_drawn_and_judged(capsys: pytest.CaptureFixture[str]
     assert heading.split()[:3] == ["ID", "RUN", "KIND"]
     assert "nan_loss" in rest[0]
     assert " 1500 " in rest[0]
-    assert any(line.startswith("blind, no grad_norm in this log: ") for line in rest)
-    assert any(line.startswith("blind, it takes our agent in the training process: ") for line in rest)
+    assert rest[-2].startswith("blind: ")
+    assert "exploding_gradient (no grad_norm in it)" in rest[-2]
+    assert rest[-1].startswith("seen only by our agent in the training process: ")
 
 
 def test_a_healthy_log_has_no_incidents(capsys: pytest.CaptureFixture[str]) -> None:

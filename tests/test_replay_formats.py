@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from sosa_stream.engine import Engine
 from sosa_stream.errors import UsageError
 from sosa_stream.protocol.messages import AgentMessage, Bye, Hello, MetricFrame
 from sosa_stream.replay.feed import LogFeed
+from sosa_stream.replay.patterns import FAMILIES, Shape, row_of
 from sosa_stream.replay.sources import find_log, format_of, read_log
 
 Points = dict[str, list[tuple[int, float]]]
@@ -104,6 +106,18 @@ def test_a_log_read_in_small_pieces_gives_the_same_rows(
     _, listener = fed(written(tmp_path, sample))
     for column, expected in sample.points.items():
         assert same(listener.points.get(column, []), expected)
+
+
+@pytest.mark.parametrize("line", [line for sample in SAMPLES for line in sample.text.splitlines()])
+def test_the_shape_of_a_line_reads_it_as_its_family_does(line: str) -> None:
+    for family in FAMILIES:
+        shape = Shape.of(family, line)
+        if shape is None:
+            continue
+        assert shape.row_of(line) == pytest.approx(row_of(family, line), nan_ok=True)
+        other = re.sub(r"\d+\.\d+", "7.5", line)
+        row = shape.row_of(other)
+        assert row is None or row == pytest.approx(row_of(family, other), nan_ok=True)
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)

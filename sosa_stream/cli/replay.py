@@ -276,13 +276,12 @@ def _show(incidents: tuple[Incident, ...], feed: LogFeed, options: Options) -> N
     print(_table(incidents))
     lacking: dict[str, list[str]] = {}
     for kind, missing in feed.blind().items():
-        logged = [name for name in missing if name in ALIASES]
-        lacking.setdefault(f"no {', '.join(logged)}" if logged else "", []).append(kind)
+        lacking.setdefault(", ".join(name for name in missing if name in ALIASES), []).append(kind)
     unseen = lacking.pop("", [])
-    for why, kinds in lacking.items():
-        print(f"blind, {why} in this log: {', '.join(kinds)}")
+    if lacking:
+        print("blind: " + "; ".join(f"{', '.join(kinds)} (no {names} in it)" for names, kinds in lacking.items()))
     if unseen:
-        print(f"blind, it takes our agent in the training process: {', '.join(unseen)}")
+        print(f"seen only by our agent in the training process: {', '.join(unseen)}")
 
 
 def _table(incidents: Iterable[Incident]) -> str:

@@ -7,8 +7,9 @@ run the row is. A row that holds nothing else, such as ``Epoch 3/10``, says it f
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,7 @@ def _family(name: str, *lines: str, **how: Any) -> Family:
     """``<n>`` stands for a number in group ``n``, ``<n:d>`` for a whole one."""
     patterns = []
     for line in lines:
-        line = re.sub(r"<(\w+):d>", r"(?P<\1>\\d+)", line)
+        line = re.sub(r"<(\w+):d>", r"(?P<\1>\\d+)(?!\\.?\\d)", line)
         line = re.sub(r"(?<!\?P)<(\w+)>", lambda group: f"(?P<{group[1]}>{_NUMBER})", line)
         patterns.append(re.compile(line, re.IGNORECASE))
     return Family(name=name, lines=tuple(patterns), **how)
@@ -141,25 +142,63 @@ def family_of(pattern: str) -> Family:
 
 def row_of(family: Family, line: str) -> dict[str, float] | None:
     """The numbers of a line, or None where the family does not know it."""
+    places = _places(family, line)
+    if places is None:
+        return None
+    row = {}
+    for name, (start, end) in places.items():
+        with contextlib.suppress(ValueError):  # a user's own group may hold anything
+            row[name] = float(line[start:end])
+    if family.completes is not None:
+        family.completes(row)
+    return row
+
+
+class Shape:
+    """Lines that differ from one in nothing but its numbers, as most lines of a log do: one match reads them.
+
+    It gives what `row_of` gives, in a third of the time.
+    """
+
+    def __init__(self, names: tuple[str, ...], pattern: str) -> None:
+        self._names = names
+        self._match = re.compile(pattern, re.IGNORECASE).fullmatch
+
+    @classmethod
+    def of(cls, family: Family, line: str) -> Shape | None:
+        """The shape of a line that the family knows, unless its rows are more than what the line says."""
+        places = _places(family, line)
+        if not places or family.keeps_last or family.completes is not None:
+            return None
+        pattern, at = "", 0
+        for start, end in sorted(places.values()):
+            number = r"\d+" if line[start:end].isdecimal() else _NUMBER
+            pattern += f"{_literal(line[at:start])}({number})"
+            at = end
+        names = tuple(sorted(places, key=lambda name: places[name]))
+        return cls(names, pattern + _literal(line[at:]))
+
+    def row_of(self, line: str) -> dict[str, float] | None:
+        """The numbers of a line, or None where it has another shape."""
+        found = self._match(line)
+        return dict(zip(self._names, map(float, found.groups()), strict=True)) if found else None
+
+
+def _literal(text: str) -> str:
+    return r"\s+".join(map(re.escape, re.split(r"\s+", text)))
+
+
+def _places(family: Family, line: str) -> dict[str, tuple[int, int]] | None:
+    """Where in a line each number stands, or None where the family does not know it."""
     for pattern in family.lines:
         found = pattern.search(line)
         if found:
-            row = _numbers(found.groupdict())
-            if family.completes is not None:
-                family.completes(row)
-            return row
+            groups = [name for name in pattern.groupindex if name not in ("rest", "done") and found[name] is not None]
+            places = {name: found.span(name) for name in groups}
+            taken = set(places.values())
+            if "rest" in pattern.groupindex:
+                for pair in PAIR.finditer(line, *found.span("rest")):
+                    if pair.span(2) not in taken:
+                        places.setdefault(pair[1], pair.span(2))
+            return places
     return None
-
-
-def _numbers(groups: Mapping[str, str | None]) -> dict[str, float]:
-    row = {}
-    for name, text in groups.items():
-        if name not in ("rest", "done") and text is not None:
-            try:
-                row[name] = float(text)
-            except ValueError:
-                continue
-    for name, text in PAIR.findall(groups.get("rest") or ""):
-        if name.lower() not in row:
-            row.setdefault(name, float(text))
-    return row

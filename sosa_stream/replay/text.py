@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from sosa_stream.replay.log import EMPTY, Log, from_rows, joined
-from sosa_stream.replay.patterns import COUNTERS, FAMILIES, Family, row_of
+from sosa_stream.replay.patterns import COUNTERS, FAMILIES, Family, Shape, row_of
 
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x08")
 _WRAPPED = re.compile(r"(?:tensor|(?:np\.|numpy\.)?float\d*)\(\s*([^\s,()]+)[^()]*\)")
@@ -15,6 +15,8 @@ _ENOUGH_ROWS = 3
 """Rows with a loss that settle the family while more lines may come."""
 _SETTLED_ROWS = 100
 """Rows with a loss that settle it whatever follows."""
+_MAX_SHAPES = 4
+"""Shapes of lines that are tried; a log with a time in each line gains nothing by more."""
 _MAX_WAITING = 100_000
 """Lines without a loss that are kept before the first one with it."""
 
@@ -26,6 +28,7 @@ class TextReader:
         self._family = family
         self._waiting: list[str] = []
         self._votes = [0] * len(FAMILIES)
+        self._shapes: list[Shape] = []
         self._place: dict[str, float] = {}
         self._held: dict[str, float] | None = None
 
@@ -71,9 +74,13 @@ class TextReader:
 
     def _row(self, line: str) -> dict[str, float] | None:
         assert self._family is not None
-        row = row_of(self._family, line)
+        row = next((row for shape in self._shapes if (row := shape.row_of(line)) is not None), None)
         if row is None:
-            return None
+            row = row_of(self._family, line)
+            if row is None:
+                return None
+            shape = Shape.of(self._family, line) if len(self._shapes) < _MAX_SHAPES else None
+            self._shapes += [shape] if shape is not None else []
         place = {name: row[name] for name in COUNTERS if name in row}
         if place:
             self._place = place
