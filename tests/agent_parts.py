@@ -14,11 +14,15 @@ from torch.optim import Optimizer
 
 from sosa_stream.agent.actuators import Actuators
 from sosa_stream.agent.baseline import InputBaseline
+from sosa_stream.agent.core import Agent
+from sosa_stream.agent.link import LocalLink
 from sosa_stream.agent.outbox import Outbox, Row, Wakeup
 from sosa_stream.agent.probe import Probe
 from sosa_stream.agent.snapshots import SnapshotRing, TrainingState
 from sosa_stream.agent.taps import Taps
-from sosa_stream.config import AgentSettings
+from sosa_stream.config import AgentSettings, Mode, load_settings
+from sosa_stream.detect.incidents import Severity
+from sosa_stream.engine import Engine
 from sosa_stream.protocol.actions import Action
 from sosa_stream.protocol.messages import Ack, Command, Header
 
@@ -162,3 +166,27 @@ def bits(model: nn.Module, optimizer: Optimizer | None = None, buffers: bool = T
 def poison(model: nn.Module) -> None:
     """One NaN among the gradients."""
     next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = math.nan  # type: ignore[union-attr]
+
+
+@contextmanager
+def watched_live(**settings: Any) -> Iterator[LocalLink]:
+    """The whole agent in this process, as under the runner, with an Engine behind it; nothing is repaired."""
+    overrides = {"mode": Mode.OBSERVE, **settings}
+    agent = Agent(load_settings(overrides=overrides), run="live", say=lambda text: None)
+    agent.taps.install()
+    link = LocalLink(Engine("live"), lambda effect: None)
+    agent.start_local(link)
+    try:
+        yield link
+    except Exception as error:
+        agent.report_exception(error)
+        agent.flush()
+        raise
+    finally:
+        agent.close()
+
+
+def alarms(link: LocalLink) -> list[tuple[str, str]]:
+    """Kind and severity of the incidents that are at least a warning, in order."""
+    found = link.engine.view().incidents
+    return [(incident.kind, str(incident.severity)) for incident in found if incident.severity >= Severity.WARNING]

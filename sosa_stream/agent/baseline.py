@@ -2,10 +2,10 @@
 
 Each feature (channel of an image, column of a table) has its recent means and spreads (mean absolute deviations). A
 mean is measured from its median in units of the spread, the larger of the usual and this batch's own; a spread by its
-log ratio to the median. One wild sample moves both by X/n only, so that a heavy tail moves them little. Both are
-divided by their usual size: the largest of 1.4826 · MAD [Huber, *Robust Statistics*, 1981, 5.1] and a quarter of the
-farthest of the recent batches, which slowly shrinks. So the input's own tail makes the threshold, and a score of 12 is
-three times as far as anything that was usual.
+log ratio to the median, upward and downward apart. One wild sample moves both by X/n only, so that a heavy tail moves
+them little. All are divided by their usual size: the largest of 1.4826 · MAD [Huber, *Robust Statistics*, 1981, 5.1]
+and a quarter of the farthest of the recent batches, which slowly shrinks. So the input's own tail makes the threshold,
+and a score of 12 is three times as far as anything that was usual.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-WINDOW, WARMUP, REFRESH = 64, 16, 8
+WINDOW, WARMUP, REFRESH = 64, 16, 16
 """Batches that are remembered, that are needed before anything is judged, and between two computations."""
 MOVED = 0.4
 """A feature that moved by less (a factor of 1.5 in its spread) is not scored, however steady it used to be."""
 UNUSUAL = 12.0
-"""Scores above this do not widen what is usual."""
-FORGETTING = 0.98
+"""Scores from here on are told."""
+MOST_LEARNED = 6.0
+"""A batch widens what is usual as if its score were no more than this."""
+FORGETTING = 0.96
 """What is left of the usual size from one computation to the next, where the recent batches were calmer."""
 NEW_NORMAL = 24
 """Unusual batches in a row that are the new usual."""
@@ -55,13 +57,22 @@ class _Usual:
         self.scale: NDArray[np.float64] | None = None
 
     def moved(self, batch: NDArray[np.float64]) -> NDArray[np.float64]:
-        """How far the means and spreads of a batch, shape (2, num_features), are from their medians, each ≥ 0."""
+        """How far the means of a batch and its spreads, upward and downward, are from their medians: (3, num_features).
+
+        ``batch`` is (2, num_features); each distance is ≥ 0.
+        """
         return self._moved(batch[..., None])[..., 0]
+
+    @property
+    def varies(self) -> bool:
+        """Whether some feature has another value from sample to sample in most batches."""
+        return bool(self._center[1].max() > 0.0)
 
     def _moved(self, batches: NDArray[np.float64]) -> NDArray[np.float64]:
         (means, spreads), (mean, spread) = batches, self._center[..., None]
         shift = np.abs(means - mean) / np.maximum(np.maximum(spread, spreads), self._floor)
-        return np.stack([shift, np.abs(np.log((spreads + self._floor) / (spread + self._floor)))])
+        ratio = np.log((spreads + self._floor) / (spread + self._floor))
+        return np.stack([shift, np.maximum(ratio, 0.0), np.maximum(-ratio, 0.0)])
 
     def add(self, batch: NDArray[np.float64]) -> None:
         self._batches[..., self._num % WINDOW] = batch
@@ -73,9 +84,10 @@ class _Usual:
         self._center = _median(seen)
         self._floor = 0.25 * float(np.median(seen[1].mean(axis=0) + seen[0].std(axis=0))) + 1e-30
         moved = self._moved(seen)
-        usual = 1.4826 * _median(moved)
-        if self.scale is not None:  # what was judged unusual must not become the measure
-            moved = np.minimum(moved, UNUSUAL * self.scale[..., None])
+        mean, spread = 1.4826 * _median(moved[0]), 1.4826 * _median(moved[1] + moved[2])
+        usual = np.stack([mean, spread, spread])
+        if self.scale is not None:  # what was judged unusual must not become the measure at once
+            moved = np.minimum(moved, MOST_LEARNED * self.scale[..., None])
             usual = np.maximum(usual, FORGETTING * self.scale)
         farthest = moved.max(axis=-1) / 4.0
         # Any feature may be the next to move; one that is constant in most batches, as far as any did.
@@ -108,6 +120,8 @@ class InputBaseline:
         scores = np.where(moved >= MOVED, moved / usual.scale, 0.0)
         place = int(np.argmax(np.where(scores >= UNUSUAL, moved, 0.0))) or int(np.argmax(scores))
         score, change = float(scores.flat[place]), float(np.median(moved.max(axis=0)))
+        if not now[1].any() and usual.varies:  # nothing but copies of one sample: no tail reaches as far
+            score, change = max(score, 2.0 * UNUSUAL), max(change, 1.0)
         usual.num_unusual = usual.num_unusual + 1 if score >= UNUSUAL else 0
         if usual.num_unusual >= NEW_NORMAL:
             del self._usual[key]

@@ -86,10 +86,10 @@ def _sums(tensor: torch.Tensor) -> tuple[list[torch.Tensor], int]:
         num_nonfinite = torch.zeros((), dtype=tensor.dtype)
     values, dims, num_features = _by_feature(_rows(tensor, MOST_ON_CPU) if tensor.is_cpu else most)
     mean = values.mean(dims, keepdim=True)
-    around = (values - mean).view(-1)
-    within = torch.dot(around, around) / around.numel()
-    spread = around.abs_().view(values.shape).mean(dims)
-    return [torch.stack((low, high, num_nonfinite, within)), mean.view(-1), spread], num_features
+    around = values - mean
+    within = around.square().mean()
+    spread = around.abs_().mean(dims)
+    return [torch.stack((low, high, num_nonfinite, within)), mean.flatten(), spread], num_features
 
 
 def _by_feature(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], int]:

@@ -10,8 +10,9 @@ from sosa_stream.detect.wording import name_ranks, number
 
 UNUSUAL_SCORE = 12.0
 """Three times as far as anything in the rank's recent batches (`agent.baseline`)."""
-BATCH_MOVED = 1.0
-"""Half of all features moved by a standard deviation, or spread by a factor of e: another kind of data."""
+BATCH_MOVED, BATCH_STIRRED = 1.0, 0.4
+"""Half of all features moved by this many standard deviations, or spread by e to its power: another kind of data, and
+less than what is scored at all."""
 
 
 def input_anomaly(windows: RunWindows) -> Finding | None:
@@ -20,7 +21,8 @@ def input_anomaly(windows: RunWindows) -> Finding | None:
     Far: the score of a feature exceeds 12, where 4 is the farthest of the last 64 batches; the score itself asks for a
     change of 0.4 standard deviations or a factor of 1.5. ``warning`` when most features have moved by a standard
     deviation (a wrong normalisation, all zeros, a scale of 100), or when the loss or the gradient leaves its band at
-    the same step; ``info`` otherwise. Non-finite inputs count where they used to be finite, or where the loss is
+    the same step; ``info`` otherwise, and for one feature among many only at twice that score: one wild sample in many
+    batches is what heavy tails are. Non-finite inputs count where they used to be finite, or where the loss is
     non-finite with them.
     """
     if "input_score" not in windows.columns:
@@ -38,6 +40,8 @@ def input_anomaly(windows: RunWindows) -> Finding | None:
     worst = int(np.argmax(np.where(far, scores, 0.0)))
     change = float(windows.over_ranks("input_change")[worst])
     hurt = bool(windows.bad_loss or windows.bad_grad) or windows.losses.above or windows.log_norms.above
+    if not hurt and change < BATCH_STIRRED and scores[worst] < 2.0 * UNUSUAL_SCORE:
+        return None
     evidence = _evidence(windows, worst)
     return Finding(
         kind="input_anomaly",
