@@ -16,6 +16,8 @@ STUCK_SHARE = 0.03
 """Likewise for all of the run but its first twentieth: it is stuck."""
 LEARNED_SHARE = 0.35
 """Having fallen by this share from the first twentieth on, it has learned."""
+CHANCE_SHARE = 0.02
+"""This near to ln k, a loss is that of guessing."""
 FEW_CLASSES = 10
 """Above, the logarithms lie so close that every loss is near one."""
 LONG_PLATEAU_POINTS = 4096
@@ -139,16 +141,17 @@ def loss_plateau(windows: RunWindows) -> Finding | None:
 
 
 def moves_again(windows: RunWindows) -> bool:
-    """Whether a plateau is over: the newest two blocks of the course are clearly below its first half."""
+    """Whether a plateau is over: the last quarter of the course lies clearly below its first half."""
     blocks = windows.course.blocks
     if len(blocks) < 4:
         return False
-    return 0.5 * (blocks[-1] + blocks[-2]) < (1.0 - 2.0 * STUCK_SHARE) * float(np.median(blocks[: len(blocks) // 2]))
+    half, late = np.median(blocks[: len(blocks) // 2]), np.median(blocks[-(len(blocks) // 4) :])
+    return bool(late < (1.0 - 2.0 * STUCK_SHARE) * half)
 
 
 def _chance(loss: float) -> tuple[str, ...]:
     """Says so where a loss is that of guessing: the cross-entropy of k equally likely classes is ln k."""
     num = min(range(2, FEW_CLASSES + 1), key=lambda k: abs(math.log(k) - loss))
-    if abs(loss - math.log(num)) > FLAT_SHARE * loss:
+    if abs(loss - math.log(num)) > CHANCE_SHARE * loss:
         return ()
     return (f"the model guesses: ln {num} = {math.log(num):.4g} is the loss of chance for {num} classes",)

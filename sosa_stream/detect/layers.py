@@ -124,7 +124,7 @@ def weights_unchanged(windows: RunWindows) -> Finding | None:
     """Steps are taken, with a gradient and a learning rate, and the weights stay as they are. ``warning``.
 
     Of the sampled parameters: none changed in three looks in a row; or all gradients that the optimizer received are
-    zero while their norm before clipping was not; or at most half change where all did, for three looks. Or parameters
+    zero while their norm before clipping was not; or at most half as many change as did, for three looks. Or parameters
     got a gradient that belong to no optimizer, while the optimizer's own got none.
     """
     cause = _owners(windows) or _unchanged(windows)
@@ -183,7 +183,7 @@ def _unchanged(windows: RunWindows) -> tuple[str, tuple[str, ...]] | None:
                 "the optimizer steps other parameters than the model's",
             ),
         )
-    if (changed[-3:] <= 0.5).all() and _usually(changed[:-3]) >= 0.9:
+    if (changed[-3:] <= 0.5 * _usually(changed[:-3])).all():
         return (
             f"only {changed[-1]:.0%} of the parameters still change",
             ("parameters were frozen (requires_grad) in mid-run", "parts of the model no longer reach the loss"),

@@ -38,9 +38,15 @@ CLIP_SCORE = 4.0
 FLOAT_RESOLUTION = 8 * float(np.finfo(np.float32).eps)
 """Losses and norms are computed in float32 at best: differences below this share of the magnitude are rounding."""
 
+RECORD_RATIO = 3.0
+"""A threshold is at most this many times the highest score so far: a tail fitted to a few spikes and drawn out to the
+end of the budget would make the run blind."""
+MAX_FIRST_THRESHOLD = 12.0
+"""The most that it is before there are high scores."""
+
 # The tail before the run has shown its own: about one score in 200 beyond 3, index 0.2, worth 10 exceedances. It
 # starts the threshold near 9, which lognormal noise of sigma 0.55 passes once in 10^4 steps.
-PRIOR_EXCEEDED, PRIOR_SEEN, PRIOR_INDEX, PRIOR_WEIGHT = 1.0, 200.0, 0.2, 10.0
+PRIOR_EXCEEDED, PRIOR_SEEN, PRIOR_INDEX, PRIOR_WEIGHT = 1.0, 200.0, 0.2, 20.0
 
 
 class Ring:
@@ -124,6 +130,7 @@ class Band:
     __slots__ = (
         "_exceeded",
         "_log_excess",
+        "_record",
         "_scores",
         "_size",
         "_until_refresh",
@@ -141,6 +148,7 @@ class Band:
         self._scores = 0
         self._exceeded = 0
         self._log_excess = 0.0
+        self._record = MAX_FIRST_THRESHOLD / RECORD_RATIO
         self._until_refresh = warmup
         self.level: Level | None = None
         """The band in force; None while warming."""
@@ -179,7 +187,9 @@ class Band:
 
     def _note_tail(self, score: float, level: Level) -> None:
         self._exceeded += 1
-        self._log_excess += math.log(min(score, level.threshold) / TAIL_FROM)
+        known = min(score, level.threshold)
+        self._log_excess += math.log(known / TAIL_FROM)
+        self._record = max(self._record, known)
 
     def _refresh(self) -> None:
         num = self._values.num_pushed
@@ -203,7 +213,8 @@ class Band:
         budget = ALPHA * 6.0 / (math.pi**2 * block**2) / (FIRST_BLOCK * 2 ** (block - 1))
         share = (self._exceeded + PRIOR_EXCEEDED) / (self._scores + PRIOR_SEEN)
         index = (self._log_excess + PRIOR_INDEX * PRIOR_WEIGHT) / (self._exceeded + PRIOR_WEIGHT)
-        return float(max(2.0 * TAIL_FROM, TAIL_FROM * (share / budget) ** index))
+        fitted = TAIL_FROM * (share / budget) ** index
+        return float(max(2.0 * TAIL_FROM, min(fitted, RECORD_RATIO * self._record)))
 
 
 def center_and_scale(values: NDArray[np.float64]) -> tuple[float, float]:
