@@ -90,12 +90,15 @@ class Activations:
         place = tensor.data_ptr()
         if place in self._seen or tensor.dim() < 2:
             return
-        values = tensor.detach()
-        if values.is_cpu and values.numel() > MOST_ELEMENTS:
-            values = values[:: -(-values.numel() // MOST_ELEMENTS)]
         maker = _maker(tensor)
         name = maker.name() if maker is not None else ""
         low, high = _ends(maker, name)
+        if math.isnan(low):
+            return
+        self._seen.add(place)  # not before: a ReLU in place makes it an activation only now
+        values = tensor.detach()
+        if values.is_cpu and values.numel() > MOST_ELEMENTS:
+            values = values[:: -(-values.numel() // MOST_ELEMENTS)]
         if low == 0.0 and name != "SigmoidBackward0":
             units, dims = (values.flatten(2), (0, 2)) if values.dim() > 3 else (values.flatten(0, -2), (0,))
             if values.numel() // units.shape[1] >= MIN_SAMPLES:
@@ -103,7 +106,6 @@ class Activations:
         elif high > low and maker is tensor.grad_fn and place not in self._outside:
             middle, reach = 0.5 * (high + low), (0.5 - FLAT) * (high - low)
             self._saturated.append(((values - middle).abs() > reach).float().mean())
-        self._seen.add(place)
 
 
 def _ends(maker: Any, name: str) -> tuple[float, float]:

@@ -27,7 +27,7 @@ def columns_of(metrics: Mapping[str, Any]) -> tuple[dict[str, float | torch.Tens
     columns: dict[str, float | torch.Tensor] = {}
     refused = []
     for name, value in metrics.items():
-        column = logged_name(name) if isinstance(name, str) else ""
+        column = logged_name(name) if isinstance(name, str) and name else ""
         number = _number(value)
         if number is None or not column.isprintable() or not 0 < len(column.encode()) <= MAX_NAME_BYTES:
             refused.append(str(name)[:MAX_NAME_BYTES])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sosa_stream.detect.incidents import Finding, Severity
 from sosa_stream.detect.windows import RunWindows
@@ -183,16 +182,13 @@ def _unchanged(windows: RunWindows) -> tuple[str, tuple[str, ...]] | None:
                 "the optimizer steps other parameters than the model's",
             ),
         )
-    if (changed[-3:] <= 0.5 * _usually(changed[:-3])).all():
+    usual = float(np.median(changed[:-3])) if len(changed) >= 5 else 0.0
+    if usual > 0.0 and (changed[-3:] <= 0.5 * usual).all():
         return (
             f"only {changed[-1]:.0%} of the parameters still change",
             ("parameters were frozen (requires_grad) in mid-run", "parts of the model no longer reach the loss"),
         )
     return None
-
-
-def _usually(looks: NDArray[np.float64]) -> float:
-    return float(np.median(looks)) if len(looks) >= 2 else 0.0
 
 
 def _looked_at(windows: RunWindows, name: str) -> bool:
