@@ -21,18 +21,19 @@ HELD_OUT_MODULES = "bdb cmd csv queue tokenize"
 
 @functools.cache
 def templates(classes: int, size: int) -> Tensor:
-    """Smooth pictures of shape (classes, 1, size, size), one per class, of unit variance."""
+    """Smooth pictures of shape (3, classes, 1, size, size), of unit variance: one per class, in three positions."""
     generator = torch.Generator().manual_seed(7)
     coarse = torch.randn(classes, 1, 4, 4, generator=generator)
     smooth = functional.interpolate(coarse, size=(size, size), mode="bilinear")
-    return smooth / smooth.std(dim=(2, 3), keepdim=True)
+    smooth = smooth / smooth.std(dim=(2, 3), keepdim=True)
+    return torch.stack([smooth.roll(shift, dims=3) for shift in (-1, 0, 1)])
 
 
 def pictures(num: int, generator: torch.Generator, *, noise: float = 2.0, size: int = 12) -> tuple[Tensor, Tensor]:
     """Noisy, shifted templates and their classes (of 10)."""
     labels = torch.randint(10, (num,), generator=generator)
-    shift = int(torch.randint(-1, 2, (1,), generator=generator))
-    clean = templates(10, size)[labels].roll(shift, dims=3)
+    shifts = torch.randint(3, (num,), generator=generator)
+    clean = templates(10, size)[shifts, labels]
     return clean + noise * torch.randn(clean.shape, generator=generator), labels
 
 
