@@ -166,6 +166,7 @@ def test_rules_on_the_users_metrics_see_those_of_a_log(
         ("log.csv", b"step,loss\n1,2\n", ["--format", "hf"], "not complete JSON"),
         ("log.csv", b"step,loss\n1,2\n", ["--format", "sosa"], "no sosa recording"),
         ("log.csv", b"step,loss\n1,2\n", ["--format", "tensorboard"], "no scalars"),
+        ("empty/log", None, ["--format", "tensorboard"], "no TensorBoard event files"),
         ("log.csv", b"step,loss\n1,2\n", ["--format", "csv", "--pattern", "(?P<a>b)"], "--pattern is for text"),
         (
             "state.json",
@@ -178,9 +179,11 @@ def test_rules_on_the_users_metrics_see_those_of_a_log(
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_cannot_be_read_is_told_in_one_line_with_exit_code_2(
-    name: str, data: bytes, flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    name: str, data: bytes | None, flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Path(name).write_bytes(data)
+    Path(name).parent.mkdir(exist_ok=True)
+    if data is not None:
+        Path(name).write_bytes(data)
     assert code_of(name, *flags) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -249,6 +252,19 @@ def test_what_comes_up_later_in_a_followed_log_is_taken_up(tmp_path: Path) -> No
         feed.take(log)
     assert feed.guess is not None
     assert feed.guess.columns == {"loss": ("loss",), "eval_loss": ("val_loss",), "lr": ("lr",)}
+
+
+def test_a_mapped_column_may_come_later_in_a_followed_log(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(f'{{"n": {i}, "loss": 9.0, "mine": 2.0}}\n' for i in range(5)), encoding="utf-8")
+    mapping = {"loss": "mine", "eval_loss": "held_out", "step": "n"}
+    feed = LogFeed("log", mapping=mapping)
+    for log in follow_log(path, "auto", None, growing(path, '{"n": 5, "mine": 2.0, "held_out": 3.0}\n')):
+        feed.take(log)
+    feed.finish()
+    assert feed.guess is not None
+    assert feed.guess.columns == {"loss": ("mine",), "eval_loss": ("held_out",)}
+    assert (feed.tally.num_steps, feed.tally.last_step) == (6, 5)
 
 
 def test_a_followed_log_that_is_begun_anew_is_read_from_its_start(tmp_path: Path) -> None:

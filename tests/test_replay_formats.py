@@ -79,7 +79,9 @@ def test_a_log_is_recognised_and_its_points_come_out(sample: Sample, tmp_path: P
     assert sum(isinstance(message, Hello) for message in listener.messages) == 1
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
+@pytest.mark.parametrize(
+    "sample", [sample for sample in SAMPLES if "\r" not in sample.text], ids=lambda sample: sample.name
+)
 @pytest.mark.parametrize(
     "disguise",
     [
@@ -91,8 +93,6 @@ def test_a_log_is_recognised_and_its_points_come_out(sample: Sample, tmp_path: P
     ids=["byte order mark", "CRLF", "gzip", "UTF-16"],
 )
 def test_how_the_bytes_are_packed_does_not_matter(sample: Sample, disguise: object, tmp_path: Path) -> None:
-    if "\r" in sample.text:
-        pytest.skip("its line ends are its own")
     _, listener = fed(written(tmp_path, sample, disguise(sample.text)))  # type: ignore[operator]
     for column, expected in sample.points.items():
         assert same(listener.points.get(column, []), expected)

@@ -187,14 +187,18 @@ def _follow(path: Path, options: Options) -> tuple[Incident, ...]:
         else:
             with _Blaming(path):
                 for log in follow_log(path, format, options.family, _wait):
-                    _tell(feed.take(log), told, options)
+                    introduced = feed.guess is not None
+                    effects = feed.take(log)
+                    if feed.guess is not None and not introduced:
+                        print(_guessed(str(path), "followed", feed), file=sys.stderr, flush=True)
+                    _tell(effects, told, options)
     except KeyboardInterrupt:
         pass
     if format == "sosa":
         return recording.engine.view().incidents if recording.engine is not None else ()
     if feed.guess is not None:
         _tell(feed.finish(), told, options)
-        print(_guessed(str(path), format, feed), file=sys.stderr)
+        print(_guessed(str(path), "followed", feed), file=sys.stderr)
     return feed.engine.view().incidents
 
 
@@ -248,7 +252,7 @@ def _guessed(path: str, format: str, feed: LogFeed) -> str:
     guess, tally = feed.guess, feed.tally
     assert guess is not None
     columns = [ours if theirs == (ours,) else f"{ours}={'+'.join(theirs)}" for ours, theirs in guess.columns.items()]
-    counter = "steps counted here" if guess.counter is None else f"step={guess.counter}"
+    counter = "no step, so rows are counted" if guess.counter is None else f"step={guess.counter}"
     words = [f"{path}: {format}", f"{tally.num_rows} rows"]
     words += [f"step {tally.first_step}…{tally.last_step}"] if tally.first_step is not None else []
     words += [*columns] if guess.counter == "step" else [*columns, counter]

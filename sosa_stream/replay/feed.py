@@ -16,7 +16,7 @@ from sosa_stream.engine import Engine
 from sosa_stream.errors import UsageError
 from sosa_stream.protocol.columns import COLUMNS
 from sosa_stream.protocol.messages import AgentMessage, Bye, Header, Hello, MetricFrame
-from sosa_stream.replay.guess import Guess, guess_columns, known_columns
+from sosa_stream.replay.guess import STEP, Guess, guess_columns, known_columns
 from sosa_stream.replay.log import Column, Log, joined
 from sosa_stream.replay.steps import Points, Stepper, Tally
 
@@ -56,6 +56,8 @@ class LogFeed:
         self._wanted = wanted
         self._waiting: list[Log] = []
         self._fillers: set[str] = set()
+        self._seen: dict[str, None] = {}
+        """The log's columns, in their order."""
         self._fed: set[str] = set()
         self._stepper = Stepper()
         self._opened: dict[str, int] = {}
@@ -70,27 +72,23 @@ class LogFeed:
 
     def first_step(self, log: Log) -> float:
         """Where a log begins; infinite where it does not say."""
-        counter = guess_columns(log, mapping=self._mapping).counter
-        steps = log.columns[counter].values if counter is not None else np.array([np.inf])
-        return float(np.nanmin(steps))
+        counter = guess_columns(log, mapping=self._mapping).counter or ""
+        return float(np.nanmin(log.columns[counter].values)) if counter in log.columns else np.inf
 
     def take(self, log: Log) -> list[Effect]:
-        """Feed the next rows; they wait until a loss has been seen.
-
-        Raises:
-            UsageError: ``mapping`` names a column that is not there.
-        """
+        """Feed the next rows; they wait until a loss has been seen, and what the mapping calls the step."""
         if self.guess is None:
             self._waiting.append(log)
             log = joined(self._waiting)
             guess = guess_columns(log, mapping=self._mapping, wanted=self._wanted)
-            if not guess.has_loss:
+            if not guess.has_loss or self._mapping.get(STEP, guess.counter) not in {None, *log.columns}:
                 return []
             self.guess = guess
             self._waiting.clear()
             self._fillers = {name for name, column in log.columns.items() if _is_filler(column)}
         else:
-            self.guess = self.guess.extended(guess_columns(log, wanted=self._wanted))
+            self.guess = self.guess.extended(guess_columns(log, mapping=self._mapping, wanted=self._wanted))
+        self._seen |= dict.fromkeys(log.columns)
         effects: list[Effect] = []
         for points in self._stepper.take(_without_fillers(log, self._fillers), self.guess):
             for message in self._messages(points):
@@ -101,10 +99,14 @@ class LogFeed:
         """The log has ended.
 
         Raises:
-            UsageError: it has held no loss.
+            UsageError: it has held no loss, or not what ``mapping`` names.
         """
+        self._seen |= dict.fromkeys(joined(self._waiting).columns)
+        missing = [name for name in self._mapping.values() if name not in self._seen]
+        if missing:
+            raise UsageError(f"no column {missing[0]!r}; {known_columns(self._seen)}")
         if self.guess is None:
-            known = known_columns(joined(self._waiting).counts())
+            known = known_columns(self._seen)
             raise UsageError(f"no loss found in it; {known}; --map loss=NAME says which column it is")
         return self._handle(Bye(header=self._next_header(), reason="end", exit_code=0, dropped=0))
 

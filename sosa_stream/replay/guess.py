@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -71,20 +71,17 @@ def parse_map(text: str) -> dict[str, str]:
 def guess_columns(log: Log, *, mapping: Mapping[str, str] | None = None, wanted: frozenset[str] = frozenset()) -> Guess:
     """What the columns of a log mean.
 
-    ``mapping`` is the user's word and goes first; ``wanted`` names metrics to carry besides, as ``log/<name>``.
-
-    Raises:
-        UsageError: ``mapping`` names a column that the log does not have.
+    ``mapping`` is the user's word: what it names is not guessed, though it may not be there yet. ``wanted`` names
+    metrics to carry besides, as ``log/<name>``.
     """
     mapping = mapping or {}
     counts = log.counts()
-    missing = [name for name in mapping.values() if name not in counts]
-    if missing:
-        raise UsageError(f"no column {missing[0]!r}; {known_columns(counts)}")
-    columns: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in mapping.items() if ours != STEP}
+    columns: dict[str, tuple[str, ...]] = {
+        ours: (theirs,) for ours, theirs in mapping.items() if ours != STEP and theirs in counts
+    }
     doubts = []
     for ours, find in _FINDERS.items():
-        if ours in columns:
+        if ours in mapping:
             continue
         names, sure = find(counts)
         if names:
@@ -95,13 +92,13 @@ def guess_columns(log: Log, *, mapping: Mapping[str, str] | None = None, wanted:
         if name in wanted or plain(name) in wanted:
             columns[LOG_PREFIX + (name if name in wanted else plain(name))] = (name,)
     epoch = next((name for name in counts if plain(name) in ("epoch", "epochs")), None)
-    counter = mapping.get(STEP) or _counter(log, columns)
+    counter = mapping[STEP] if STEP in mapping else _counter(log, columns)
     return Guess(columns=columns, counter=counter, epoch=epoch if epoch != counter else None, doubts=tuple(doubts))
 
 
-def known_columns(counts: Mapping[str, int]) -> str:
+def known_columns(columns: Iterable[str]) -> str:
     """The columns of a log in words."""
-    names = list(counts)
+    names = list(columns)
     return f"columns are {', '.join(names[:40])}{', …' if len(names) > 40 else ''}" if names else "it has no numbers"
 
 
@@ -176,7 +173,8 @@ def _counter(log: Log, columns: Mapping[str, tuple[str, ...]]) -> str | None:
         for name in (name for name in log.columns if plain(name) == alias):
             column = log.columns[name]
             here = column.values[rows & column.present]
-            if 2 * len(here) < rows.sum() or not np.isfinite(here).all() or (here != np.floor(here)).any():
+            whole = np.isfinite(here).all() and (here == np.floor(here)).all()
+            if not whole or 2 * len(here) < rows.sum():
                 continue
             if len(here) < 2 or 2 * np.count_nonzero(np.diff(here)) >= len(here) - 1:
                 return name

@@ -20,7 +20,7 @@ from sosa_stream.replay.documents import read_document
 from sosa_stream.replay.jsonlines import JsonLinesReader
 from sosa_stream.replay.log import Log, joined
 from sosa_stream.replay.patterns import Family
-from sosa_stream.replay.tensorboard import MARK, read_events
+from sosa_stream.replay.tensorboard import MARK, event_files, read_events
 from sosa_stream.replay.text import TextReader
 
 FORMATS = ("auto", "hf", "csv", "jsonl", "tensorboard", "text", "sosa")
@@ -83,6 +83,8 @@ def read_log(path: Path, format: str, family: Family | None = None) -> tuple[str
         UsageError: it cannot be read, or is not of that format.
     """
     if format == "tensorboard":
+        if not event_files(path):
+            raise UsageError("no TensorBoard event files there")
         return format, read_events(path)
     if format == "hf":
         with closing(_open(path)) as file:
