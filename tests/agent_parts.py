@@ -190,3 +190,9 @@ def alarms(link: LocalLink) -> list[tuple[str, str]]:
     """Kind and severity of the incidents that are at least a warning, in order."""
     found = link.engine.view().incidents
     return [(incident.kind, str(incident.severity)) for incident in found if incident.severity >= Severity.WARNING]
+
+
+def alarms_and_symptoms(link: LocalLink) -> set[str]:
+    """Kinds of the incidents that are at least a warning, and what joined them."""
+    found = link.engine.view().incidents
+    return {kind for i in found if i.severity >= Severity.WARNING for kind in (i.kind, *i.symptoms)}

@@ -1,0 +1,181 @@
+"""Networks that can no longer learn: judged from looks, and shown on small real trainings."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from agent_parts import alarms_and_symptoms, watched_live
+from numpy.typing import ArrayLike
+from torch import nn
+
+from sosa_stream.detect.incidents import Incident, Severity
+from sosa_stream.engine import Engine
+from sosa_stream.protocol.messages import MetricFrame
+from sosa_stream.testing import NOW, header, hello
+
+NUM = 640
+T = np.arange(NUM)
+
+
+def seen(**columns: ArrayLike) -> tuple[Incident, ...]:
+    """The incidents of a run that learns, with these columns beside its loss."""
+    noise = np.random.default_rng(0).standard_normal(NUM)
+    all_columns = {
+        "loss": 2 + np.exp(-T / 100) + 0.05 * noise,
+        "grad_norm": np.ones(NUM),
+        "lr": np.full(NUM, 1e-3),
+        "skipped": np.zeros(NUM),
+    } | columns
+    values = np.column_stack([np.broadcast_to(np.asarray(c, dtype=np.float64), NUM) for c in all_columns.values()])
+    engine = Engine("run")
+    engine.handle(hello(), NOW)
+    engine.handle(MetricFrame(header=header(), columns=tuple(all_columns), steps=T, values=values), NOW)
+    return engine.view().incidents
+
+
+def looks(values: Callable[[int], float], every: int = 32) -> np.ndarray[Any, Any]:
+    return np.array([values(step) if step % every == 0 else math.nan for step in range(NUM)])
+
+
+def told(incidents: tuple[Incident, ...]) -> list[tuple[str, str, int]]:
+    return [(i.kind, str(i.severity), i.detected_step) for i in incidents if i.severity >= Severity.WARNING]
+
+
+def test_zero_gradients_with_dead_units_are_dead_units_at_the_second_look() -> None:
+    after = looks(lambda step: 0.9 if step >= 320 else 0.1)
+    assert told(seen(zero_grad_share=after, dead_share=after)) == [("dead_units", "warning", 352)]
+
+
+def test_a_dead_layer_with_nothing_learning_before_it_loses_the_run() -> None:
+    after = looks(lambda step: 0.99 if step >= 320 else 0.1)
+    dead = looks(lambda step: 1.0 if step >= 320 else 0.1)
+    assert told(seen(zero_grad_share=after, dead_share=dead)) == [("dead_units", "critical", 352)]
+
+
+def test_zero_gradients_of_sparse_inputs_are_no_dead_units() -> None:
+    sparse = looks(lambda step: 0.95)
+    assert seen(zero_grad_share=sparse, dead_share=looks(lambda step: 0.2)) == ()
+    assert seen(zero_grad_share=sparse) == (), "no ReLU was seen, and it has always been so"
+
+
+def test_saturation_counts_when_most_of_a_layer_stays_flat() -> None:
+    assert seen(saturated_share=looks(lambda step: 0.95 if step == 320 else 0.4)) == ()
+    after = looks(lambda step: 0.95 if step >= 320 else 0.4)
+    assert told(seen(saturated_share=after)) == [("saturated_activations", "warning", 352)]
+
+
+def test_a_scaler_that_finds_its_scale_or_backs_off_now_and_then_is_healthy() -> None:
+    calibrating = 2.0 ** np.maximum(16 - T, 4)
+    steady = 2.0 ** (16 - (T // 50) % 2)
+    apex = 2.0 ** np.maximum(32 - T, 14)
+    for scale in (calibrating, steady, apex, np.full(NUM, 0.25)):
+        assert seen(loss_scale=scale) == ()
+
+
+def test_a_scale_that_falls_without_end_is_told_after_eight_halvings_and_critical_below_one() -> None:
+    scale = 2.0 ** np.where(T < 300, 16, np.maximum(316 - T, -60))
+    (incident,) = [i for i in seen(loss_scale=scale, skipped=T >= 300) if i.kind == "loss_scale_collapse"]
+    assert (incident.severity, incident.detected_step) == (Severity.CRITICAL, 308)
+
+
+def test_weights_that_stay_are_told_only_where_they_should_move() -> None:
+    still = looks(lambda step: 0.0 if step >= 320 else 1.0)
+    assert told(seen(changed_share=still)) == [("weights_unchanged", "warning", 384)]
+    assert seen(changed_share=still, lr=0.0) == (), "no learning rate"
+    assert seen(changed_share=still, skipped=1.0) == (), "the updates are kept away"
+    once = looks(lambda step: 0.0 if step == 320 else 1.0)
+    assert seen(changed_share=once) == ()
+
+
+# -- live --------------------------------------------------------------------------------------------------------------
+
+
+class Job:
+    """A small classifier that learns; ``strike`` happens before step 200."""
+
+    def __init__(self, activation: type[nn.Module] = nn.ReLU) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(16, 48), activation(), nn.Linear(48, 48), activation(), nn.Linear(48, 4))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-3)
+        self.true = torch.randn(16, 4)
+        self.max_norm = 5.0
+
+    def run(self, strike: Callable[[Job], None], num_steps: int = 500) -> set[str]:
+        """What is told of, as an incident or as a symptom of one."""
+        with watched_live() as link:
+            for step in range(num_steps):
+                if step == 200:
+                    strike(self)
+                x = torch.randn(64, 16)
+                self.optimizer.zero_grad()
+                nn.functional.cross_entropy(self.model(x), (x @ self.true).argmax(1)).backward()
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
+                self.optimizer.step()
+        return alarms_and_symptoms(link)
+
+
+@torch.no_grad()
+def _kill_units(job: Job) -> None:
+    for i in (0, 2):
+        job.model[i].bias.sub_(50.0)  # type: ignore[operator, union-attr]
+
+
+@torch.no_grad()
+def _saturate(job: Job) -> None:
+    for i in (0, 2):
+        job.model[i].weight.mul_(200.0)  # type: ignore[operator, union-attr]
+
+
+def _freeze(job: Job) -> None:
+    for parameter in list(job.model.parameters())[:-1]:
+        parameter.requires_grad_(False)
+
+
+def _clip_to_zero(job: Job) -> None:
+    job.max_norm = 0.0
+
+
+def _rebuild(job: Job) -> None:
+    job.model = copy.deepcopy(job.model)
+
+
+def _rebuild_head(job: Job) -> None:
+    job.model[4] = nn.Linear(48, 4)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU])
+def test_a_healthy_training_raises_none_of_them(activation: type[nn.Module]) -> None:
+    assert Job(activation).run(lambda job: None) == set()
+
+
+def test_live_dead_units_are_recognised() -> None:
+    assert "dead_units" in Job().run(_kill_units)
+
+
+def test_live_saturation_is_recognised() -> None:
+    assert "saturated_activations" in Job(nn.Tanh).run(_saturate)
+
+
+@pytest.mark.parametrize("strike", [_freeze, _clip_to_zero, _rebuild, _rebuild_head])
+def test_live_weights_that_no_longer_learn_are_recognised(strike: Callable[[Job], None]) -> None:
+    assert "weights_unchanged" in Job().run(strike)
+
+
+def test_live_overflow_in_every_step_collapses_the_loss_scale() -> None:
+    job = Job()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
+    with watched_live() as link:
+        for step in range(240):
+            x = torch.randn(64, 16)
+            job.optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(job.model(x), (x @ job.true).argmax(1))
+            scaler.scale(loss * (math.inf if step >= 200 else 1.0)).backward()
+            scaler.step(job.optimizer)
+            scaler.update()
+    assert "loss_scale_collapse" in alarms_and_symptoms(link)
