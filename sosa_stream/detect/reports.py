@@ -34,7 +34,10 @@ SHAPE_ERRORS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             r"[Ee]xpected input batch_size \((\d+)\) to match target batch_size \((\d+)\)",
             "{0} predictions for {1} targets",
         ),
-        (r"[Tt]arget size \((.+?)\) must be the same as input size \((.+?)\)", "targets {0} for predictions {1}"),
+        (
+            r"[Tt]arget size \((.+?\])\)\) must be the same as input size \((.+?\])\)\)",
+            "targets {0}) for predictions {1})",
+        ),
         (r"[Ee]xpected target size (\[.+?\]), got (\[.+?\])", "targets of shape {1} where {0} is needed"),
         (
             r"normalized_shape=(\[.+?\]).* but got input of size ?(\[.+?\])",
