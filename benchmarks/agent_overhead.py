@@ -2,7 +2,7 @@
 
 Counted is the CPU time of the training thread alone; the agent's own thread and the daemon run as they do in a job.
 The hooks are clocked in place (``in_place_*``): what the agent runs on that thread, and apart from it the gradient
-norm, which a loop that clips has paid for already. Beside it the plain difference: blocks of steps in turn, bare (A),
+norm, which a loop that clips has paid for already, and the look at the batch, which grows with it. Beside it the plain difference: blocks of steps in turn, bare (A),
 watched, bare (A'), and so on, so that a drifting machine touches all alike; at milliseconds a step it is mostly noise.
 """
 
@@ -57,7 +57,7 @@ def measure(mode: Mode) -> dict[str, Any]:
                 cpu_seconds, wall_seconds = _time(step)
                 cpu[name].append(cpu_seconds * 1e6)
                 wall[name].append(wall_seconds)
-        in_place, in_place_norm = _clock_hooks(agent, step)
+        in_place, in_place_norm, in_place_inputs = _clock_hooks(agent, step)
         agent.close()
     parameters = gradients.parameters_with_gradients(optimizer)
     norm = [
@@ -68,6 +68,7 @@ def measure(mode: Mode) -> dict[str, Any]:
     return {
         "in_place_without_norm_us_per_tick": spread(in_place),
         "in_place_norm_us_per_tick": spread(in_place_norm),
+        "in_place_inputs_us_per_tick": spread(in_place_inputs),
         "added_cpu_us_per_tick": spread(added),
         "gradient_norm_us": spread(norm),
         "added_without_norm_us_per_tick": spread([value - n for value, n in zip(added, norm, strict=True)]),
@@ -79,24 +80,27 @@ def measure(mode: Mode) -> dict[str, Any]:
     }
 
 
-def _clock_hooks(agent: Agent, step: Callable[[], object]) -> tuple[list[float], list[float]]:
-    """Microseconds per step in our code on the training thread, the norm apart, in `ROUNDS` blocks."""
+def _clock_hooks(agent: Agent, step: Callable[[], object]) -> tuple[list[float], list[float], list[float]]:
+    """Microseconds per step in our code on the training thread, the norm and the inputs apart, in `ROUNDS` blocks."""
     _watch(agent, False)
-    spent = {"hooks": 0, "norm": 0}
+    spent = {"hooks": 0, "norm": 0, "inputs": 0}
     _clock(agent.probe, "_before_step", spent, "hooks")
     _clock(agent.probe, "_after_step", spent, "hooks")
     _clock(agent.taps, "_see_loss", spent, "hooks")
+    _clock(agent.probe.looks.forward, "_see_outermost", spent, "inputs")
     for name in ("tensor_norms", "total_norm"):
         _clock(gradients, name, spent, "norm")
     _watch(agent, True)
     without: list[float] = []
     norm: list[float] = []
+    inputs: list[float] = []
     for _ in range(ROUNDS):
-        spent.update(hooks=0, norm=0)
+        spent.update(hooks=0, norm=0, inputs=0)
         _time(step)
         without.append((spent["hooks"] - spent["norm"]) / STEPS / 1000)
         norm.append(spent["norm"] / STEPS / 1000)
-    return without, norm
+        inputs.append(spent["inputs"] / STEPS / 1000)
+    return without, norm, inputs
 
 
 def _clock(owner: Any, name: str, spent: dict[str, int], kind: str) -> None:

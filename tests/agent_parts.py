@@ -45,7 +45,8 @@ class OpenOutbox(Outbox):
     def add_row(self, row: Row) -> None:
         if self.broken:
             raise RuntimeError("observation is broken")
-        self.rows.append({"step": row.step, **dict(zip(row.columns, row.read(self.baseline), strict=True))})
+        values = dict(zip(row.columns, row.read(self.baseline), strict=True))
+        self.rows.append({"step": row.step, **values, **row.looks()})
 
     def add_logged(self, step: int, metrics: Mapping[str, Any]) -> None:
         self.logged.append((step, {name: float(value) for name, value in metrics.items()}))

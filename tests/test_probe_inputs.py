@@ -129,20 +129,30 @@ def test_mean_and_deviation_and_extremes_are_those_of_the_batch(shape: tuple[int
     assert inputs is not None
     seen = dict(zip(inputs.names, inputs.read(InputBaseline()), strict=True))
     exact = batch.double()
-    near = 0.2 if batch.numel() > 1 << 16 else 1e-3  # of a large batch only a part is summed up
+    near = 0.2 if batch.numel() > 1 << 14 else 1e-3  # of a large batch only a part is summed up
     assert seen["input_mean"] == pytest.approx(exact.mean().item(), abs=near)
     assert seen["input_std"] == pytest.approx(exact.std(correction=0).item(), abs=near)
     assert (seen["input_min"], seen["input_max"]) == (exact.min().item(), exact.max().item())
     assert seen["input_nonfinite"] == 0
 
 
-def test_every_non_finite_value_is_counted() -> None:
-    batch = torch.zeros(40, 3, 64, 64)
-    batch[17, 2, 5, 5:9] = math.nan
-    batch[3, 0, 0, 0] = math.inf
+@pytest.mark.parametrize("shape", [(40, 3, 64, 64), (500, 4), (16, 700, 60)])
+def test_a_non_finite_value_is_found_wherever_it_is(shape: tuple[int, ...]) -> None:
+    for value in (math.nan, math.inf, -math.inf):
+        for place in (1, 12_345 % math.prod(shape), -1):
+            batch = torch.zeros(shape)
+            batch.view(-1)[place] = value
+            inputs = look(None, batch)
+            assert inputs is not None
+            assert dict(zip(inputs.names, inputs.read(InputBaseline()), strict=True))["input_nonfinite"] == 1
+
+
+def test_what_the_script_does_to_its_batch_afterwards_is_not_seen() -> None:
+    batch = torch.ones(8, 4)
     inputs = look(None, batch)
+    batch.fill_(7.0)
     assert inputs is not None
-    assert dict(zip(inputs.names, inputs.read(InputBaseline()), strict=True))["input_nonfinite"] == 5
+    assert inputs.read(InputBaseline())[0] == 1.0
 
 
 def test_equal_batches_have_equal_fingerprints_and_others_do_not() -> None:
@@ -156,9 +166,9 @@ def test_equal_batches_have_equal_fingerprints_and_others_do_not() -> None:
     assert mark(tokens) == mark(tokens.clone()) != mark(other)
     images = torch.randn(8, 3, 16, 16)
     changed = images.clone()
-    changed[5, 1, 3, 3] += 1.0
+    changed[5, 1, 3, 3] += 1e-3
     assert mark(images) == mark(images.clone()) != mark(changed)
-    assert mark(images.to(memory_format=torch.channels_last)) > 0, "laid out differently: seen all the same"
+    assert mark(images) == mark(images.to(memory_format=torch.channels_last)), "the same values, laid out differently"
     assert 0 <= mark(tokens) < 2**53
 
 

@@ -110,7 +110,7 @@ def test_hooks_are_in_for_sampled_steps_only_and_a_forward_pass_that_raises_leav
             seen.append(bool(torch_module._global_forward_hooks))
             train(model, optimizer, [(torch.cat([x, -x]), torch.cat([y, y]))])
         assert [i for i, there in enumerate(seen) if there] == [WEIGHTS_EVERY // 2, 3 * WEIGHTS_EVERY // 2]
-        assert [i for i, row in enumerate(watch.rows) if math.isfinite(row.get("dead_share", math.nan))] == [16, 48]
+        assert [i for i, row in enumerate(watch.rows) if "dead_share" in row] == [16, 48]
         for batch in batches(WEIGHTS_EVERY // 2):
             train(model, optimizer, [batch])
         with pytest.raises(RuntimeError):
@@ -160,11 +160,11 @@ def test_a_frozen_parameter_no_longer_counts_as_changed_and_a_skipped_step_is_no
         optimizer.zero_grad()
         (loss_of(model, batches(1)[0]) * math.nan).backward()
         optimizer.step()
-    shares = [row["changed_share"] for row in watch.rows]
+    shares = [row.get("changed_share") for row in watch.rows]
     assert shares[0] == 1.0
     assert shares[WEIGHTS_EVERY] == pytest.approx(1 / 6)
     assert watch.rows[-1]["skipped"] == 1.0
-    assert math.isnan(shares[-1])
+    assert shares[-1] is None
 
 
 def test_embeddings_do_not_count_among_zero_gradients() -> None:

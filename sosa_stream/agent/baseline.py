@@ -130,9 +130,9 @@ class InputBaseline:
         return score, change, float(place % len(batch.means))
 
 
-def fingerprint(values: NDArray[np.float64]) -> float:
+def fingerprint(data: bytes) -> float:
     """A 53-bit hash, exact as a float64."""
-    digest = hashlib.blake2b(values.tobytes(), digest_size=8).digest()
+    digest = hashlib.blake2b(data, digest_size=8).digest()
     return float(int.from_bytes(digest, "little") >> 11)
 
 

@@ -1,21 +1,21 @@
-"""What goes into the model, summed up on its device without waiting for it.
+"""What goes into the model: a sample of it on the way to the host, where it is summed up.
 
-Of the largest floating-point tensor: extremes, and per feature the sums that mean and standard deviation are made of;
-of every tensor: a few elements for the fingerprint. All of it is one small vector on its way to the host, which
-`InputBaseline` turns into columns. Integers (token ids) have a fingerprint only.
+On the training thread there is a copy of at most `MOST_ELEMENTS` elements of the largest floating-point tensor, spread
+over samples and places, and where that is not all of it, the extremes of the whole. The thread that encodes frames
+makes the columns of it. Integers (token ids) have a fingerprint only.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sosa_stream.agent.baseline import InputBaseline, Moments, fingerprint
-from sosa_stream.agent.scalars import Vector, fetch_vector
+from sosa_stream.agent.scalars import Scalars, Vector, fetch, fetch_vector
 
 INPUT_COLUMNS = (
     *("input_mean", "input_std", "input_min", "input_max", "input_nonfinite"),
@@ -23,97 +23,106 @@ INPUT_COLUMNS = (
 )
 MAX_FEATURES = 1024
 """An input with more is looked at as a whole."""
-MOST_ON_CPU, MOST_ON_DEVICE = 1 << 16, 1 << 22
-"""Elements whose moments are taken; of a larger batch, every k-th sample. Extremes are those of `MOST_ON_DEVICE`."""
-FINGER_ROWS, FINGER_ELEMENTS = 8, 32
+MOST_SAMPLES, MOST_ELEMENTS = 64, 1 << 14
+MOST_SEARCHED = 1 << 22
+"""Elements among which the extremes are looked for."""
 MAX_DEPTH, MAX_TENSORS = 3, 8
 
 
 @dataclass(slots=True)
 class Inputs:
-    """A batch's vector: low, high, number of non-finite, variance within features; means and spreads of the features
-    (mean absolute deviations); the sample."""
+    """One batch. ``floats`` and ``integers`` are samples of the largest tensor of each kind, in their own shape."""
 
-    key: tuple[object, ...]
-    num_features: int
-    """0 where there was no floating-point tensor."""
-    vector: Vector
+    module: int
+    floats: Vector | None
+    integers: Vector | None
+    ends: Scalars | None
+    """Lowest and highest of all elements, where ``floats`` is a part of them."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        return INPUT_COLUMNS if self.num_features else INPUT_COLUMNS[-1:]
+        return INPUT_COLUMNS if self.floats is not None else INPUT_COLUMNS[-1:]
+
+    def ready(self) -> bool:
+        """Whether `read` needs no waiting. Never blocks."""
+        return all(part is None or part.ready() for part in (self.floats, self.integers, self.ends))
 
     def read(self, baseline: InputBaseline) -> tuple[float, ...]:
         """The values of `names`."""
-        values = self.vector.read()
-        if not self.num_features:
-            return (fingerprint(values),)
+        mark = b"" if self.integers is None else self.integers.read().tobytes()
+        if self.floats is None:
+            return (fingerprint(mark),)
+        sample = self.floats.read()
         with np.errstate(invalid="ignore", over="ignore"):  # a batch with NaN or Inf in it is no error of ours
-            means, spreads = values[4 : 4 + 2 * self.num_features].reshape(2, self.num_features)
-            low, high, num_nonfinite, within = values[:4].tolist()
-            batch = Moments(means=means, spreads=spreads, num_nonfinite=int(num_nonfinite))
-            whole = (float(means.mean()), float(np.sqrt(within + means.var())), low, high, num_nonfinite)
-            return (*whole, *baseline.judge(self.key, batch), fingerprint(values))
+            values = _by_feature(sample.astype(np.float64))
+            low, high = sample.min(), sample.max()
+            if self.ends is not None:
+                low, high = self.ends.read()
+            num_nonfinite = values.size - int(np.isfinite(values).sum())
+            if not num_nonfinite and not np.isfinite(low + high):
+                num_nonfinite = 1  # outside the sample
+            means = values.mean(axis=0)
+            values -= means
+            std = float(np.sqrt(np.square(values).mean() + means.var()))
+            moments = Moments(means=means, spreads=np.abs(values).mean(axis=0), num_nonfinite=num_nonfinite)
+            judged = baseline.judge((self.module, sample.ndim, len(means)), moments)
+        whole = (float(means.mean()), std, float(low), float(high), float(num_nonfinite))
+        return (*whole, *judged, fingerprint(mark + sample.tobytes()))
 
 
 def look(module: object, *arguments: object) -> Inputs | None:
-    """Sum up the tensors among ``arguments``; None where there are none. ``module`` is whose inputs they are."""
-    tensors = [tensor.detach() for tensor in _tensors(arguments, MAX_DEPTH)][:MAX_TENSORS]
-    if not tensors:
-        return None
-    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
-    parts = [_sample(tensor) for tensor in tensors]
-    key: tuple[object, ...] = (id(module),)
-    num_features = 0
-    if floats:
-        largest = max(floats, key=torch.Tensor.numel)
-        sums, num_features = _sums(largest)
-        parts = sums + parts
-        key = (id(module), largest.dim(), num_features)
-    if any(part.dtype is not parts[0].dtype or part.device != parts[0].device for part in parts):
-        parts = [part.to(parts[0].device, torch.float64, non_blocking=True) for part in parts]
-    return Inputs(key, num_features, fetch_vector(torch.cat(parts)))
+    """Copy a sample of the tensors among ``arguments``, which go into ``module``; None where there are none."""
+    floats: torch.Tensor | None = None
+    integers: torch.Tensor | None = None
+    for tensor in _tensors(arguments, MAX_DEPTH):
+        if tensor.is_floating_point():
+            floats = tensor if floats is None or tensor.numel() > floats.numel() else floats
+        else:
+            integers = tensor if integers is None or tensor.numel() > integers.numel() else integers
+    if floats is None:
+        return Inputs(id(module), None, _copy(integers, 1024), None) if integers is not None else None
+    floats = floats.detach()
+    ends = None
+    if floats.numel() > MOST_ELEMENTS or (floats.dim() and floats.shape[0] > MOST_SAMPLES):
+        ends = fetch(torch.aminmax(_thinned(floats, MOST_SEARCHED, floats.shape[0])))
+    return Inputs(
+        id(module),
+        _copy(floats, MOST_ELEMENTS),
+        _copy(integers, 1024) if integers is not None else None,
+        ends,
+    )
 
 
-def _sums(tensor: torch.Tensor) -> tuple[list[torch.Tensor], int]:
-    if tensor.dtype in (torch.float16, torch.bfloat16):
-        tensor = tensor.float()
-    most = _rows(tensor, MOST_ON_DEVICE)
-    low, high = torch.aminmax(most)
-    if not tensor.is_cpu or not (math.isfinite(low.item()) and math.isfinite(high.item())):
-        num_nonfinite = torch.isfinite(most).logical_not_().sum().to(tensor.dtype)
-    else:
-        num_nonfinite = torch.zeros((), dtype=tensor.dtype)
-    values, dims, num_features = _by_feature(_rows(tensor, MOST_ON_CPU) if tensor.is_cpu else most)
-    mean = values.mean(dims, keepdim=True)
-    around = values - mean
-    within = around.square().mean()
-    spread = around.abs_().mean(dims)
-    return [torch.stack((low, high, num_nonfinite, within)), mean.flatten(), spread], num_features
+def _copy(tensor: torch.Tensor, most: int) -> Vector:
+    part = _thinned(tensor.detach(), most, MOST_SAMPLES)
+    if part.dtype in (torch.bfloat16, torch.float16):
+        part = part.float()
+    return fetch_vector(part)
 
 
-def _by_feature(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], int]:
-    """A view, the dimensions to average over, and the number of features that are left."""
-    if tensor.dim() >= 4 and tensor.shape[1] <= MAX_FEATURES:
-        return tensor.flatten(2), (0, 2), tensor.shape[1]
-    if tensor.dim() in (2, 3) and tensor.shape[-1] <= MAX_FEATURES:
-        return tensor.reshape(-1, tensor.shape[-1]), (0,), tensor.shape[-1]
-    return tensor.reshape(1, 1, -1), (0, 2), 1
-
-
-def _rows(tensor: torch.Tensor, most: int) -> torch.Tensor:
-    """Every k-th sample, so that about ``most`` elements are left."""
-    if tensor.numel() <= most or tensor.dim() == 0:
+def _thinned(tensor: torch.Tensor, most: int, most_samples: int) -> torch.Tensor:
+    """A view of about ``most`` elements: every k-th sample, and every k-th place; of an image, both ways."""
+    if tensor.dim() == 0:
         return tensor
+    tensor = tensor[:: -(-tensor.shape[0] // most_samples)]
+    if tensor.numel() <= most:
+        return tensor
+    places = range(2, tensor.dim()) if tensor.dim() > 3 else range(1, tensor.dim() - (tensor.dim() == 3))
+    for place in places:
+        step = -(-tensor.numel() // most)
+        if place < places[-1]:
+            step = max(1, round(step ** (1 / (places[-1] - place + 1))))
+        tensor = tensor[(slice(None),) * place + (slice(None, None, step),)]
     return tensor[:: -(-tensor.numel() // most)]
 
 
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """A few elements of a few samples; equal batches give equal ones."""
-    if tensor.dim() == 0:
-        return tensor.reshape(1)
-    rows = tensor[:: max(1, tensor.shape[0] // FINGER_ROWS)][:FINGER_ROWS].reshape(-1)
-    return rows[:: max(1, rows.numel() // (FINGER_ROWS * FINGER_ELEMENTS))]
+def _by_feature(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Shape (elements, features): channels of what is at least 4-d, else the last dimension, else all are one."""
+    if values.ndim >= 4 and values.shape[1] <= MAX_FEATURES:
+        return np.moveaxis(values, 1, -1).reshape(-1, values.shape[1])
+    if values.ndim in (2, 3) and values.shape[-1] <= MAX_FEATURES:
+        return values.reshape(-1, values.shape[-1])
+    return values.reshape(-1, 1)
 
 
 def _tensors(value: object, depth: int) -> Iterator[torch.Tensor]:

@@ -1,13 +1,12 @@
 """What is looked at beside loss and norm, on which steps, and under which column it leaves.
 
 Nothing here synchronises host and device: every look ends in 0-d tensors, which leave with the step's row. A schedule
-is a function of the step alone. A column is sent from the first step on that had a value for it, NaN in between: what
-was never seen makes its detectors blind.
+is a function of the step alone. A column is sent where there is a value for it: what was never seen
+makes its detectors blind.
 """
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable
 
@@ -84,7 +83,7 @@ class Looks:
     def take(self) -> tuple[Columns, Inputs | None]:
         """The columns of the step that ends, and its inputs."""
         columns, inputs = self._columns, self.forward.inputs
-        self._columns = dict.fromkeys(columns, math.nan)
+        self._columns = {}
         self.forward.inputs = None
         return columns, inputs
 

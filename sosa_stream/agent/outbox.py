@@ -19,17 +19,15 @@ from sosa_stream.agent.baseline import InputBaseline
 from sosa_stream.agent.inputs import Inputs
 from sosa_stream.agent.scalars import Scalars, fetch
 from sosa_stream.protocol.codec import encode
-from sosa_stream.protocol.columns import SAMPLED_COLUMNS
 from sosa_stream.protocol.messages import AgentMessage, Header, Heartbeat, MetricFrame, Phase
 
 MAX_ROWS_PER_FRAME = 512
 MAX_WAITING_ROWS = 65536
+MAX_WAITING_INPUTS = 512
 SUDDEN_RATIO = 3.0
 USUAL_SMOOTHING = 0.1
 
 MAX_NAMES_PER_FRAME = 32
-NEVER_SUDDEN = frozenset(SAMPLED_COLUMNS)
-"""Looked at every few ticks only; NaN in between, and never a reason to hurry."""
 
 KNOWN_COLUMNS = ("tick", "lr_multiplier", "step_seconds", "model")
 """Columns that the host knows at once, in the order of `Row.known`."""
@@ -37,7 +35,7 @@ KNOWN_COLUMNS = ("tick", "lr_multiplier", "step_seconds", "model")
 
 @dataclass(slots=True)
 class Row:
-    """One step, or metrics logged at one. ``names`` are the columns of ``scalars``, which may still be on their way.
+    """One step, or metrics logged at one. ``scalars``, perhaps still on their way, are ``names``, then ``sampled``.
 
     A column that this step did not show (no backward seen, no gradients) is left out: a NaN in a frame is a NaN.
     """
@@ -47,20 +45,27 @@ class Row:
     """The values of `KNOWN_COLUMNS`; none for logged metrics."""
     names: tuple[str, ...]
     scalars: Scalars
+    sampled: tuple[str, ...] = ()
+    """Sampled columns that this step was looked at for; a frame has NaN where another of its rows has one."""
     inputs: Inputs | None = None
 
     def ready(self) -> bool:
-        return self.scalars.ready() and (self.inputs is None or self.inputs.vector.ready())
+        return self.scalars.ready() and (self.inputs is None or self.inputs.ready())
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """What rows of one frame have in common: all but the sampled columns."""
         names = KNOWN_COLUMNS + self.names if self.known else self.names
         return names if self.inputs is None else names + self.inputs.names
 
     def read(self, baseline: InputBaseline) -> tuple[float, ...]:
         """The values of `columns`."""
-        values = self.known + self.scalars.read()
+        values = self.known + self.scalars.read()[: len(self.names)]
         return values if self.inputs is None else values + self.inputs.read(baseline)
+
+    def looks(self) -> dict[str, float]:
+        """The values of ``sampled``."""
+        return dict(zip(self.sampled, self.scalars.read()[len(self.names) :], strict=True))
 
 
 class Wakeup:
@@ -153,15 +158,16 @@ class Outbox:
         self._messages: deque[Callable[[Header], AgentMessage]] = deque(maxlen=4096)
         self._usual_names: tuple[str, ...] = ()
         self._usual: list[float] = []
-        self._watched: list[int] = []
         self._baseline = InputBaseline()
         self._num_rows_dropped = 0
 
     def add_row(self, row: Row) -> None:
         """From the training thread. A value known to be non-finite, or far from its usual size, leaves at once."""
         self._num_rows_dropped += len(self._rows) == MAX_WAITING_ROWS
+        if len(self._rows) > MAX_WAITING_INPUTS:  # there is no daemon yet, and samples of batches are not small
+            row.inputs = None
         self._rows.append(row)
-        if self._is_sudden(row.names, row.scalars.values):
+        if self._is_sudden(row.names, row.scalars.values[: len(row.names)]):
             self.wakeup.set()
 
     def _is_sudden(self, names: tuple[str, ...], values: tuple[float, ...]) -> bool:
@@ -169,9 +175,8 @@ class Outbox:
         sudden = False
         if names != self._usual_names or len(values) != len(self._usual):
             self._usual_names, self._usual = names, [abs(value) for value in values]
-            self._watched = [i for i in range(len(values)) if names[i] not in NEVER_SUDDEN]
-        for i in self._watched:
-            size, usual = abs(values[i]), self._usual[i]
+        for i, value in enumerate(values):
+            size, usual = abs(value), self._usual[i]
             if not size <= SUDDEN_RATIO * usual:  # also true for NaN
                 sudden = True
                 size = min(size, SUDDEN_RATIO * usual) if usual > 0.0 else size
@@ -220,9 +225,15 @@ class Outbox:
         )
 
     def _frame(self, header: Header, columns: tuple[str, ...], rows: Sequence[Row]) -> MetricFrame:
+        looks = [row.looks() for row in rows]
+        sampled = tuple(dict.fromkeys(name for look in looks for name in look))
+        values = [
+            row.read(self._baseline) + tuple(look.get(name, math.nan) for name in sampled)
+            for row, look in zip(rows, looks, strict=True)
+        ]
         return MetricFrame(
             header=header,
-            columns=columns,
+            columns=columns + sampled,
             steps=np.array([row.step for row in rows], dtype=np.int64),
-            values=np.array([row.read(self._baseline) for row in rows], dtype=np.float64),
+            values=np.array(values, dtype=np.float64),
         )

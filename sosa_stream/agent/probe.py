@@ -104,13 +104,15 @@ class Probe:
         if not (self.observing and self.controlling):
             return
         try:
-            seen = [("loss", self._taps.take_loss()), ("skipped", 1.0), ("loss_scale", self._taps.loss_scale)]
+            seen = [("loss", self._taps.take_loss()), ("skipped", 1.0)]
+            sampled = {} if (scale := self._taps.loss_scale) is None else {"loss_scale": scale}
             self._outbox.add_row(
                 Row(
                     step=self.step,
                     known=(self.tick, self._actuators.lr_multiplier, 0.0, self.model),
                     names=tuple([name for name, value in seen if value is not None]),
-                    scalars=fetch([value for _, value in seen if value is not None]),
+                    scalars=fetch([*(value for _, value in seen if value is not None), *sampled.values()]),
+                    sampled=tuple(sampled),
                 )
             )
             self.step += 1
@@ -371,10 +373,10 @@ class Probe:
         self._last_step_at = now
         lr = optimizer.param_groups[0].get("lr", 0.0)
         seen = [("lr", lr), ("loss", self._taps.take_loss()), ("grad_norm", self._norm), ("skipped", self._skipped)]
-        seen.append(("loss_scale", self._taps.loss_scale))
         self.looks.after_update(step)
-        columns, inputs = self.looks.take()
-        seen += columns.items()
+        sampled, inputs = self.looks.take()
+        if (scale := self._taps.loss_scale) is not None:
+            sampled["loss_scale"] = scale
         self.looks.begin(self.step)
         names = tuple([name for name, value in seen if value is not None])
         self._outbox.add_row(
@@ -382,7 +384,8 @@ class Probe:
                 step=step,
                 known=(self.tick - 1, self._actuators.lr_multiplier, seconds, self.model),
                 names=names,
-                scalars=fetch([value for _, value in seen if value is not None]),
+                scalars=fetch([*(value for _, value in seen if value is not None), *sampled.values()]),
+                sampled=tuple(sampled),
                 inputs=inputs,
             )
         )

@@ -38,7 +38,7 @@ class Scalars:
 
 @dataclass(slots=True)
 class Vector:
-    """One float64 tensor on its way to the host; see `Scalars`."""
+    """A tensor of any shape on its way to the host; see `Scalars`."""
 
     host: torch.Tensor
     event: torch.cuda.Event | None = None
@@ -46,8 +46,8 @@ class Vector:
     def ready(self) -> bool:
         return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
 
-    def read(self) -> NDArray[np.float64]:
-        values: NDArray[np.float64] = self.host.numpy()
+    def read(self) -> NDArray[np.generic]:
+        values: NDArray[np.generic] = self.host.numpy()
         return values
 
 
@@ -69,15 +69,15 @@ def fetch(values: Sequence[torch.Tensor | float]) -> Scalars:
 
 
 def fetch_vector(values: torch.Tensor) -> Vector:
-    """Start bringing a 1-d tensor that nobody else will change to the host, as float64."""
+    """Start bringing a copy of a tensor to the host; whoever else holds it may change it afterwards."""
     if values.is_cpu:
-        return Vector(host=values.to(torch.float64))
-    host, event = _to_host(values.to(torch.float64))
+        return Vector(host=values.clone(memory_format=torch.contiguous_format))
+    host, event = _to_host(values)
     return Vector(host=host, event=event)
 
 
 def _to_host(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
-    host = torch.empty(values.shape, dtype=torch.float64, pin_memory=True)
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     host.copy_(values, non_blocking=True)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(values.device))

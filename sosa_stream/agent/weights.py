@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-MAX_PARAMETERS, MAX_ELEMENTS = 16, 1 << 16
+MAX_PARAMETERS, MAX_ELEMENTS = 16, 1 << 14
 """Parameters that are looked at, spread over the depth, and elements of each: every k-th row of a larger one."""
 
 
@@ -22,7 +22,7 @@ class Weights:
 
     def __init__(self) -> None:
         self._samples: weakref.WeakKeyDictionary[Optimizer, list[torch.Tensor]] = weakref.WeakKeyDictionary()
-        self._before: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
+        self._before: tuple[list[torch.Tensor], torch.Tensor] | None = None
 
     def before(self, optimizer: Optimizer, roots: Iterable[nn.Module]) -> dict[str, torch.Tensor]:
         """Copy the sample; the share of exact zeros among its gradients."""
@@ -33,29 +33,22 @@ class Weights:
                 self._samples[optimizer] = sample
         if not sample:
             return {}
-        now = [_rows(parameter.detach()) for parameter in sample]
-        self._before = now, [part.clone() for part in now]
-        grads = [_rows(g.detach()) for parameter in sample if (g := parameter.grad) is not None and not g.is_sparse]
+        self._before = sample, _flat(sample)
+        grads = [g for parameter in sample if (g := parameter.grad) is not None and not g.is_sparse]
         if not grads:
             return {}
-        nonzero = torch.stack([torch.count_nonzero(grad).to(grads[0].device) for grad in grads]).sum()
-        return {"zero_grad_share": 1.0 - nonzero / sum(grad.numel() for grad in grads)}
+        flat = _flat(grads)
+        return {"zero_grad_share": 1.0 - torch.count_nonzero(flat) / flat.numel()}
 
     def after(self) -> dict[str, torch.Tensor]:
         """How much the step changed the sample; nothing where `before` copied none."""
         if self._before is None:
             return {}
-        (now, before), self._before = self._before, None
-        moved, size, changed = [], [], []
-        for new, old in zip(now, before, strict=True):
-            difference = torch.sub(new, old)
-            moved.append(torch.linalg.vector_norm(difference))
-            size.append(torch.linalg.vector_norm(old))
-            changed.append(torch.count_nonzero(difference))
-        device = moved[0].device
-        ratios = torch.stack([(a / (b + 1e-12)).to(device, torch.float32) for a, b in zip(moved, size, strict=True)])
-        counts = torch.stack([count.to(device) for count in changed])
-        return {"update_ratio": ratios.median(), "changed_share": (counts > 0).float().mean()}
+        (sample, before), self._before = self._before, None
+        sizes = [_rows(parameter).numel() for parameter in sample]
+        moved = torch.stack(torch._foreach_norm(torch.split(_flat(sample) - before, sizes)))
+        size = torch.stack(torch._foreach_norm(torch.split(before, sizes)))
+        return {"update_ratio": (moved / (size + 1e-12)).median(), "changed_share": (moved > 0).float().mean()}
 
     def forget(self) -> None:
         """This step takes no update: there is nothing to compare."""
@@ -87,6 +80,10 @@ def _choose(optimizer: Optimizer, left_out: set[int]) -> list[torch.Tensor]:
     candidates = [
         p for group in optimizer.param_groups for p in group["params"] if p.grad is not None and id(p) not in left_out
     ]
+    # One device and one type, so that a few operations do for all.
+    kinds = [(p.device, p.dtype) for p in candidates]
+    usual = max(kinds, key=kinds.count, default=None)
+    candidates = [p for p, kind in zip(candidates, kinds, strict=True) if kind == usual]
     if len(candidates) <= MAX_PARAMETERS:
         return candidates
     last = len(candidates) - 1
@@ -100,6 +97,10 @@ def _embeddings(roots: Iterable[nn.Module]) -> set[int]:
         for module in root.modules()
         if isinstance(module, nn.Embedding | nn.EmbeddingBag)
     }
+
+
+def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([_rows(tensor.detach()).reshape(-1) for tensor in tensors])
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
