@@ -48,7 +48,7 @@ class Weights:
         sizes = [_rows(parameter).numel() for parameter in sample]
         moved = torch.stack(torch._foreach_norm(torch.split(_flat(sample) - before, sizes)))
         size = torch.stack(torch._foreach_norm(torch.split(before, sizes)))
-        return {"update_ratio": (moved / (size + 1e-12)).median(), "changed_share": (moved > 0).float().mean()}
+        return {"update_ratio": (moved / (size + 1e-12)).median(), "changed_share": (moved != 0).float().mean()}
 
     def forget(self) -> None:
         """This step takes no update: there is nothing to compare."""

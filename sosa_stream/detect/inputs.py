@@ -29,11 +29,12 @@ def input_anomaly(windows: RunWindows) -> Finding | None:
         return None
     scores = windows.over_ranks("input_score")
     nonfinite = windows.over_ranks("input_nonfinite") > 0
+    if not (scores >= UNUSUAL_SCORE).any() and not nonfinite.any():
+        return None
     bad = nonfinite & (np.isposinf(scores) | bool(windows.bad_loss or windows.bad_grad))
     if bad.any():
         return _nonfinite(windows, tuple(np.flatnonzero(bad).tolist()))
-    with np.errstate(invalid="ignore"):
-        far = np.isfinite(scores) & (scores >= UNUSUAL_SCORE)
+    far = np.isfinite(scores) & (scores >= UNUSUAL_SCORE)
     if not far.any():
         return None
     ranks = tuple(np.flatnonzero(far).tolist())
