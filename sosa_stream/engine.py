@@ -24,7 +24,17 @@ from sosa_stream.detect.tracker import Tracker
 from sosa_stream.detect.windows import Reports, RunWindows
 from sosa_stream.effects import Approve, CommandChanged, Effect, Event, IncidentChanged, Notice, Reconfigured, Timer
 from sosa_stream.errors import ConfigError
-from sosa_stream.protocol.messages import Ack, Bye, ExceptionReport, Header, Heartbeat, Hello, MetricFrame, Phase
+from sosa_stream.protocol.messages import (
+    Ack,
+    Bye,
+    ExceptionReport,
+    Header,
+    Heartbeat,
+    Hello,
+    Layers,
+    MetricFrame,
+    Phase,
+)
 
 LOST_AFTER_SECONDS = 15.0
 """Silence after which a rank counts as lost; heartbeats come every second."""
@@ -132,7 +142,7 @@ class Engine:
             detectors=tuple((detector.kind, str(self._detector_state(detector))) for detector in self._detectors),
         )
 
-    def _hear(self, event: Hello | Heartbeat | MetricFrame | Ack | Bye, now: float) -> None:
+    def _hear(self, event: Hello | Heartbeat | MetricFrame | Layers | Ack | Bye, now: float) -> None:
         header = event.header
         if isinstance(event, Hello):
             self._note_rank(header, now)
@@ -143,6 +153,9 @@ class Engine:
             self._note_rank(header, now, step=int(event.steps[-1]) if len(event.steps) else -1)
             self._windows.columns.update(event.columns)
             self._alignment.add(event)
+        elif isinstance(event, Layers):
+            self._note_rank(header, now, step=event.step)
+            self._windows.layers = event
         elif isinstance(event, Ack):
             self._note_rank(header, now, step=event.step)
             entry = self._repairs.acknowledge(event, self._members(), self._windows)

@@ -22,6 +22,7 @@ from sosa_stream.protocol.messages import (
     Header,
     Heartbeat,
     Hello,
+    Layers,
     Message,
     MetricFrame,
     Phase,
@@ -192,6 +193,11 @@ GOLDEN: list[tuple[Message, str]] = [
         " a676616c756573 c408000000000000f83f",
     ),
     (
+        Layers(header=HEADER, step=3, names=("w",), norms=np.array([1.5], dtype=np.float32), orphans=("b",)),
+        f"8d {_HEAD} a66c6179657273 a473746570 03 a56e616d6573 91a177 a56e6f726d73 c4040000c03f"
+        " a76f727068616e73 91a162",
+    ),
+    (
         ExceptionReport(header=HEADER, type="T", message="m", stack=("f",), step=3, phase=Phase.BACKWARD),
         f"8e {_HEAD} a9657863657074696f6e a474797065 a154 a76d657373616765 a16d a5737461636b 91a166"
         " a473746570 03 a57068617365 a86261636b77617264",
@@ -283,7 +289,7 @@ def test_each_fault_has_its_reason(data: bytes, reason: Reject) -> None:
     ],
 )
 def test_a_command_with_an_action_outside_the_table_is_refused(action: Any) -> None:
-    body = msgpack.unpackb(encode(GOLDEN[6][0]))
+    body = msgpack.unpackb(encode(GOLDEN[7][0]))
     with pytest.raises(ProtocolError) as caught:
         decode(msgpack.packb({**body, "actions": [action]}))
     assert caught.value.reason is Reject.BAD_FIELD

@@ -179,3 +179,18 @@ def test_live_overflow_in_every_step_collapses_the_loss_scale() -> None:
             scaler.step(job.optimizer)
             scaler.update()
     assert "loss_scale_collapse" in alarms_and_symptoms(link)
+
+
+def test_the_parameters_that_nobody_trains_are_named() -> None:
+    job = Job()
+    with watched_live() as link:
+        for step in range(300):
+            if step == 200:
+                _rebuild_head(job)
+            x = torch.randn(64, 16)
+            job.optimizer.zero_grad()
+            nn.functional.cross_entropy(job.model(x), (x @ job.true).argmax(1)).backward()
+            job.optimizer.step()
+    (incident,) = [i for i in link.engine.view().incidents if i.kind == "weights_unchanged"]
+    assert incident.evidence["parameters"] == ["4.weight", "4.bias"]
+    assert (incident.evidence["orphan_parameters"], incident.evidence["stale_parameters"]) == (2, 2)

@@ -18,7 +18,7 @@ from sosa_stream.agent.activations import Activations
 from sosa_stream.agent.looks import WEIGHTS_EVERY
 from sosa_stream.agent.metrics import columns_of
 from sosa_stream.agent.posterior import Posterior
-from sosa_stream.agent.weights import orphans
+from sosa_stream.agent.weights import census
 
 
 def _shares(model: nn.Module, inputs: torch.Tensor) -> dict[str, float]:
@@ -182,8 +182,9 @@ def test_parameters_without_an_optimizer_are_found_by_name_and_frozen_or_evaluat
     model["judge"].eval()
     hidden = model["body"](torch.randn(2, 4))
     (model["head"](hidden) + model["judge"](hidden)).sum().backward()
-    assert [name for name, _ in orphans([model], [optimizer])] == ["head.weight", "head.bias"]
-    assert orphans([model], [optimizer, SGD(model["head"].parameters(), lr=0.1)]) == []
+    assert [each.name for each in census([model], [optimizer]) if each.is_orphan] == ["head.weight", "head.bias"]
+    both = [optimizer, SGD(model["head"].parameters(), lr=0.1)]
+    assert not [each for each in census([model], both) if each.is_orphan]
 
 
 # -- loss scale, posterior, metrics ------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch.optim import Optimizer
 
@@ -29,6 +30,7 @@ from sosa_stream.agent.courier import Courier, Identity, Progress
 from sosa_stream.agent.embedded import EmbeddedDaemon
 from sosa_stream.agent.fence_runner import Fence
 from sosa_stream.agent.link import Link, LocalLink, TeeLink
+from sosa_stream.agent.looks import Census
 from sosa_stream.agent.membership import Coordinator, Joiner, Membership
 from sosa_stream.agent.metrics import Libraries, columns_of
 from sosa_stream.agent.outbox import Outbox, Wakeup
@@ -39,7 +41,7 @@ from sosa_stream.agent.taps import Taps
 from sosa_stream.config import Settings
 from sosa_stream.protocol.channels import AgentChannel
 from sosa_stream.protocol.keys import load_agent_keys
-from sosa_stream.protocol.messages import ExceptionReport
+from sosa_stream.protocol.messages import ExceptionReport, Layers
 
 EXIT_IN_DOUBT = 75
 """Exit code of a rank that cannot know what the others do; torch elastic then restarts them all."""
@@ -109,6 +111,8 @@ class Agent:
             after_tick=self._after_tick,
         )
         self.taps.on_compile = self.probe.looks.forward.give_up
+        if rank == 0:
+            self.probe.looks.tell_layers = self._tell_layers
         self._libraries = Libraries(self.log)
         self._courier: Courier | None = None
         self._embedded: EmbeddedDaemon | None = None
@@ -176,6 +180,12 @@ class Agent:
             self._said.add(text)
             with contextlib.suppress(Exception):
                 self._say_to(f"rank {self._identity.rank}: {text}" if every_rank and self._identity.rank else text)
+
+    def _tell_layers(self, seen: Census) -> None:
+        norms = np.array(seen.norms.read(), dtype=np.float32)
+        self._outbox.add_message(
+            lambda header: Layers(header=header, step=seen.step, names=seen.names, norms=norms, orphans=seen.orphans)
+        )
 
     def _tell(self, text: str) -> None:
         if not self._local:  # in one process the Engine's own words say more

@@ -7,8 +7,10 @@ makes its detectors blind.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.optim import Optimizer
@@ -17,16 +19,30 @@ from sosa_stream.agent import gradients
 from sosa_stream.agent.forward import Forward
 from sosa_stream.agent.inputs import Inputs
 from sosa_stream.agent.posterior import Posterior
-from sosa_stream.agent.weights import Weights, num_stale, orphans
+from sosa_stream.agent.scalars import Scalars, fetch
+from sosa_stream.agent.weights import Weights, census, num_stale
 
 LAYERS_EVERY = 8
 """Steps between two looks at the ends of the network, and at the posterior."""
 WEIGHTS_EVERY = 32
 """Steps between two looks at an update, and, halfway between these, at the activations."""
 OWNERS_EVERY = 64
-"""Steps between two looks at which parameters belong to nobody."""
+"""Steps between two looks at every parameter by name, and which belong to nobody."""
+LAYERS_SENT_EVERY = 512
+"""Steps between two `Layers` messages while there is no news in them."""
+MAX_LAYERS = 1024
 
 Columns = dict[str, float | torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Census:
+    """What a `Layers` message says; ``norms`` are NaN for parameters without a gradient."""
+
+    step: int
+    names: tuple[str, ...]
+    norms: Scalars
+    orphans: tuple[str, ...]
 
 
 class Looks:
@@ -37,8 +53,11 @@ class Looks:
         self.posterior = Posterior()
         self.sees_inputs = False
         """Whether inputs are looked for by hooks; False where somebody hands them over."""
-        self.orphans: tuple[str, ...] = ()
-        """Names of the parameters that belonged to nobody at the last look."""
+        self.tell_layers: Callable[[Census], None] | None = None
+        """Where every parameter's gradient goes once in a while; None on ranks that need not tell."""
+        self._owners: Columns = {}
+        self._census: Census | None = None
+        self._news: object = None
         self._weights = Weights()
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._columns: Columns = {}
@@ -64,17 +83,34 @@ class Looks:
             self._columns |= _ends(optimizer, parameters, local, norms)
         if step % WEIGHTS_EVERY == 0:
             self._columns |= self._weights.before(optimizer, self.forward.roots)
-        if step % OWNERS_EVERY == OWNERS_EVERY // 2:
-            found = orphans(self.forward.roots, self._optimizers)
-            self.orphans = tuple(name for name, _ in found)
-            if self.forward.roots:
-                self._columns |= {"orphan_parameters": len(found), "stale_parameters": num_stale(optimizer)}
+        if step % OWNERS_EVERY == OWNERS_EVERY // 2 - LAYERS_EVERY and self.forward.roots:
+            self._take_census(step, optimizer)
+        if step % OWNERS_EVERY == OWNERS_EVERY // 2:  # their names are there by now
+            self._columns |= self._owners
+            self._owners = {}
+
+    def _take_census(self, step: int, optimizer: Optimizer) -> None:
+        everyone = census(self.forward.roots, self._optimizers)
+        orphans = tuple(each.name for each in everyone if each.is_orphan)[:MAX_LAYERS]
+        without = [each.parameter.grad is None for each in everyone]
+        self._owners = {"orphan_parameters": len(orphans), "stale_parameters": num_stale(optimizer)}
+        if self.tell_layers is None or (self._news == (orphans, without) and step % LAYERS_SENT_EVERY >= OWNERS_EVERY):
+            return
+        self._news = orphans, without
+        shown = everyone[:: -(-len(everyone) // MAX_LAYERS)] if everyone else []
+        norms = gradients.tensor_norms([g for each in shown if (g := each.parameter.grad) is not None])
+        known = iter(norms)
+        values = [math.nan if each.parameter.grad is None else next(known) for each in shown]
+        self._census = Census(step=step, names=tuple(e.name for e in shown), norms=fetch(values), orphans=orphans)
 
     def forget_update(self) -> None:
         """The update is kept from the weights: nothing to compare."""
         self._weights.forget()
 
     def after_update(self, step: int) -> None:
+        if self._census is not None and self._census.norms.ready() and self.tell_layers is not None:
+            self.tell_layers(self._census)
+            self._census = None
         self._columns |= self._weights.after()
         self._columns |= self.forward.take_activations()
         if step % LAYERS_EVERY == 0:

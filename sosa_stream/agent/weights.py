@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -55,19 +56,30 @@ class Weights:
         self._before = None
 
 
-def orphans(roots: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -> list[tuple[str, torch.Tensor]]:
-    """Trainable parameters of modules in training mode that have a gradient and belong to no optimizer, with names."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Owned:
+    """A trainable parameter of a module in training mode, and whether it belongs to an optimizer."""
+
+    name: str
+    parameter: torch.Tensor
+    owned: bool
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether it got a gradient that nobody will use."""
+        return not self.owned and self.parameter.grad is not None
+
+
+def census(roots: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -> list[Owned]:
+    """The trainable parameters of these modules, each once; one that an optimizer holds also where it is frozen."""
     owned = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    found: dict[int, tuple[str, torch.Tensor]] = {}
+    found: dict[int, Owned] = {}
     for root in roots:
         for path, module in root.named_modules():
-            if not module.training:
-                continue
-            for name, parameter in module._parameters.items():
-                if parameter is None or parameter.grad is None or not parameter.requires_grad:
-                    continue
-                if id(parameter) not in owned:
-                    found.setdefault(id(parameter), (f"{path}.{name}" if path else name, parameter))
+            for name, parameter in module._parameters.items() if module.training else ():
+                if parameter is not None and (parameter.requires_grad or id(parameter) in owned):
+                    full = f"{path}.{name}" if path else name
+                    found.setdefault(id(parameter), Owned(name=full, parameter=parameter, owned=id(parameter) in owned))
     return list(found.values())
 
 

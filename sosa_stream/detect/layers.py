@@ -20,6 +20,8 @@ SATURATED_SHARE = 0.8
 COLLAPSE_HALVINGS = 8
 """Halvings without growth in between; calibration from 65536 is over by then, or has been seen before."""
 CALIBRATION_POINTS = 64
+MOST_NAMED = 8
+"""Parameters that an incident names."""
 
 
 def dead_units(windows: RunWindows) -> Finding | None:
@@ -53,6 +55,7 @@ def dead_units(windows: RunWindows) -> Finding | None:
             "baseline": float(zeros[0]),
             "threshold": DEAD_SHARE,
             "dead_share": unit_share,
+            "parameters": _idle(windows),
             "window": 2,
         },
         causes=(
@@ -146,6 +149,7 @@ def weights_unchanged(windows: RunWindows) -> Finding | None:
             "stale_parameters": int(stale[0]) if len(stale) else None,
             "grad_norm": windows.grad_norm,
             "lr": windows.lr,
+            "parameters": _idle(windows),
         },
         causes=causes,
     )
@@ -189,6 +193,16 @@ def _unchanged(windows: RunWindows) -> tuple[str, tuple[str, ...]] | None:
             ("parameters were frozen (requires_grad) in mid-run", "parts of the model no longer reach the loss"),
         )
     return None
+
+
+def _idle(windows: RunWindows) -> list[str]:
+    """Names of parameters that nobody moves: those without an optimizer, else those without a gradient."""
+    if windows.layers is None:
+        return []
+    zero = [
+        name for name, norm in zip(windows.layers.names, windows.layers.norms.tolist(), strict=True) if not norm > 0
+    ]
+    return list(windows.layers.orphans or zero)[:MOST_NAMED]
 
 
 def _looked_at(windows: RunWindows, name: str) -> bool:

@@ -36,9 +36,7 @@ PRECEDENCE = (
 """Among findings that began together, the first here names the incident: the nearest to the cause."""
 
 _BLOW_UP = frozenset({"nan_loss", "nonfinite_gradient", "exploding_gradient", "loss_spike", "loss_divergence"})
-_STANDSTILL = frozenset(
-    {"dead_units", "saturated_activations", "vanishing_gradient", "weights_unchanged", "loss_plateau"}
-)
+_STANDSTILL = frozenset({"dead_units", "saturated_activations", "vanishing_gradient", "loss_plateau"})
 FOLLOWS: Mapping[str, frozenset[str]] = {
     "lr_jump": _BLOW_UP | _STANDSTILL | {"loss_oscillation", "loss_scale_collapse"},
     "nan_loss": _BLOW_UP | _STANDSTILL | {"loss_scale_collapse", "input_anomaly"},
@@ -51,8 +49,8 @@ FOLLOWS: Mapping[str, frozenset[str]] = {
     "loss_spike": _BLOW_UP | _STANDSTILL | {"loss_oscillation"},
     "loss_oscillation": _BLOW_UP,
     "posterior_collapse": frozenset({"loss_plateau"}),
-    "dead_units": _STANDSTILL,
-    "saturated_activations": _STANDSTILL,
+    "dead_units": _STANDSTILL | {"weights_unchanged"},
+    "saturated_activations": _STANDSTILL | {"weights_unchanged"},
     "vanishing_gradient": frozenset({"weights_unchanged", "loss_plateau"}),
     "weights_unchanged": frozenset({"loss_plateau"}),
 }

@@ -14,7 +14,7 @@ from sosa_stream.detect.alignment import AT, Block, Logged, Row
 from sosa_stream.detect.sensitivity import strictness
 from sosa_stream.detect.statistics import Channel, Course, Level, Ring
 from sosa_stream.protocol.columns import COLUMNS, EVAL_LOSS, SAMPLED_COLUMNS, logged_name
-from sosa_stream.protocol.messages import ExceptionReport
+from sosa_stream.protocol.messages import ExceptionReport, Layers
 
 TICK, LOSS, GRAD_NORM, LR, LR_MULTIPLIER = (AT[name] for name in ("tick", "loss", "grad_norm", "lr", "lr_multiplier"))
 STEP_SECONDS, SKIPPED, MODEL = (AT[name] for name in ("step_seconds", "skipped", "model"))
@@ -146,6 +146,8 @@ class RunWindows:
         """Ranks that reported this step."""
         self.columns: set[str] = set()
         """Columns ever sent in this generation: what is missing makes detectors blind."""
+        self.layers: Layers | None = None
+        """The parameters as they were when they were last looked at one by one."""
         self.reports = Reports()
         self.row: Row | None = None
         """The newest complete step as the ranks sent it."""

@@ -27,13 +27,14 @@ from sosa_stream.protocol.messages import (
     Header,
     Heartbeat,
     Hello,
+    Layers,
     Message,
     MetricFrame,
     Phase,
     Received,
 )
 
-_INT64, _FLOAT64 = np.dtype("<i8"), np.dtype("<f8")
+_INT64, _FLOAT64, _FLOAT32 = np.dtype("<i8"), np.dtype("<f8"), np.dtype("<f4")
 HEADER_FIELDS = tuple(field.name for field in fields(Header))
 
 
@@ -91,6 +92,14 @@ def encode(message: Message) -> bytes:
                 "columns": list(message.columns),
                 "steps": np.ascontiguousarray(message.steps, dtype="<i8").tobytes(),
                 "values": np.ascontiguousarray(message.values, dtype="<f8").tobytes(),
+            }
+        case Layers():
+            body |= _header(message.header) | {
+                "kind": "layers",
+                "step": message.step,
+                "names": list(message.names),
+                "norms": np.ascontiguousarray(message.norms, dtype="<f4").tobytes(),
+                "orphans": list(message.orphans),
             }
         case ExceptionReport():
             body |= _header(message.header) | {
@@ -346,6 +355,19 @@ def _metrics(body: _Body) -> MetricFrame:
     )
 
 
+def _layers(body: _Body) -> Layers:
+    names, norms = body.texts("names"), body.binary("norms")
+    if len(norms) != 4 * len(names):
+        raise ProtocolError(Reject.BAD_FIELD, f"norms must hold {len(names)} float32")
+    return Layers(
+        header=body.header(),
+        step=body.integer("step"),
+        names=names,
+        norms=np.frombuffer(norms, _FLOAT32),
+        orphans=body.texts("orphans"),
+    )
+
+
 def _exception(body: _Body) -> ExceptionReport:
     return ExceptionReport(
         header=body.header(),
@@ -423,6 +445,7 @@ _DECODERS: Mapping[str, Callable[[_Body], Message]] = {
     "hello": _hello,
     "heartbeat": _heartbeat,
     "metrics": _metrics,
+    "layers": _layers,
     "exception": _exception,
     "ack": _ack,
     "bye": _bye,

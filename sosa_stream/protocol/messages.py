@@ -109,6 +109,31 @@ class MetricFrame:
     __hash__ = None  # type: ignore[assignment]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Layers:
+    """Every parameter of the model at one step, once in a while: rank 0 sends it.
+
+    ``norms`` float32 of shape (len(names),): the gradient's 2-norm, NaN where the parameter got none. ``orphans`` are
+    the names of those that got one and belong to no optimizer.
+    """
+
+    header: Header
+    step: int
+    names: tuple[str, ...]
+    norms: NDArray[np.float32]
+    orphans: tuple[str, ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Layers)
+            and (self.header, self.step, self.names, self.orphans)
+            == (other.header, other.step, other.names, other.orphans)
+            and np.array_equal(self.norms, other.norms, equal_nan=True)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExceptionReport:
     """The script raised and did not catch. ``stack`` is innermost last, ``file:line function``."""
@@ -179,6 +204,6 @@ class Announcement:
     text: str
 
 
-AgentMessage = Hello | Heartbeat | MetricFrame | ExceptionReport | Ack | Bye
+AgentMessage = Hello | Heartbeat | MetricFrame | Layers | ExceptionReport | Ack | Bye
 ControlMessage = Command | Received | Announcement
 Message = AgentMessage | ControlMessage
