@@ -21,8 +21,15 @@ from sosa_stream.agent.posterior import Posterior
 from sosa_stream.agent.weights import census
 
 
+def _activations() -> Activations:
+    def fail(error: Exception) -> None:
+        raise AssertionError from error
+
+    return Activations(fail)
+
+
 def _shares(model: nn.Module, inputs: torch.Tensor) -> dict[str, float]:
-    activations = Activations()
+    activations = _activations()
     activations.install()
     try:
         model(inputs)
@@ -83,14 +90,14 @@ def test_what_one_network_hands_to_another_is_no_hidden_layer() -> None:
     with torch.no_grad():
         generator[0].weight.mul_(1000)  # type: ignore[operator, union-attr]
     discriminator = nn.Sequential(nn.Linear(16, 8), nn.LeakyReLU(), nn.Linear(8, 1))
-    activations = Activations()
+    activations = _activations()
     activations.install()
     discriminator(generator(torch.randn(64, 4)))
     assert activations.take() == {}
 
 
 def test_a_loss_that_is_a_module_is_no_layer() -> None:
-    activations = Activations()
+    activations = _activations()
     activations.install()
     predictions = torch.sigmoid(100 * nn.Linear(4, 1)(torch.randn(64, 4)))
     nn.BCELoss()(predictions, torch.ones(64, 1))
@@ -117,6 +124,37 @@ def test_hooks_are_in_for_sampled_steps_only_and_a_forward_pass_that_raises_leav
             model(torch.zeros(1, 99))
     assert not torch_module._has_any_global_hook()
     assert not watch.errors
+
+
+def test_a_hook_that_fails_is_taken_out_and_the_forward_pass_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = toy()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with Watch().installed() as watch:
+        train(model, optimizer, batches(WEIGHTS_EVERY // 2))
+
+        def broken(self: Activations, module: nn.Module, args: Any) -> None:
+            raise ZeroDivisionError("ours")
+
+        monkeypatch.setattr(Activations, "_see", broken)
+        train(model, optimizer, batches(40))
+        assert [type(error) for error, in_force in watch.errors if not in_force] == [ZeroDivisionError]
+        assert len(watch.rows) == WEIGHTS_EVERY // 2 + 40, "everything else goes on"
+        assert not torch_module._has_any_global_hook()
+
+
+def test_functional_transforms_of_the_model_are_left_alone() -> None:
+    model = nn.Linear(4, 1)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    x = torch.randn(8, 4)
+    with Watch().installed() as watch:
+        for _ in range(20):
+            optimizer.zero_grad()
+            torch.func.vmap(model)(x)
+            torch.func.jacrev(model)(x[0])
+            model(x).sum().backward()
+            optimizer.step()
+    assert not watch.errors
+    assert len(watch.rows) == 20
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------

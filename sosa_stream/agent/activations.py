@@ -8,12 +8,15 @@ network made it: a generator's tanh is no hidden layer of the discriminator.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.loss import _Loss
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from sosa_stream.agent.inputs import is_plain
 
 MIN_SAMPLES = 32
 """A unit that is silent for fewer samples than this may be a selective one."""
@@ -37,7 +40,8 @@ MAX_CHAIN = 4
 class Activations:
     """Collects the worst shares while its hooks are in; keeps numbers only, no activation."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_error: Callable[[Exception], None]) -> None:
+        self._on_error = on_error
         self._handles: list[Any] = []
         self._depth = 0
         self._outside: set[int] = set()
@@ -74,17 +78,24 @@ class Activations:
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if torch.compiler.is_compiling():
             return
-        tensors = [value for value in args if isinstance(value, torch.Tensor) and value.grad_fn is not None]
-        if self._depth == 0:
-            self._outside.update(value.data_ptr() for value in tensors)
         self._depth += 1
-        if tensors and module.training and not isinstance(module, _Loss):
-            for tensor in tensors:
-                self._look(tensor)
+        try:
+            self._see(module, args)
+        except Exception as error:  # never into the script's forward pass
+            self.remove()
+            self._on_error(error)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not torch.compiler.is_compiling():
             self._depth -= 1
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        tensors = [t for t in args if isinstance(t, torch.Tensor) and t.grad_fn is not None and is_plain(t)]
+        if self._depth == 1:
+            self._outside.update(tensor.data_ptr() for tensor in tensors)
+        if module.training and not isinstance(module, _Loss):
+            for tensor in tensors:
+                self._look(tensor)
 
     def _look(self, tensor: torch.Tensor) -> None:
         place = tensor.data_ptr()

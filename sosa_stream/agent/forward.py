@@ -26,8 +26,9 @@ class Forward:
         self.roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.compiles = False
         """Set once the script has asked for a compiled module."""
+        self.failed = False
         self._on_error = on_error
-        self._activations = Activations()
+        self._activations = Activations(self._fail)
         self._looking = False
         self._outermost: Any = None
         self._keywords: Any = None
@@ -38,7 +39,7 @@ class Forward:
         if self._keywords is not None:
             self._keywords.remove()
             self._keywords = None
-        if self.compiles:
+        if self.compiles or self.failed:
             return
         if inputs and self._outermost is None:
             self._outermost = register_module_forward_pre_hook(self._see_outermost)
@@ -56,15 +57,22 @@ class Forward:
     def see(self, module: nn.Module, *arguments: Any) -> None:
         """What goes into ``module``, the outermost one, where the caller knows it."""
         self.roots.add(module)
-        try:
-            self.inputs = look(module, *arguments)
-        except Exception as error:
-            self._on_error(error)
+        if not self.failed:
+            try:
+                self.inputs = look(module, *arguments)
+            except Exception as error:
+                self._fail(error)
 
     def give_up(self) -> None:
         """The script compiles: no global hook may be in any more."""
         self.compiles = True
         self.remove()
+
+    def _fail(self, error: Exception) -> None:
+        """Something of ours does not get on with this model: the rest goes on without it."""
+        self.failed = True
+        self.remove()
+        self._on_error(error)
 
     def remove(self) -> None:
         """Take every hook away."""

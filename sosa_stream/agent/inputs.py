@@ -125,9 +125,15 @@ def _by_feature(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return values.reshape(-1, 1)
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has values of its own: not one of a trace, of ``torch.func``, or sharded."""
+    plain = type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter
+    return plain and not tensor.is_meta and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def _tensors(value: object, depth: int) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
-        if value.numel() and value.layout is torch.strided and not value.is_meta and not value.is_complex():
+        if is_plain(value) and value.numel() and value.layout is torch.strided and not value.is_complex():
             yield value
     elif depth and isinstance(value, Mapping):
         for item in value.values():

@@ -89,7 +89,7 @@ class Probe:
         self._norm_is_shared = False
         self._clipped_to: float | None = None
         self._skipped: float | torch.Tensor = 0.0
-        self.looks = Looks(self._lose_sight)
+        self.looks = Looks(lambda error: on_error(error, False))
         self._kinds: weakref.WeakKeyDictionary[Optimizer, tuple[bool, bool]] = weakref.WeakKeyDictionary()
         self._primary: weakref.ref[Optimizer] | None = None
         self._primary_tick = 0

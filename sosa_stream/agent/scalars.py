@@ -40,15 +40,14 @@ class Scalars:
 class Vector:
     """A tensor of any shape on its way to the host; see `Scalars`."""
 
-    host: torch.Tensor
+    host: NDArray[np.generic]
     event: torch.cuda.Event | None = None
 
     def ready(self) -> bool:
         return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
 
     def read(self) -> NDArray[np.generic]:
-        values: NDArray[np.generic] = self.host.numpy()
-        return values
+        return self.host
 
 
 def fetch(values: Sequence[torch.Tensor | float]) -> Scalars:
@@ -71,9 +70,9 @@ def fetch(values: Sequence[torch.Tensor | float]) -> Scalars:
 def fetch_vector(values: torch.Tensor) -> Vector:
     """Start bringing a copy of a tensor to the host; whoever else holds it may change it afterwards."""
     if values.is_cpu:
-        return Vector(host=values.clone(memory_format=torch.contiguous_format))
+        return Vector(host=values.clone(memory_format=torch.contiguous_format).numpy())
     host, event = _to_host(values)
-    return Vector(host=host, event=event)
+    return Vector(host=host.numpy(), event=event)
 
 
 def _to_host(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:

@@ -49,7 +49,8 @@ class Weights:
         sizes = [_rows(parameter).numel() for parameter in sample]
         moved = torch.stack(torch._foreach_norm(torch.split(_flat(sample) - before, sizes)))
         size = torch.stack(torch._foreach_norm(torch.split(before, sizes)))
-        return {"update_ratio": (moved / (size + 1e-12)).median(), "changed_share": (moved != 0).float().mean()}
+        ratios = (moved / (size + 1e-12)).sort().values
+        return {"update_ratio": ratios[len(ratios) // 2], "changed_share": (moved != 0).float().mean()}
 
     def forget(self) -> None:
         """This step takes no update: there is nothing to compare."""
