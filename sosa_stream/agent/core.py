@@ -349,8 +349,10 @@ class Agent:
 
     # -- ending ------------------------------------------------------------------------------------------------------
 
-    def report_exception(self, error: BaseException) -> None:
-        """The script raised and nobody caught it."""
+    def report_exception(self, error: BaseException, *, ends: bool = False) -> None:
+        """The script raised; ``ends`` where nobody catches it and the script is about to tell of it itself."""
+        if ends and self._courier is not None:
+            self._courier.ending = True
         frames = traceback.extract_tb(error.__traceback__)[-20:]
         stack = tuple(f"{frame.filename}:{frame.lineno} {frame.name}"[:500] for frame in frames)
         kind, message = type(error).__qualname__, str(error)[:2000]

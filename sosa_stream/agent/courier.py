@@ -81,7 +81,8 @@ class Courier:
         self._fence_closed = False
         self._taken_at = 0.0
         self._incidents: set[str] = set()
-        self._ending = False
+        self.ending = False
+        """Set once the script ends by an error: it says so itself, and what the daemon says of it is said twice."""
         self._told_refused = False
         outbox.add_message(
             lambda header: Hello(
@@ -121,7 +122,7 @@ class Courier:
                     self._outbox.ring.acknowledge(seq, now)
             elif isinstance(message, Announcement):
                 self._incidents.add(message.incident)
-                if not self._ending:  # what ended the script has been said by the script itself
+                if not self.ending:  # what ended the script has been said by the script itself
                     self._say(message.text)
             elif message.id not in self._seen:
                 self._seen.add(message.id)
@@ -149,7 +150,7 @@ class Courier:
 
     def close(self, reason: str, exit_code: int, timeout_seconds: float) -> None:
         """Say goodbye and give what is in the ring ``timeout_seconds`` to be acknowledged."""
-        self._ending = True
+        self.ending = True
         dropped = self._outbox.num_dropped
         self._outbox.add_message(
             lambda header: Bye(header=header, reason=reason[:500], exit_code=exit_code, dropped=dropped)

@@ -168,7 +168,7 @@ def _run(code: CodeType, module: types.ModuleType, target: Target, agent: Agent 
     except BaseException as error:
         _trim(error)
         if agent is not None and not isinstance(error, KeyboardInterrupt):  # a person who stops a job is no fault
-            agent.report_exception(error)
+            agent.report_exception(error, ends=True)
         sys.excepthook(type(error), error, error.__traceback__)
         if agent is not None:
             agent.close(f"{type(error).__name__}", 1)
