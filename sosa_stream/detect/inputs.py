@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from sosa_stream.detect.incidents import Finding, Severity
+from sosa_stream.detect.statistics import Channel
 from sosa_stream.detect.windows import RunWindows
 from sosa_stream.detect.wording import name_ranks, number
 
@@ -40,7 +41,7 @@ def input_anomaly(windows: RunWindows) -> Finding | None:
     ranks = tuple(np.flatnonzero(far).tolist())
     worst = int(np.argmax(np.where(far, scores, 0.0)))
     change = float(windows.over_ranks("input_change")[worst])
-    hurt = bool(windows.bad_loss or windows.bad_grad) or windows.losses.above or windows.log_norms.above
+    hurt = bool(windows.bad_loss or windows.bad_grad) or _leaves(windows.losses) or _leaves(windows.log_norms)
     if not hurt and change < BATCH_STIRRED and scores[worst] < 2.0 * UNUSUAL_SCORE:
         return None
     evidence = _evidence(windows, worst)
@@ -58,6 +59,11 @@ def input_anomaly(windows: RunWindows) -> Finding | None:
             "an empty or constant batch" if evidence["std"] == 0.0 else "a shard of other data",
         ),
     )
+
+
+def _leaves(series: Channel) -> bool:
+    """Whether a series leaves its band at this very step: what was above it before has another reason."""
+    return series.above and series.num_above(8) == 1
 
 
 def _nonfinite(windows: RunWindows, ranks: tuple[int, ...]) -> Finding:

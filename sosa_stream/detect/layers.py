@@ -168,7 +168,9 @@ def _owners(windows: RunWindows) -> tuple[str, tuple[str, ...]] | None:
 
 def _unchanged(windows: RunWindows) -> tuple[str, tuple[str, ...]] | None:
     changed, zeros = windows.looks["changed_share"].last(), windows.looks["zero_grad_share"].last(2)
-    if not _looked_at(windows, "changed_share") or windows.skipped or not windows.lr or windows.lr <= 0.0:
+    if not _looked_at(windows, "changed_share") or windows.skipped or windows.bad_grad:
+        return None
+    if not windows.lr or windows.lr <= 0.0:
         return None
     if len(zeros) == 2 and (zeros == 1.0).all() and windows.grad_norm:
         return (
