@@ -93,9 +93,9 @@ def loss_plateau(windows: RunWindows) -> Finding | None:
     `FLAT_SHARE`, m(.05, .25) and m(.75, 1) by at most `STUCK_SHARE` of m(.75, 1), and neither the first eight losses
     nor m(0, .05) were 1.5 times as high (`LEARNED_SHARE`): a run that has converged looks the same later on, and is
     healthy. A bad initialisation may have fallen further, to where the model guesses: the cross-entropy of few classes,
-    ln k. Many a run learns nothing for a while and then does, so that before its end this is ``info`` until
-    `LONG_PLATEAU_POINTS`. Shares of the loss itself: exempt from the shift test; silent for losses that are not
-    positive.
+    ln k. Many a run learns nothing for a while and then does, so that before its end this is said only where m(.25, .5)
+    and m(.75, 1) differ by less than three standard errors, and is ``info`` until `LONG_PLATEAU_POINTS`. Shares of the
+    loss itself: exempt from the shift test; silent for losses that are not positive.
     """
     course = windows.course
     at_doubling = windows.closed and len(course.blocks) == course.MOST // 2 and course.length >= 16
@@ -115,6 +115,8 @@ def loss_plateau(windows: RunWindows) -> Finding | None:
     guesses = _chance(late)
     if first - late > LEARNED_SHARE * first and not guesses:
         return None
+    if not windows.ended and middle - late > 3.0 * course.restlessness() / math.sqrt(0.25 * num):
+        return None  # slow, but it moves
     num_points = windows.recent_losses.num_pushed
     lasting = windows.ended or num_points >= LONG_PLATEAU_POINTS
     return Finding(

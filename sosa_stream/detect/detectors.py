@@ -111,7 +111,7 @@ ALL: tuple[Detector, ...] = (
         requires=("loss", EVAL_LOSS),
         check=validation.overfitting,
         warms=False,
-        on=(On.LOGGED, On.END),
+        on=(On.LOGGED,),
         well=validation.fits_again,
         ratio=True,
     ),

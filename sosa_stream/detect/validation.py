@@ -21,32 +21,30 @@ RECENT = 12
 def overfitting(windows: RunWindows) -> Finding | None:
     """The validation loss has turned and rises, and the training loss does not rise with it.
 
-    With b the lowest of n validation losses, each of the last m exceeds b + `OVERFIT_SHARE` · ``|b|``, their median
-    exceeds b by `RISE_NOISE` times the noise (1.4826 · median|second difference| / sqrt(6) of the last `RECENT`), they
-    are not on their way down again, and the training loss rose by less than 0.3 of that since b. m is 3, and one more
-    for each doubling of n from 8 on: more evaluations are more chances to be wrong. At the end of a run, the median of
-    the last three is enough. The share is that of Amazon SageMaker Debugger's rule Overfit,
-    (validation - training) / training > 0.1, taken against the run's own best instead: the two losses need not be
-    comparable. Exempt from the shift test.
+    With b the lowest of n validation losses (the median of it and its two neighbours: one lucky evaluation is no
+    baseline), each of the last m exceeds b + `OVERFIT_SHARE` · ``|b|``, their median exceeds b by `RISE_NOISE` times the
+    noise (1.4826 · median|second difference| / sqrt(6) of the last `RECENT`), they are not on their way down again, and
+    the training loss rose by less than 0.3 of that since b. m is 3, and one more for each doubling of n from 8 on: more
+    evaluations are more chances to be wrong. The share is that of Amazon SageMaker Debugger's rule Overfit, (validation - training) / training > 0.1, taken against the run's
+    own best instead: the two losses need not be comparable. Exempt from the shift test.
     """
     series = windows.logged.get(EVAL_LOSS)
-    if series is None or not (windows.ended or _is_new(windows)):
+    if series is None or not (_is_new(windows)):
         return None
     lowest, num = series.lowest, series.num_finite
     if lowest is None or num < MIN_EVALUATIONS or num - lowest.count < 3:
         return None
-    values = series.values
-    must_exceed = 3 if windows.ended else 3 + int(math.log2(max(num, 8) / 8))
-    last = values[-must_exceed:]
-    if not np.isfinite(last).all() or num - lowest.count < len(last) or last[-3] > last[-2] > last[-1]:
+    values = series.values[np.isfinite(series.values)]
+    last = values[-(3 + int(math.log2(max(num, 8) / 8))) :]
+    if not np.isfinite(series.values[-1]) or num - lowest.count < len(last) or last[-3] > last[-2] > last[-1]:
         return None
-    least = float(np.median(last)) if windows.ended else float(last.min())
-    rise = float(np.median(last[-3:])) - lowest.value
+    at = len(values) - 1 - (num - lowest.count)
+    base = lowest.value
+    rise = float(np.median(last[-3:])) - base
     trained = float(np.median(series.trains[-3:])) - lowest.train
-    if least - lowest.value <= OVERFIT_SHARE * abs(lowest.value) or not trained < 0.3 * rise:
+    if float(last.min()) - base <= OVERFIT_SHARE * abs(base) or not trained < 0.3 * rise:
         return None
-    recent = values[-RECENT:]
-    noise = _noise(recent[np.isfinite(recent)])
+    noise = _noise(values[-RECENT:])
     if rise <= RISE_NOISE * noise:
         return None
     return Finding(
@@ -59,7 +57,7 @@ def overfitting(windows: RunWindows) -> Finding | None:
         evidence={
             "value": float(values[-1]),
             "baseline": lowest.value,
-            "score": rise / abs(lowest.value) if lowest.value else None,
+            "score": rise / abs(base) if base else None,
             "threshold": OVERFIT_SHARE,
             "noise": noise,
             "train_loss": float(series.trains[-1]),
