@@ -8,7 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sosa_stream.detect.incidents import Finding, Severity
+from sosa_stream.detect.statistics import center_and_scale
 from sosa_stream.detect.windows import RunWindows
+from sosa_stream.detect.wording import times
 
 FLAT_SHARE = 0.01
 """A loss whose last quarter differs from its second by no more than this share of itself is flat."""
@@ -87,7 +89,15 @@ def _swing(values: NDArray[np.float64], alone: float, together: float) -> tuple[
 
 
 def loss_plateau(windows: RunWindows) -> Finding | None:
-    """Nothing is learned: the loss stays where it began, but for its first few points.
+    """Nothing is learned: the loss stays where it began, or stands still since its learning rate collapsed.
+
+    One that stands still after real learning, under its usual rate, has converged.
+    """
+    return _stuck(windows) or _stalled(windows)
+
+
+def _stuck(windows: RunWindows) -> Finding | None:
+    """The loss stays where it began, but for its first few points.
 
     With m(a, b) the median of the run's course from share a to b: m(.25, .5) and m(.75, 1) differ by at most
     `FLAT_SHARE`, m(.05, .25) and m(.75, 1) by at most `STUCK_SHARE` of m(.75, 1), and neither the first eight losses
@@ -142,10 +152,43 @@ def loss_plateau(windows: RunWindows) -> Finding | None:
     )
 
 
+def _stalled(windows: RunWindows) -> Finding | None:
+    """`LR_FALL_RATIO` below what it was in one step, and 64 losses later their second half is no lower than the first.
+
+    Lower is: by three standard errors of the difference of two medians of 32, 1.2533 · s · sqrt(2 / 32).
+    """
+    fall = windows.fall
+    if fall is None or not windows.pulse or windows.num_points - fall.point < 64:
+        return None
+    losses = windows.recent_losses.last(64)
+    center, scale = center_and_scale(losses)
+    first, second = float(np.median(losses[:32])), float(np.median(losses[32:]))
+    if first - second > 3.0 * 1.2533 * scale * math.sqrt(2.0 / 32.0):
+        return None
+    return Finding(
+        kind="loss_plateau",
+        severity=Severity.WARNING,
+        step=windows.step,
+        first_step=fall.step,
+        message=f"loss stands at {center:.4g} since the learning rate fell from {fall.before:.3g} to {fall.after:.3g}",
+        evidence={
+            "value": windows.loss,
+            "baseline": first,
+            "lr_before": fall.before,
+            "lr": windows.lr,
+            "window": windows.num_points - fall.point,
+        },
+        causes=(
+            f"the scheduler or the script cut the learning rate {times(fall.before / fall.after)} at step {fall.step}",
+            "a schedule that was counted in epochs is stepped per batch",
+        ),
+    )
+
+
 def moves_again(windows: RunWindows) -> bool:
     """Whether a plateau is over: the last quarter of the course lies clearly below its first half."""
     blocks = windows.course.blocks
-    if len(blocks) < 4:
+    if windows.fall is not None or len(blocks) < 4:
         return False
     half, late = np.median(blocks[: len(blocks) // 2]), np.median(blocks[-(len(blocks) // 4) :])
     return bool(late < (1.0 - 2.0 * STUCK_SHARE) * half)

@@ -131,7 +131,7 @@ def _exploded(
     lr = "" if windows.lr is None else f" ({windows.lr:.3g})"
     return Finding(
         kind="exploding_gradient",
-        severity=severity,
+        severity=Severity.INFO if windows.is_young else severity,
         step=windows.step,
         first_step=first_step,
         message=f"gradient norm {number(windows.grad_norm)} is {times(ratio)} its median {usual:.3g}",

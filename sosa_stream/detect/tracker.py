@@ -293,6 +293,8 @@ def in_band(known: OpenIncident, windows: RunWindows) -> bool:
         return known.detector.well(windows)
     if known.loss_level is None or windows.loss is None:
         return True
+    if not known.holds_band:  # the band has gone along with the loss
+        return windows.losses.excursion is None
     return known.loss_level.holds(windows.loss) and windows.losses.smoothed(5) <= known.loss_level.top
 
 

@@ -21,12 +21,12 @@ RECENT = 12
 def overfitting(windows: RunWindows) -> Finding | None:
     """The validation loss has turned and rises, and the training loss does not rise with it.
 
-    With b the lowest of n validation losses (the median of it and its two neighbours: one lucky evaluation is no
-    baseline), each of the last m exceeds b + `OVERFIT_SHARE` · ``|b|``, their median exceeds b by `RISE_NOISE` times the
-    noise (1.4826 · median|second difference| / sqrt(6) of the last `RECENT`), they are not on their way down again, and
-    the training loss rose by less than 0.3 of that since b. m is 3, and one more for each doubling of n from 8 on: more
-    evaluations are more chances to be wrong. The share is that of Amazon SageMaker Debugger's rule Overfit, (validation - training) / training > 0.1, taken against the run's
-    own best instead: the two losses need not be comparable. Exempt from the shift test.
+    With b the lowest of n validation losses, each of the last m exceeds b + `OVERFIT_SHARE` · ``|b|``, their median
+    exceeds b by `RISE_NOISE` times the noise (1.4826 · median|second difference| / sqrt(6) of the last `RECENT`), they
+    are not on their way down again, and the training loss rose by less than 0.3 of that since b. m is 3, and one more
+    for each doubling of n from 8 on: more evaluations are more chances to be wrong. The share is that of Amazon
+    SageMaker Debugger's rule Overfit, (validation - training) / training > 0.1, taken against the run's own best
+    instead: the two losses need not be comparable. Exempt from the shift test.
     """
     series = windows.logged.get(EVAL_LOSS)
     if series is None or not (_is_new(windows)):
@@ -38,7 +38,6 @@ def overfitting(windows: RunWindows) -> Finding | None:
     last = values[-(3 + int(math.log2(max(num, 8) / 8))) :]
     if not np.isfinite(series.values[-1]) or num - lowest.count < len(last) or last[-3] > last[-2] > last[-1]:
         return None
-    at = len(values) - 1 - (num - lowest.count)
     base = lowest.value
     rise = float(np.median(last[-3:])) - base
     trained = float(np.median(series.trains[-3:])) - lowest.train

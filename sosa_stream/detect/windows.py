@@ -34,6 +34,12 @@ ORDINARY = frozenset({"tick", "loss", "grad_norm", "lr", "lr_multiplier", "step_
 _ORDINARY = np.isin(COLUMNS, list(ORDINARY))
 LR_RATIO = 3.0
 """A learning rate this far above the run's own recent schedule is a jump [FAULTS.md]."""
+SETTLED_POINTS, SETTLED_SHARE = 32, 0.2
+"""A loss that is this long out of its old band, and less than this share of the progress above it, is where it is."""
+YOUNG_STEPS = 128
+"""Optimizer steps in which a loss or a norm out of its band is worth knowing, and no more."""
+LR_FALL_RATIO = 100.0
+"""A learning rate that falls this far in one step has collapsed: schedules take steps of 10."""
 LR_LAG, LR_WINDOW = 8, 64
 """The recent schedule ends this many steps back, so that a jump in several steps is one too, and is this long."""
 LR_SUFFER_STEPS = 64
@@ -50,6 +56,16 @@ class LrJump:
     borne: bool
     """The run has already trained at this rate: a schedule's restart rather than a fault."""
     ended: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LrFall:
+    """The effective learning rate fell from one step to the next, by more than any schedule's step does."""
+
+    step: int
+    point: int
+    before: float
+    after: float
 
 
 @dataclass(slots=True, kw_only=True)
@@ -212,6 +228,7 @@ class RunWindows:
         self.looked = False
         """Whether this step was one."""
         self.jump: LrJump | None = None
+        self.fall: LrFall | None = None
         self._lrs = Ring(LR_WINDOW + LR_LAG)
         self._lr_steps = Ring(LR_LAG + 2)
         self._lr_borne = 0.0
@@ -232,6 +249,11 @@ class RunWindows:
             return False
         before, *after = lrs.tolist()
         return 0.0 < after[0] <= ratio * before and all(after[0] / 3 <= lr <= 3 * after[0] for lr in after[1:])
+
+    @property
+    def is_young(self) -> bool:
+        """Whether a live run has only begun, or only been resumed: there is little to lose yet, and much in motion."""
+        return "tick" in self.columns and self.num_points <= YOUNG_STEPS
 
     @property
     def noise(self) -> float:
@@ -334,6 +356,7 @@ class RunWindows:
         else:
             taken = self.losses.take(self.step, self.loss, self.hold)
             self._progress(self.loss)
+            self._settle()
             if not taken and self.losses.num_held >= self.settings.window_steps:
                 # this level is no longer an excursion: learn it as the new normal, visibly warming
                 self.restart()
@@ -346,6 +369,14 @@ class RunWindows:
         if self.lr is not None:
             self._script_lrs.push(self.lr / self.lr_multiplier if self.lr_multiplier else self.lr)
             self._follow_lr(self.lr)
+
+    def _settle(self) -> None:
+        """End an excursion that has become a new level, not far above the old one, which the band has taken in."""
+        excursion = self.losses.excursion
+        if excursion is None or self.hold or excursion.num_points < SETTLED_POINTS:
+            return
+        if self.undone(self.losses.smoothed(16)) < SETTLED_SHARE:
+            self.losses.excursion = None
 
     def _progress(self, loss: float) -> None:
         self.recent_losses.push(loss)
@@ -449,6 +480,10 @@ class RunWindows:
     def _follow_lr(self, lr: float) -> None:
         jump = self.jump
         previous = float(self._lrs.last(1)[0]) if len(self._lrs) else lr
+        if 0.0 < lr < previous / LR_FALL_RATIO and jump is None:  # the end of a jump is no fall
+            self.fall = LrFall(step=self.step, point=self.num_points, before=previous, after=lr)
+        elif self.fall is not None and lr > 10.0 * self.fall.after:
+            self.fall = None
         self._lrs.push(lr)
         self._lr_steps.push(self.step)
         if jump is not None:
