@@ -195,7 +195,8 @@ def test_json_lines_are_the_public_records(home: Path, capsys: pytest.CaptureFix
 def test_the_public_records_have_these_keys() -> None:
     assert list(INCIDENT.as_dict()) == [
         *("schema_version", "id", "run", "kind", "group", "severity", "state", "first_step", "detected_step"),
-        *("resolved_step", "at_end", "ranks", "hosts", "evidence", "symptoms", "message", "causes", "fixes"),
+        *("resolved_step", "at_end", "ranks", "hosts", "evidence", "symptoms", "message", "causes", "worsens"),
+        *("clears", "fixes"),
     ]
     assert list(COMMAND.as_dict()) == [
         *("schema_version", "id", "run", "incident", "actions", "confidence", "state", "applied_step", "verdict"),

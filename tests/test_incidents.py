@@ -5,6 +5,7 @@ from __future__ import annotations
 from sosa_stream.config import DetectSettings
 from sosa_stream.detect.detectors import BY_KIND
 from sosa_stream.detect.incidents import Finding, Incident, IncidentState, Severity
+from sosa_stream.detect.outlook import CLEARS, WORSENS
 from sosa_stream.detect.tracker import Tracker, make_id
 from sosa_stream.detect.windows import RunWindows
 
@@ -145,5 +146,17 @@ def test_public_keys_of_an_incident_are_frozen() -> None:
     incident = _only(_track([_finding("nan_loss", 0, ranks=(1,))]))
     assert list(incident.as_dict()) == [
         *("schema_version", "id", "run", "kind", "group", "severity", "state", "first_step", "detected_step"),
-        *("resolved_step", "at_end", "ranks", "hosts", "evidence", "symptoms", "message", "causes", "fixes"),
+        *("resolved_step", "at_end", "ranks", "hosts", "evidence", "symptoms", "message", "causes"),
+        *("worsens", "clears", "fixes"),
     ]
+
+
+def test_every_kind_says_what_makes_it_worse() -> None:
+    assert set(WORSENS) == set(BY_KIND)
+    assert set(CLEARS) <= set(BY_KIND)
+
+
+def test_incident_says_what_it_waits_for() -> None:
+    incident = _only(_track([_finding("nan_loss", 0)], extra=0))
+    assert "weights" in incident.worsens
+    assert "20 points" in incident.clears

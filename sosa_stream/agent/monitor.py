@@ -112,6 +112,7 @@ class TrainingMonitor:
         verb = "detected" if first else "is now"
         lines = [f"step {incident.detected_step}: {verb} {incident.kind} ({incident.severity}): {incident.message}"]
         lines += [f"  likely cause: {cause}" for cause in incident.causes]
+        lines += [f"  worse: {incident.worsens}", f"  over when {incident.clears}"]
         self.tell("\n".join(lines))
 
     def _tell_command(self, record: CommandRecord) -> None:

@@ -73,6 +73,10 @@ class Incident:
     symptoms: tuple[str, ...] = ()
     message: str = ""
     causes: tuple[str, ...] = ()
+    worsens: str = ""
+    """What would make it worse."""
+    clears: str = ""
+    """What ends it."""
     fixes: tuple[Mapping[str, Any], ...] = ()
     at_end: bool = False
     """Found only when the run or the log was over; ``detected_step`` is its last step."""
@@ -97,5 +101,7 @@ class Incident:
             "symptoms": list(self.symptoms),
             "message": self.message,
             "causes": list(self.causes),
+            "worsens": self.worsens,
+            "clears": self.clears,
             "fixes": [dict(fix) for fix in self.fixes],
         }

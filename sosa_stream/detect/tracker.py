@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from sosa_stream.detect.detectors import BY_KIND, Detector
 from sosa_stream.detect.incidents import Finding, Group, Incident, IncidentState, Severity
+from sosa_stream.detect.outlook import clears, worsens
 from sosa_stream.detect.statistics import Level
 from sosa_stream.detect.windows import RunWindows
 
@@ -206,6 +207,7 @@ class Tracker:
     def _open_incident(self, finding: Finding, windows: RunWindows, hosts: Mapping[int, str]) -> None:
         self._counter += 1
         detector = self.detectors[finding.kind]
+        level = windows.loss_level() if detector.disturbs else None
         incident = Incident(
             id=make_id("i", self._run, self._counter),
             run=self._run,
@@ -221,12 +223,14 @@ class Tracker:
             evidence=finding.evidence,
             message=finding.message,
             causes=finding.causes,
+            worsens=worsens(finding.kind),
+            clears=clears(detector, level),
         )
         log_high = windows.log_norms.band.upper_quantile(0.9)
         self._open[incident.id] = OpenIncident(
             incident=incident,
             detector=detector,
-            loss_level=windows.loss_level() if detector.disturbs else None,
+            loss_level=level,
             norm_high=None if log_high is None else math.exp(log_high),
             last_found_step=finding.step,
         )
@@ -264,6 +268,8 @@ class Tracker:
                 evidence=finding.evidence,
                 message=finding.message,
                 causes=finding.causes,
+                worsens=worsens(finding.kind),
+                clears=clears(known.detector, known.loss_level),
                 symptoms=symptoms,
             )
         else:

@@ -1,0 +1,58 @@
+"""What would make an incident worse, and what ends it: for people, kind by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sosa_stream.detect.detectors import Detector
+from sosa_stream.detect.statistics import Level
+
+WORSENS: Mapping[str, str] = {
+    "nan_loss": "an update that is not skipped carries it into the weights; a third step in a row is critical",
+    "nonfinite_gradient": "a third step in a row is critical: scale or weights do not recover by themselves",
+    "lr_jump": "half of the progress undone, or a value that is not finite, makes it critical",
+    "loss_spike": "twelve points without coming back make it a divergence",
+    "loss_divergence": "half of the progress undone makes it critical; weights that far off seldom come back",
+    "loss_oscillation": "swings that grow end in a divergence",
+    "loss_plateau": "every further step is paid for and teaches nothing",
+    "overfitting": "every further step takes the best checkpoint further away",
+    "exploding_gradient": "a norm 100 times the usual while the loss suffers makes it critical",
+    "vanishing_gradient": "the first layers stay as they were initialised however long it trains",
+    "dead_units": "units without a gradient do not come back by themselves",
+    "saturated_activations": "a saturated layer passes less gradient with every step that pushes it further",
+    "loss_scale_collapse": "at its floor every step is skipped and nothing is learned",
+    "weights_unchanged": "every further step is paid for and changes nothing",
+    "input_anomaly": "more such batches in a row, or one that drives the loss out of its band",
+    "posterior_collapse": "the decoder learns to do without the latent code, and does not unlearn it",
+    "oom": "the rank has ended; its peers wait for it",
+    "shape_mismatch": "the script has ended",
+    "exception": "the rank has ended; its peers wait for it",
+    "rank_desync": "every further step takes the replicas further apart",
+}
+CLEARS: Mapping[str, str] = {
+    "loss_plateau": "the loss falls by 6% of where it stood",
+    "overfitting": "the validation loss is back within 5% of its best",
+    "oom": "the run begins again",
+    "shape_mismatch": "the run begins again",
+    "exception": "the run begins again",
+    "rank_desync": "the run begins again, or the ranks are brought together",
+}
+"""Where it is not a stretch of points without a finding."""
+
+
+def worsens(kind: str) -> str:
+    """What would make it worse; a user's own rule says nothing of that."""
+    return WORSENS.get(kind, "it lasts")
+
+
+def clears(detector: Detector, level: Level | None) -> str:
+    """What ends it, with the bound that is waited for."""
+    text = CLEARS.get(detector.kind)
+    if text is not None:
+        return text
+    points = f"{detector.quiet_points} points in a row"
+    if detector.disturbs and level is not None:
+        return f"the loss stays below {level.center + level.threshold * level.scale:.4g} for {points}"
+    if detector.well is not None:
+        return f"the metric keeps the rule for {points}"
+    return f"{points} do not show it"
