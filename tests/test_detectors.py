@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sosa_stream.detect.detectors import ALL
 from sosa_stream.detect.incidents import Incident, Severity
 from sosa_stream.engine import Engine
-from sosa_stream.protocol.messages import ExceptionReport, Phase
+from sosa_stream.protocol.messages import ExceptionReport, MetricFrame, Phase
 from sosa_stream.testing import NOW, SimulatedJob, feed, frame, header, hello, incidents_of
 
 N = 1200
@@ -227,3 +227,49 @@ def test_detectors_warm_at_the_start_and_say_when_they_fire() -> None:
     assert dict(engine.view().detectors)["loss_spike"] == "warming"
     engine.handle(frame([np.nan], first_step=5), NOW)
     assert dict(engine.view().detectors)["nan_loss"] == "firing"
+
+
+def test_loss_that_is_frozen_to_the_last_digit_is_a_plateau_and_one_at_its_floor_is_not() -> None:
+    course = 0.5 + 2.5 * np.exp(-np.arange(400) / 10) + 0.05 * np.random.default_rng(0).standard_normal(400)
+    course[150:] = 0.5109823
+    (incident,) = incidents_of(course)
+    assert (incident.kind, incident.severity) == ("loss_plateau", Severity.WARNING)
+    assert 213 <= incident.detected_step <= 240
+    course[150:] = 0.0109823
+    assert _alarms(incidents_of(course)) == []
+    course[150:] = 0.511  # printed with three digits, it may well move
+    assert _alarms(incidents_of(course)) == []
+
+
+def test_collapsed_learning_rate_is_a_plateau_and_a_step_of_a_schedule_is_not() -> None:
+    noise = 0.05 * np.random.default_rng(1).standard_normal(600)
+    learning = 1.0 + 2.0 * np.exp(-np.arange(600) / 100)
+    lr = np.where(np.arange(600) < 300, 1e-3, 1e-9)
+    (incident,) = incidents_of(np.where(np.arange(600) < 300, learning, learning[300]) + noise, lr=lr)
+    assert (incident.kind, incident.severity, incident.first_step) == ("loss_plateau", Severity.WARNING, 300)
+    assert _alarms(incidents_of(learning + noise, lr=np.where(np.arange(600) < 300, 1e-3, 1e-4))) == []
+
+
+def test_validation_loss_that_turns_is_overfitting_and_one_that_shakes_is_not() -> None:
+    rng = np.random.default_rng(2)
+    train = 2.0 * np.exp(-np.arange(3000) / 600) + 0.02 * rng.standard_normal(3000)
+
+    def overfits(valid: NDArray[np.float64]) -> tuple[Incident, ...]:
+        engine = Engine("run")
+        feed(engine, [hello()])
+        for i, value in enumerate(valid):
+            feed(engine, [frame(train[100 * i : 100 * i + 100], first_step=100 * i)])
+            logged = MetricFrame(
+                header=header(), columns=("eval_loss",), steps=np.array([100 * i + 99]), values=np.array([[value]])
+            )
+            feed(engine, [logged])
+        feed(engine, [frame(train[-1:], first_step=3000)])
+        return tuple(each for each in engine.view().incidents if each.kind == "overfitting")
+
+    falling = 1.0 + np.exp(-np.arange(30) / 5) + 0.03 * rng.standard_normal(30)
+    assert overfits(falling) == ()
+    turning = falling + 0.04 * np.maximum(np.arange(30) - 12, 0)
+    (incident,) = overfits(turning)
+    assert incident.severity is Severity.WARNING
+    assert 900 <= incident.first_step <= 1500
+    assert incident.detected_step <= 2400

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sosa_stream.detect.incidents import Finding, Severity
-from sosa_stream.detect.statistics import center_and_scale
+from sosa_stream.detect.statistics import FLOAT_RESOLUTION, center_and_scale
 from sosa_stream.detect.windows import RunWindows
 from sosa_stream.detect.wording import times
 
@@ -22,6 +22,7 @@ CHANCE_SHARE = 0.02
 """This near to ln k, a loss is that of guessing."""
 FEW_CLASSES = 10
 """Above, the logarithms lie so close that every loss is near one."""
+FROZEN_SHARE = 0.1
 LONG_PLATEAU_POINTS = 4096
 """A plateau of a running job is worth a look after as many."""
 SWINGS = {32: (0.65, 0.75), 64: (0.45, 0.6)}
@@ -89,11 +90,11 @@ def _swing(values: NDArray[np.float64], alone: float, together: float) -> tuple[
 
 
 def loss_plateau(windows: RunWindows) -> Finding | None:
-    """Nothing is learned: the loss stays where it began, or stands still since its learning rate collapsed.
+    """Nothing is learned: the loss stays where it began, stands still since its learning rate collapsed, or is frozen.
 
-    One that stands still after real learning, under its usual rate, has converged.
+    One that hovers where it came to after real learning, under its usual rate, has converged.
     """
-    return _stuck(windows) or _stalled(windows)
+    return _stuck(windows) or _stalled(windows) or _frozen(windows)
 
 
 def _stuck(windows: RunWindows) -> Finding | None:
@@ -185,11 +186,37 @@ def _stalled(windows: RunWindows) -> Finding | None:
     )
 
 
+def _frozen(windows: RunWindows) -> Finding | None:
+    """The last 64 losses are one and the same number to six digits or more, a tenth or more of what they began at.
+
+    Training without any noise left has no effect: units are dead, or nothing is updated. Near its floor a loss may
+    stand.
+    """
+    losses = windows.recent_losses.last(64)
+    if not windows.pulse or len(losses) < 64 or np.ptp(losses) > FLOAT_RESOLUTION * abs(losses[-1]):
+        return None
+    value, start = float(losses[-1]), windows.start
+    printed_short = float(f"{value:.5g}") == value
+    if printed_short or start is None or not value > FROZEN_SHARE * start or windows.lr == 0.0:
+        return None
+    return Finding(
+        kind="loss_plateau",
+        severity=Severity.WARNING,
+        step=windows.step,
+        first_step=int(windows.recent_steps.last(64)[0]),
+        message=f"loss is exactly {value:.6g}, point after point",
+        evidence={"value": value, "baseline": start, "lr": windows.lr, "window": 64},
+        causes=("all units of a layer are dead", "nothing is updated: frozen parameters, or a rate of zero"),
+    )
+
+
 def moves_again(windows: RunWindows) -> bool:
     """Whether a plateau is over: the last quarter of the course lies clearly below its first half."""
     blocks = windows.course.blocks
     if windows.fall is not None or len(blocks) < 4:
         return False
+    if abs(blocks[-1] - blocks[-2]) <= FLOAT_RESOLUTION * abs(blocks[-1]):
+        return False  # frozen
     half, late = np.median(blocks[: len(blocks) // 2]), np.median(blocks[-(len(blocks) // 4) :])
     return bool(late < (1.0 - 2.0 * STUCK_SHARE) * half)
 
