@@ -18,6 +18,7 @@ from sosa_stream.protocol.messages import MetricFrame
 HORIZON_STEPS = 512
 """Steps that may wait for a rank which reports nothing; then it is no longer waited for. Several flushes of the
 fastest loops, so that a resend after a lost connection is still aligned."""
+MAX_LAYOUTS = 64
 MAX_LOGGED = 65536
 """Logged values that may wait for their step."""
 AT = {name: i for i, name in enumerate(COLUMNS)}
@@ -61,6 +62,14 @@ class Row:
     sent: NDArray[np.bool_]
 
 
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    source: NDArray[np.intp]
+    into: NDArray[np.intp]
+    sent: NDArray[np.bool_]
+    has_logged: bool
+
+
 class Alignment:
     """Frames in, complete steps out, in order of step."""
 
@@ -71,6 +80,7 @@ class Alignment:
         self._pending: dict[int, tuple[NDArray[np.float64], NDArray[np.bool_]]] = {}
         self._blocks: list[Block] = []
         self._logged: dict[tuple[int, str], list[float]] = {}
+        self._layouts: dict[tuple[str, ...], _Layout] = {}
         self._done = -1
         self.num_late = 0
         """Rows that came after their step was complete, or twice; they are ignored."""
@@ -86,26 +96,26 @@ class Alignment:
         if not 0 <= rank < self.world_size:
             self.num_late += len(frame.steps)
             return
-        source = [i for i, name in enumerate(frame.columns) if name in AT]
-        if len(source) < len(frame.columns):
+        layout = self._layout(frame.columns)
+        if layout.has_logged:
             self._add_logged(frame)
-        if not source:
+        if not len(layout.source):
             return
-        into = [AT[frame.columns[i]] for i in source]
         steps, places = _rising(frame.steps, self._newest[rank])
         self.num_late += len(frame.steps) - len(steps)
         if not len(steps):
             return
-        rows = np.full((len(steps), len(COLUMNS)), np.nan)
-        rows[:, into] = frame.values[places][:, source] if places is not None else frame.values[:, source]
-        sent = np.zeros(len(COLUMNS), dtype=np.bool_)
-        sent[into] = True
+        values = frame.values if places is None else frame.values[places]
+        if layout.has_logged:
+            values = values[:, layout.source]
         self._newest[rank] = int(steps[-1])
         if self.world_size == 1:
-            self._blocks.append(Block(steps=steps, values=rows[:, None, :], sent=sent[None, None, :]))
+            rows = np.full((len(steps), 1, len(COLUMNS)), np.nan)
+            rows[:, 0, layout.into] = values
+            self._blocks.append(Block(steps=steps, values=rows, sent=layout.sent[None, None, :]))
             self._expected[0] = True
             return
-        for step, row in zip(steps.tolist(), rows, strict=True):
+        for step, row in zip(steps.tolist(), values, strict=True):
             if step <= self._done:
                 self.num_late += 1
                 continue
@@ -113,8 +123,8 @@ class Alignment:
             if slot is None:
                 shape = (self.world_size, len(COLUMNS))
                 slot = self._pending[step] = (np.full(shape, np.nan), np.zeros(shape, dtype=np.bool_))
-            slot[0][rank] = row
-            slot[1][rank] = sent
+            slot[0][rank, layout.into] = row
+            slot[1][rank] = layout.sent
         if self._newest[rank] > self._done:
             self._expected[rank] = True
 
@@ -136,6 +146,19 @@ class Alignment:
     def rest(self) -> tuple[Logged, ...]:
         """What was logged after the last complete step; for the end of a run."""
         return self._take_logged(None)
+
+    def _layout(self, columns: tuple[str, ...]) -> _Layout:
+        """Where a frame's columns go; a process sends few different sets of them."""
+        layout = self._layouts.get(columns)
+        if layout is None:
+            source = [i for i, name in enumerate(columns) if name in AT]
+            into = np.array([AT[columns[i]] for i in source], dtype=np.intp)
+            sent = np.zeros(len(COLUMNS), dtype=np.bool_)
+            sent[into] = True
+            layout = _Layout(np.array(source, dtype=np.intp), into, sent, len(source) < len(columns))
+            if len(self._layouts) < MAX_LAYOUTS:
+                self._layouts[columns] = layout
+        return layout
 
     def _add_logged(self, frame: MetricFrame) -> None:
         names = [(i, name) for i, name in enumerate(frame.columns) if name not in AT]
