@@ -29,8 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     parts = PARTS if options.part == "all" else (options.part,)
     figures: dict[str, Any] = {}
+    live: list[Case] = []
     for part in parts:
         cases = run(part, options)
+        live += cases if part in ("healthy", "sick") else []
         if not cases:
             continue
         if options.verbose:
@@ -38,10 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         figures[part] = figures_of(cases)
         if not options.json:
             print(report.text(part, figures[part]))
+    if len(parts) > 1 and live:
+        figures["live"] = figures_of(live)  # both together: the binding column needs healthy and sick runs
     if options.json:
         print(json.dumps(figures, indent=2))
     if options.part == "all" and not options.only and not options.ours:
-        write("detect", figures)
+        write("detect", report.kept(figures))
         report.write_table(figures)
     return 0
 

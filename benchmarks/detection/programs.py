@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 
@@ -10,13 +11,21 @@ import torch
 from benchmarks.detection import healthy, sick
 from benchmarks.detection.live import events, recording, rows_of
 from benchmarks.detection.others import alarms_of_others
-from benchmarks.detection.score import CLASSES, HEALTHY, Case, half_damage
+from benchmarks.detection.score import HEALTHY, MEDIAN_POINTS, Case, half_damage
 from benchmarks.detection.series import Row, Run, watch
 from benchmarks.detection.tasks import Task
 from sosa_stream.engine import Engine
+from sosa_stream.protocol.columns import SAMPLED_COLUMNS
 
 SEEDS = (0, 1, 2)
 NUM_PROCESSES = 2
+DAMAGE = {
+    "loss_divergence": ("loss", 1.0),
+    "loss_plateau": ("loss", 1.0),
+    "overfitting": ("eval_loss", 1.0),
+    "posterior_collapse": ("active_units", -1.0),
+}
+"""What shows the damage of a slow kind, and its sign: the points are where it was logged. An oscillation moves none."""
 PROGRAMS: dict[str, tuple[type[Task], ...]] = {"healthy": healthy.PROGRAMS, "sick": sick.PROGRAMS}
 
 
@@ -40,9 +49,9 @@ def _case(job: tuple[str, int, int, bool, bool]) -> Case:
     label, onset, half = HEALTHY, None, None
     if issubclass(program, sick.Fault):
         label, onset = program.kind, program.onset
-        if program.kind in CLASSES["slow"]:
+        if program.kind in DAMAGE:
             clean = rows_of(recording(twin(program), seed, refresh=refresh))
-            half = _half_damage(rows, clean, onset, "eval_loss" if program.kind == "overfitting" else "loss")
+            half = _half_damage(rows, clean, onset, *DAMAGE[program.kind])
     name = f"{program.__name__}/{seed}"
     run = Run(id=name, source=program.__name__, label=label, onset=onset, rows=rows, is_live=True, half_damage=half)
     alarms = {"sosa": watch(Engine(name), events(path))}
@@ -59,11 +68,21 @@ def twin(program: type[sick.Fault]) -> type[Task]:
     )
 
 
-def _half_damage(rows: Sequence[Row], clean: Sequence[Row], onset: int, column: str) -> int | None:
-    sick_points = [(int(row["step"]), row[column]) for row in rows if column in row and row["step"] >= onset]
-    clean_values = [row[column] for row in clean if column in row and row["step"] >= onset]
-    num = min(len(sick_points), len(clean_values))
-    if num < 20:
+def _half_damage(rows: Sequence[Row], clean: Sequence[Row], onset: int, column: str, sign: float) -> int | None:
+    """Steps from the onset."""
+    steps, values = _after(rows, onset, column)
+    _, clean_values = _after(clean, onset, column)
+    num = min(len(values), len(clean_values))
+    if num < MEDIAN_POINTS:
         return None
-    point = half_damage([value for _, value in sick_points[:num]], clean_values[:num])
-    return None if point is None else sick_points[point][0] - onset
+    point = half_damage([sign * value for value in values[:num]], [sign * value for value in clean_values[:num]])
+    return None if point is None else steps[point] - onset
+
+
+def _after(rows: Sequence[Row], onset: int, column: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a column from the onset on; of a sampled one, the looks."""
+    sampled = column in SAMPLED_COLUMNS
+    those = [
+        row for row in rows if column in row and row["step"] >= onset and not (sampled and math.isnan(row[column]))
+    ]
+    return [int(row["step"]) for row in those], [row[column] for row in those]

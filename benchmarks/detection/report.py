@@ -62,6 +62,22 @@ def text(part: str, figures: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def kept(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """What is worth keeping: all of ours but the figures of each sick program, of others the totals."""
+
+    def wanted(name: str, tool: str, part: str) -> bool:
+        by_source = name == "by_source" and part not in ("corpus", "healthy")
+        return not by_source if tool == OURS else name not in ("by_source", "by_label")
+
+    return {
+        part: {
+            tool: {name: value for name, value in found.items() if wanted(name, tool, part)}
+            for tool, found in tools.items()
+        }
+        for part, tools in figures.items()
+    }
+
+
 def write_table(figures: Mapping[str, Any]) -> None:
     """Put the tables between their marks in the README."""
     before, _, rest = README.read_text().partition(BEGIN)
@@ -86,26 +102,29 @@ def tables(figures: Mapping[str, Any]) -> str:
 
 def _beside(figures: Mapping[str, Any]) -> str:
     rows = [
-        "| | corpus: recall | binding: recall at ≤ 5% warned | healthy logs warned | alarms per 100,000 healthy points "
-        "| live healthy: programs' runs warned | live sick: recall | scripted: recall |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | logs: recall | logs: recall at ≤ 5% warned (binding) | healthy logs warned "
+        "| alarms per 100,000 healthy points of logs | programs: recall | programs: recall at ≤ 5% warned (binding) "
+        "| healthy programs warned | scripted: recall |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    tools = next(iter(figures.values()))
-    for tool in tools:
-        real, healthy, sick, scripted = (
-            figures.get(part, {}).get(tool) for part in ("corpus", "healthy", "sick", "spikes")
-        )
+    for tool in next(iter(figures.values())):
+        logs, live, scripted = (figures.get(part, {}).get(tool) for part in ("corpus", "live", "spikes"))
         cells = [
-            _percent(real and real["recall"]),
-            "–" if not real else f"{real['within_budget']['recall']:.0%}",
-            _percent(real and real["healthy_warned"]),
-            "–" if not real else _number(real["alarms_per_100k_healthy_points"]),
-            _count(healthy and healthy["healthy_warned"]),
-            _percent(sick and sick["recall"]),
+            _percent(logs and logs["recall"]),
+            _binding(logs),
+            _percent(logs and logs["healthy_warned"]),
+            _number(logs and logs["alarms_per_100k_healthy_points"]),
+            _percent(live and live["recall"]),
+            _binding(live),
+            _percent(live and live["healthy_warned"]),
             _percent(scripted and scripted["recall"]),
         ]
         rows.append(f"| {tool} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
+
+
+def _binding(found: Mapping[str, Any] | None) -> str:
+    return "–" if not found or not found["within_budget"] else f"{found['within_budget']['recall']:.0%}"
 
 
 def _by_label(part: str, ours: Mapping[str, Any]) -> str:
@@ -127,8 +146,8 @@ def _by_label(part: str, ours: Mapping[str, Any]) -> str:
 def _by_source(ours: Mapping[str, Any]) -> str:
     means = ours["mean_over_sources"]
     rows = [
-        "Ours, corpus, by source (no rule has a parameter fitted to a source, so these are also the figures of a "
-        "cross-validation that leaves each source out):\n",
+        "Ours, corpus, by source. Nothing is fitted to a source, so leaving one out changes only whose runs count; "
+        "but thresholds were chosen with these logs in view: what unseen logs give may be less.\n",
         "| source | sick recognised | healthy warned | healthy critical |",
         "|---|---|---|---|",
     ]

@@ -23,6 +23,7 @@ from sosa_stream.detect.incidents import Severity
 
 HEALTHY = "healthy"
 MOST_GROUPS = 2
+MEDIAN_POINTS = 20
 HEALTHY_BUDGET = 0.05
 """Share of healthy runs that may be warned in the binding column."""
 
@@ -140,20 +141,20 @@ def judge(run: Run, alarms: Sequence[Alarm]) -> Verdict:
 def half_damage(sick: Sequence[float], clean: Sequence[float]) -> int | None:
     """Points until a slow fault has done half of its final damage.
 
-    Damage is how far the 20-point median of ``sick`` is above that of ``clean``, its twin without the fault, both from
-    the onset on. None where there is none in the end.
+    Damage is how far the 20-point median of ``sick`` is above that of ``clean``, its twin without the fault,
+    both from the onset on. None where there is none in the end.
     """
     excess = _medians(sick) - _medians(clean)
     excess[np.isnan(excess)] = np.inf
-    final = float(np.median(excess[-20:]))
+    final = float(np.median(excess[-MEDIAN_POINTS:]))
     if not final > 0:
         return None
     return int(np.argmax(excess >= final / 2))
 
 
 def _medians(values: Sequence[float]) -> NDArray[np.float64]:
-    padded = np.concatenate([np.full(19, values[0]), np.asarray(values, dtype=np.float64)])
-    return np.median(np.lib.stride_tricks.sliding_window_view(padded, 20), axis=1)
+    padded = np.concatenate([np.full(MEDIAN_POINTS - 1, values[0]), np.asarray(values, dtype=np.float64)])
+    return np.median(np.lib.stride_tricks.sliding_window_view(padded, MEDIAN_POINTS), axis=1)
 
 
 def wilson(hits: int, num: int) -> tuple[float, float]:

@@ -258,13 +258,15 @@ class Overfitting(Fault):
 
 
 class PosteriorCollapse(Fault):
-    """The weight of the KL term is 50 from here on."""
+    """An annealing that does not stop: the weight of the KL term grows by 2% a step, up to 50-fold."""
 
     kind = "posterior_collapse"
     num_steps = 1000
 
-    def strike(self) -> None:
-        self.beta = 50.0
+    def step(self, step: int) -> float:
+        if step >= self.onset:
+            self.beta = min(1.02 ** (step - self.onset), 50.0)
+        return super().step(step)
 
 
 class VanishingGradient(Fault):
