@@ -2,8 +2,9 @@
 
 Counted is the CPU time of the training thread alone; the agent's own thread and the daemon run as they do in a job.
 The hooks are clocked in place (``in_place_*``): what the agent runs on that thread, and apart from it the gradient
-norm, which a loop that clips has paid for already, and the look at the batch, which grows with it. Beside it the plain difference: blocks of steps in turn, bare (A),
-watched, bare (A'), and so on, so that a drifting machine touches all alike; at milliseconds a step it is mostly noise.
+norm, which a loop that clips has paid for already, and the look at the batch, which grows with it. Beside it the plain
+difference: blocks of steps in turn, bare (A), watched, bare (A'), and so on, so that a drifting machine touches all
+alike; at milliseconds a step it is mostly noise.
 """
 
 from __future__ import annotations
@@ -59,11 +60,8 @@ def measure(mode: Mode) -> dict[str, Any]:
                 wall[name].append(wall_seconds)
         in_place, in_place_norm, in_place_inputs = _clock_hooks(agent, step)
         agent.close()
-    parameters = gradients.parameters_with_gradients(optimizer)
-    norm = [
-        _time(lambda: gradients.total_norm(gradients.tensor_norms(gradients.local_gradients(parameters))))[0] * 1e6
-        for _ in range(ROUNDS)
-    ]
+    parameters, local = gradients.with_gradients(optimizer)
+    norm = [_time(lambda: gradients.total_norm(gradients.tensor_norms(local)))[0] * 1e6 for _ in range(ROUNDS)]
     added = [w - (a + b) / 2 for w, a, b in zip(cpu["watched"], cpu["bare"], cpu["bare_again"], strict=True)]
     return {
         "in_place_without_norm_us_per_tick": spread(in_place),

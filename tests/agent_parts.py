@@ -51,7 +51,7 @@ class OpenOutbox(Outbox):
     def add_logged(self, step: int, metrics: Mapping[str, Any]) -> None:
         self.logged.append((step, {name: float(value) for name, value in metrics.items()}))
 
-    def add_message(self, build: Callable[[Header], Any]) -> None:
+    def add_message(self, build: Callable[[Header], Any], *, urgent: bool = True) -> None:
         self.messages.append(build(HEADER))
 
 

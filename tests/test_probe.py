@@ -549,7 +549,7 @@ def test_an_internal_error_of_control_is_grave_only_while_something_is_in_force(
     def broken(optimizer: Optimizer) -> list[torch.Tensor]:
         raise RuntimeError("control is broken")
 
-    monkeypatch.setattr("sosa_stream.agent.gradients.parameters_with_gradients", broken)
+    monkeypatch.setattr("sosa_stream.agent.gradients.with_gradients", broken)
     model = toy()
     with Watch(guard=guard).installed() as watch:
         train(model, AdamW(model.parameters()), batches(3))

@@ -184,7 +184,8 @@ class Agent:
     def _tell_layers(self, seen: Census) -> None:
         norms = np.array(seen.norms.read(), dtype=np.float32)
         self._outbox.add_message(
-            lambda header: Layers(header=header, step=seen.step, names=seen.names, norms=norms, orphans=seen.orphans)
+            lambda header: Layers(header=header, step=seen.step, names=seen.names, norms=norms, orphans=seen.orphans),
+            urgent=False,
         )
 
     def _tell(self, text: str) -> None:

@@ -109,7 +109,8 @@ class Fence:
 
         # Between the threads, under this lock. `_stop` is the tick that the training thread may not begin without a
         # verdict; `_granted` is set once the verdict is to apply the command there.
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._tick = IDLE
         self._arrived = 0.0
         self._step_seconds = 0.0
@@ -176,11 +177,12 @@ class Fence:
             InDoubt: the verdict could not be learnt in time. End the process with exit code 75.
         """
         now = time.monotonic()
-        with self._changed:
+        with self._lock:  # the condition's own, without its detour through Python: this is once in every step
             elapsed = now - self._arrived
             smoothed = self._step_seconds
             if smoothed > 0.0:
-                elapsed = min(elapsed, LONGEST_STEP_RATIO * smoothed)
+                if elapsed > LONGEST_STEP_RATIO * smoothed:
+                    elapsed = LONGEST_STEP_RATIO * smoothed
                 self._step_seconds = smoothed + STEP_SMOOTHING * (elapsed - smoothed)
             elif self._tick != IDLE:
                 self._step_seconds = elapsed

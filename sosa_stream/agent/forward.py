@@ -32,6 +32,7 @@ class Forward:
         self._looking = False
         self._outermost: Any = None
         self._keywords: Any = None
+        self._last_root: Callable[[], nn.Module | None] = lambda: None
 
     def arm(self, *, inputs: bool, activations: bool) -> None:
         """For the coming step: look at the outermost call's arguments, and at activations."""
@@ -43,6 +44,8 @@ class Forward:
             return
         if inputs and self._outermost is None:
             self._outermost = register_module_forward_pre_hook(self._see_outermost)
+        elif inputs:  # put back under the handle that there is: a new one at every step costs more than the hook does
+            self._outermost.hooks_dict_ref()[self._outermost.id] = self._see_outermost
         if activations and not any(_is_compiled(root) for root in self.roots):
             self._activations.install()
             self._looking = True
@@ -56,7 +59,9 @@ class Forward:
 
     def see(self, module: nn.Module, *arguments: Any) -> None:
         """What goes into ``module``, the outermost one, where the caller knows it."""
-        self.roots.add(module)
+        if self._last_root() is not module:
+            self.roots.add(module)
+            self._last_root = weakref.ref(module)
         if not self.failed:
             try:
                 self.inputs = look(module, *arguments)
@@ -79,7 +84,7 @@ class Forward:
         for handle in (self._outermost, self._keywords):
             if handle is not None:
                 handle.remove()
-        self._outermost = self._keywords = None
+        self._keywords = None
         self._looking = False
         self._activations.remove()
 
@@ -87,7 +92,6 @@ class Forward:
         if torch.compiler.is_compiling() or not module.training or not torch.is_grad_enabled():
             return
         self._outermost.remove()
-        self._outermost = None
         self.see(module, args)
         if self.inputs is None:  # a global hook is not shown keywords; one of the module's own, after the call, is
             self._keywords = module.register_forward_hook(self._see_keywords, with_kwargs=True)

@@ -12,14 +12,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 
-def parameters_with_gradients(optimizer: Optimizer) -> list[torch.Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-
-
-def local_gradients(parameters: list[torch.Tensor], sharded: bool = True) -> list[torch.Tensor]:
-    """The gradients that lie in this process; a sharded one's norm would be a hidden collective (`.to_local()`)."""
-    gradients = [g for p in parameters if (g := p.grad) is not None]
-    return [to_local(g) for g in gradients] if sharded else gradients
+def with_gradients(optimizer: Optimizer) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The parameters that have a gradient, and these gradients: one pass, for it is made at every step."""
+    parameters: list[torch.Tensor] = []
+    gradients: list[torch.Tensor] = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is not None:
+                parameters.append(parameter)
+                gradients.append(gradient)
+    return parameters, gradients
 
 
 def is_sharded(optimizer: Optimizer) -> bool:
@@ -51,27 +54,39 @@ def _dtensor_class() -> type[torch.Tensor] | None:
 
 def tensor_norms(gradients: list[torch.Tensor]) -> list[torch.Tensor]:
     """The 2-norm of each gradient, in order, without a synchronisation."""
+    if _are_alike(gradients):
+        return _norms(gradients)
     dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
     norms: dict[int, torch.Tensor] = {}
     for indices in _by_device(dense):
-        same = [dense[i] for i in indices]
-        # In float32, for a half-precision norm is infinite above 65504 although every element is finite.
-        low = same[0].dtype in (torch.float16, torch.bfloat16)
-        found = torch._foreach_norm(same, 2, torch.float32) if low else torch._foreach_norm(same, 2)
-        norms.update(zip(indices, found, strict=True))
+        norms.update(zip(indices, _norms([dense[i] for i in indices]), strict=True))
     return [norms[i] for i in range(len(dense))]
+
+
+def _are_alike(tensors: list[torch.Tensor]) -> bool:
+    """Whether all are dense, of one type and on one device."""
+    first = tensors[0] if tensors else None
+    if first is None or first.is_sparse:
+        return False
+    dtype, device, layout = first.dtype, first.get_device(), first.layout
+    for tensor in tensors:
+        if tensor.dtype is not dtype or tensor.get_device() != device or tensor.layout is not layout:
+            return False
+    return True
+
+
+def _norms(alike: list[torch.Tensor]) -> list[torch.Tensor]:
+    # In float32, for a half-precision norm is infinite above 65504 although every element is finite.
+    low = alike[0].dtype in (torch.float16, torch.bfloat16)
+    return list(torch._foreach_norm(alike, 2, torch.float32) if low else torch._foreach_norm(alike, 2))
 
 
 def total_norm(norms: list[torch.Tensor]) -> torch.Tensor:
     """The 2-norm over all gradients, from theirs, as a 0-d tensor."""
-    first = norms[0].device
-    alike = [
-        n
-        if n.device == first and n.dtype == torch.float32
-        else n.to(first, torch.float32, non_blocking=first.type != "cpu")
-        for n in norms
-    ]
-    total: torch.Tensor = torch.linalg.vector_norm(torch.stack(alike))
+    if len({norm.get_device() for norm in norms}) > 1:
+        first = norms[0].device
+        norms = [norm.to(first, non_blocking=first.type != "cpu") for norm in norms]
+    total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total
 
 
@@ -110,7 +125,7 @@ def hide(optimizer: Optimizer) -> Callable[[], None]:
 
     (Zeroed gradients would still move AdamW's weights.) Returns what puts the gradients back.
     """
-    hidden = [(p, p.grad) for p in parameters_with_gradients(optimizer)]
+    hidden = list(zip(*with_gradients(optimizer), strict=True))
     for parameter, _ in hidden:
         parameter.grad = None
 

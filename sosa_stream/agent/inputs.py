@@ -7,6 +7,8 @@ makes the columns of it. Integers (token ids) have a fingerprint only.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -79,41 +81,48 @@ def look(module: object, *arguments: object) -> Inputs | None:
             floats = tensor if floats is None or tensor.numel() > floats.numel() else floats
         else:
             integers = tensor if integers is None or tensor.numel() > integers.numel() else integers
+    mark = None if integers is None else _copy(integers, _places(integers.shape, 1024, MOST_SAMPLES))
     if floats is None:
-        return Inputs(id(module), None, _copy(integers, 1024), None) if integers is not None else None
-    floats = floats.detach()
-    ends = None
-    if floats.numel() > MOST_ELEMENTS or (floats.dim() and floats.shape[0] > MOST_SAMPLES):
-        ends = fetch(torch.aminmax(_thinned(floats, MOST_SEARCHED, floats.shape[0])))
-    return Inputs(
-        id(module),
-        _copy(floats, MOST_ELEMENTS),
-        _copy(integers, 1024) if integers is not None else None,
-        ends,
-    )
+        return None if mark is None else Inputs(id(module), None, mark, None)
+    if floats.requires_grad:
+        floats = floats.detach()
+    places = _places(floats.shape, MOST_ELEMENTS, MOST_SAMPLES)
+    return Inputs(id(module), _copy(floats, places), mark, None if places is None else _ends(floats))
 
 
-def _copy(tensor: torch.Tensor, most: int) -> Vector:
-    part = _thinned(tensor.detach(), most, MOST_SAMPLES)
-    if part.dtype in (torch.bfloat16, torch.float16):
-        part = part.float()
-    return fetch_vector(part)
+def _copy(tensor: torch.Tensor, places: tuple[slice, ...] | None) -> Vector:
+    if tensor.is_cpu and tensor.dtype is not torch.bfloat16:  # numpy's copies cost half of torch's
+        array = tensor.numpy()
+        return Vector(array.copy() if places is None else array[places].copy())
+    return fetch_vector(tensor if places is None else tensor[places])
 
 
-def _thinned(tensor: torch.Tensor, most: int, most_samples: int) -> torch.Tensor:
-    """A view of about ``most`` elements: every k-th sample, and every k-th place; of an image, both ways."""
-    if tensor.dim() == 0:
-        return tensor
-    tensor = tensor[:: -(-tensor.shape[0] // most_samples)]
-    if tensor.numel() <= most:
-        return tensor
-    places = range(2, tensor.dim()) if tensor.dim() > 3 else range(1, tensor.dim() - (tensor.dim() == 3))
-    for place in places:
-        step = -(-tensor.numel() // most)
-        if place < places[-1]:
-            step = max(1, round(step ** (1 / (places[-1] - place + 1))))
-        tensor = tensor[(slice(None),) * place + (slice(None, None, step),)]
-    return tensor[:: -(-tensor.numel() // most)]
+def _ends(tensor: torch.Tensor) -> Scalars:
+    """Lowest and highest element; NaN where there is one."""
+    places = _places(tensor.shape, MOST_SEARCHED, tensor.shape[0])
+    return fetch(torch.aminmax(tensor if places is None else tensor[places]))
+
+
+@functools.lru_cache(maxsize=256)
+def _places(shape: tuple[int, ...], most: int, most_samples: int) -> tuple[slice, ...] | None:
+    """Where about ``most`` elements lie: every k-th sample, and every k-th place; of an image, both ways. None: all."""
+    if not shape:
+        return None
+    steps = [1] * len(shape)
+
+    def num_left() -> int:
+        return math.prod(-(-size // step) for size, step in zip(shape, steps, strict=True))
+
+    steps[0] = -(-shape[0] // most_samples)
+    if num_left() > most:
+        places = range(2, len(shape)) if len(shape) > 3 else range(1, len(shape) - (len(shape) == 3))
+        for place in places:
+            step = -(-num_left() // most)
+            if place < places[-1]:
+                step = max(1, round(step ** (1 / (places[-1] - place + 1))))
+            steps[place] = step
+        steps[0] *= -(-num_left() // most)
+    return tuple(slice(None, None, step) for step in steps) if max(steps) > 1 else None
 
 
 def _by_feature(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -135,9 +144,9 @@ def _tensors(value: object, depth: int) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         if is_plain(value) and value.numel() and value.layout is torch.strided and not value.is_complex():
             yield value
+    elif depth and isinstance(value, (tuple, list)):
+        for item in value[:MAX_TENSORS]:
+            yield from _tensors(item, depth - 1)
     elif depth and isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item, depth - 1)
-    elif depth and isinstance(value, tuple | list):
-        for item in value[:MAX_TENSORS]:
             yield from _tensors(item, depth - 1)

@@ -70,6 +70,10 @@ class Looks:
         """After a step and before the forward pass of ``step``."""
         self.forward.arm(inputs=self.sees_inputs, activations=step % WEIGHTS_EVERY == WEIGHTS_EVERY // 2)
 
+    def are_due(self, step: int) -> bool:
+        """Whether `before_update` is for this step: all other periods are multiples of the shortest one."""
+        return step % LAYERS_EVERY == 0
+
     def before_update(
         self,
         step: int,
@@ -79,8 +83,7 @@ class Looks:
         norms: list[torch.Tensor] | None,
     ) -> None:
         """With the step's gradients at hand, of whole (not sharded) parameters; ``norms`` where they are known."""
-        if step % LAYERS_EVERY == 0:
-            self._columns |= _ends(optimizer, parameters, local, norms)
+        self._columns |= _ends(optimizer, parameters, local, norms)
         if step % WEIGHTS_EVERY == 0:
             self._columns |= self._weights.before(optimizer, self.forward.roots)
         if step % OWNERS_EVERY == OWNERS_EVERY // 2 - LAYERS_EVERY and self.forward.roots:
@@ -107,20 +110,17 @@ class Looks:
         """The update is kept from the weights: nothing to compare."""
         self._weights.forget()
 
-    def after_update(self, step: int) -> None:
+    def take(self, step: int) -> tuple[Columns, Inputs | None]:
+        """After the update of ``step``: its columns and its inputs."""
         if self._census is not None and self._census.norms.ready() and self.tell_layers is not None:
             self.tell_layers(self._census)
             self._census = None
-        self._columns |= self._weights.after()
-        self._columns |= self.forward.take_activations()
-        if step % LAYERS_EVERY == 0:
-            self._columns |= self.posterior.take()
-
-    def take(self) -> tuple[Columns, Inputs | None]:
-        """The columns of the step that ends, and its inputs."""
+        if self.are_due(step):
+            self._columns |= self._weights.after() | self.forward.take_activations() | self.posterior.take()
         columns, inputs = self._columns, self.forward.inputs
-        self._columns = {}
         self.forward.inputs = None
+        if columns:
+            self._columns = {}
         return columns, inputs
 
     def remove(self) -> None:

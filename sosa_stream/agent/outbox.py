@@ -167,7 +167,8 @@ class Outbox:
         if len(self._rows) > MAX_WAITING_INPUTS:  # there is no daemon yet, and samples of batches are not small
             row.inputs = None
         self._rows.append(row)
-        if self._is_sudden(row.names, row.scalars.values[: len(row.names)]):
+        values = row.scalars.values
+        if self._is_sudden(row.names, values[: len(row.names)] if row.sampled else values):
             self.wakeup.set()
 
     def _is_sudden(self, names: tuple[str, ...], values: tuple[float, ...]) -> bool:
@@ -175,13 +176,15 @@ class Outbox:
         sudden = False
         if names != self._usual_names or len(values) != len(self._usual):
             self._usual_names, self._usual = names, [abs(value) for value in values]
+        known = self._usual
         for i, value in enumerate(values):
-            size, usual = abs(value), self._usual[i]
+            size, usual = abs(value), known[i]
             if not size <= SUDDEN_RATIO * usual:  # also true for NaN
                 sudden = True
+                if not math.isfinite(size):
+                    continue
                 size = min(size, SUDDEN_RATIO * usual) if usual > 0.0 else size
-            if math.isfinite(size):
-                self._usual[i] = usual + USUAL_SMOOTHING * (size - usual)
+            known[i] = usual + USUAL_SMOOTHING * (size - usual)
         return sudden
 
     def add_logged(self, step: int, metrics: Mapping[str, float | torch.Tensor]) -> None:
@@ -192,10 +195,12 @@ class Outbox:
             self._num_rows_dropped += len(self._rows) == MAX_WAITING_ROWS
             self._rows.append(Row(step=step, known=(), names=part, scalars=fetch([metrics[name] for name in part])))
 
-    def add_message(self, build: Callable[[Header], AgentMessage]) -> None:
-        """From any thread: ``build`` makes the message from its header. Leaves at once, after the rows before it."""
+    def add_message(self, build: Callable[[Header], AgentMessage], *, urgent: bool = True) -> None:
+        """From any thread: ``build`` makes the message from its header. Leaves after the rows before it, at once where
+        it is ``urgent``."""
         self._messages.append(build)
-        self.wakeup.set()
+        if urgent:
+            self.wakeup.set()
 
     @property
     def num_dropped(self) -> int:

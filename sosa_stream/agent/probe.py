@@ -34,9 +34,16 @@ from sosa_stream.agent.taps import Taps
 from sosa_stream.errors import SosaError
 from sosa_stream.protocol.messages import Ack, AckState, Command, Phase
 
+FORWARD, OPTIMIZER = Phase.FORWARD, Phase.OPTIMIZER  # at every step: to look an enum's member up costs a microsecond
 MOST_SKIPS_TOLD = 10
 HANDOVER_TICKS = 16
 """Ticks of other optimizers after which one that no longer steps is not the primary one: a GAN's take turns sooner."""
+NAMES = {
+    (loss, norm): ("lr", "skipped", *(("loss",) if loss else ()), *(("grad_norm",) if norm else ()))
+    for loss in (True, False)
+    for norm in (True, False)
+}
+"""Columns of a row, by whether a loss and whether a gradient norm were seen."""
 
 
 class Probe:
@@ -91,6 +98,9 @@ class Probe:
         self._skipped: float | torch.Tensor = 0.0
         self.looks = Looks(lambda error: on_error(error, False))
         self._kinds: weakref.WeakKeyDictionary[Optimizer, tuple[bool, bool]] = weakref.WeakKeyDictionary()
+        self._kind = False, False
+        """That of the optimizer whose tick it is: whether it is sharded, and its gradients shared by all ranks."""
+        self._last: Callable[[], Optimizer | None] = lambda: None
         self._primary: weakref.ref[Optimizer] | None = None
         self._primary_tick = 0
         self.model = 0
@@ -181,13 +191,15 @@ class Probe:
 
     def _begin(self, optimizer: Optimizer) -> None:
         """The first thing in a tick: apply what the ranks agreed to apply now."""
-        if self._state.meet(optimizer):
-            self._meet(optimizer)
+        if self._last() is not optimizer:
+            if self._state.meet(optimizer):
+                self._meet(optimizer)
+            self._kind, self._last = self._kinds[optimizer], weakref.ref(optimizer)
         if self.tick == 0 and self._snapshots is not None:
             self._snapshots.take(0, 0)
         self._skipped = 0.0
         self._norm = None
-        self._taps.phase = Phase.OPTIMIZER
+        self._taps.phase = OPTIMIZER
         command = self.fence.arrive(self.tick) if self.fence is not None else None
         if command is not None:
             self._apply(command)
@@ -243,21 +255,20 @@ class Probe:
     def _control(self, optimizer: Optimizer) -> None:
         """With the step's gradients at hand: norm, guard, clip, learning rate."""
         actuators = self._actuators
-        parameters = gradients.parameters_with_gradients(optimizer)
-        local: list[torch.Tensor] = []
+        parameters, local = gradients.with_gradients(optimizer)
         norms: list[torch.Tensor] | None = None
         skip = False
-        sharded, shared = self._kinds[optimizer]
+        sharded, shared = self._kind
         if parameters:
             self._norm, self._clipped_to = self._taps.take_norm(parameters)
             # Equal on all ranks: that of whole, reduced gradients, or for sharded ones the script's own reduced norm.
             self._norm_is_shared = self._norm is not None if sharded else shared
             actuators.norm_is_shared = self._norm_is_shared
-            local = gradients.local_gradients(parameters, sharded)
-            norms = gradients.tensor_norms(local) if self._norm is None else None
-            if norms is not None:
+            if sharded:  # a whole one's norm would be a hidden collective
+                local = [gradients.to_local(gradient) for gradient in local]
+            if self._norm is None:
+                norms = gradients.tensor_norms(local)
                 self._norm = gradients.total_norm(norms)
-            assert self._norm is not None
             grad_scale = getattr(optimizer, "grad_scale", None)
             if isinstance(grad_scale, torch.Tensor):
                 self._norm = self._norm / grad_scale.to(self._norm.device)
@@ -272,9 +283,10 @@ class Probe:
             if actuators.max_norm is not None and self._norm_is_shared and not skip and not scaled:
                 gradients.clip(local, gradients.norm_after_clip(self._norm, self._clipped_to), actuators.max_norm)
         actuators.stale_gradients = False
-        if self.observing and not sharded:
+        if self.observing and not sharded and self.looks.are_due(self.step):
             self._look(optimizer, parameters, local, norms, skip)
         if actuators.lr_multiplier != 1.0:
+            self._restore.append(self._learning_rate.restore)
             self._learning_rate.scale(optimizer, actuators.lr_multiplier)
 
     def _look(
@@ -336,19 +348,23 @@ class Probe:
     # -- after the step --------------------------------------------------------------------------------------------
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not any(optimizer is seen for seen, _ in self._open):
+        for seen, _ in self._open:
+            if seen is optimizer:
+                break
+        else:
             return
         while self._open.pop()[0] is not optimizer:
             continue
         if self._open or not self.controlling:
             return
         try:
-            self._put_back()
+            if self._restore:
+                self._put_back()
             primary = self._hand_over(optimizer)
             step = self.step
             self.step += primary
             self.tick += 1
-            self._taps.phase = Phase.FORWARD
+            self._taps.phase = FORWARD
         except Exception as error:
             self._lose_control(error)
             return
@@ -372,21 +388,20 @@ class Probe:
         seconds = now - self._last_step_at if self._last_step_at else 0.0
         self._last_step_at = now
         lr = optimizer.param_groups[0].get("lr", 0.0)
-        seen = [("lr", lr), ("loss", self._taps.take_loss()), ("grad_norm", self._norm), ("skipped", self._skipped)]
-        self.looks.after_update(step)
-        sampled, inputs = self.looks.take()
+        loss, norm = self._taps.take_loss(), self._norm
+        sampled, inputs = self.looks.take(step)
         if (scale := self._taps.loss_scale) is not None:
             sampled["loss_scale"] = scale
         self.looks.begin(self.step)
-        names = tuple([name for name, value in seen if value is not None])
+        values = [value for value in (lr, self._skipped, loss, norm, *sampled.values()) if value is not None]
         self._outbox.add_row(
             Row(
-                step=step,
-                known=(self.tick - 1, self._actuators.lr_multiplier, seconds, self.model),
-                names=names,
-                scalars=fetch([*(value for _, value in seen if value is not None), *sampled.values()]),
-                sampled=tuple(sampled),
-                inputs=inputs,
+                step,
+                (self.tick - 1, self._actuators.lr_multiplier, seconds, self.model),
+                NAMES[loss is not None, norm is not None],
+                fetch(values),
+                tuple(sampled),
+                inputs,
             )
         )
 
@@ -400,7 +415,6 @@ class Probe:
 
     def _put_back(self) -> None:
         """Everything as the script left it: learning rate, gradients, found_inf."""
-        self._learning_rate.restore()
         while self._restore:
             self._restore.pop()()
 

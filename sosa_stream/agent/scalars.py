@@ -40,14 +40,18 @@ class Scalars:
 class Vector:
     """A tensor of any shape on its way to the host; see `Scalars`."""
 
-    host: NDArray[np.generic]
+    host: torch.Tensor | NDArray[np.generic]
     event: torch.cuda.Event | None = None
 
     def ready(self) -> bool:
         return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
 
     def read(self) -> NDArray[np.generic]:
-        return self.host
+        """The values; bfloat16, which numpy does not know, as float32."""
+        host = self.host
+        if isinstance(host, torch.Tensor):
+            host = (host.float() if host.dtype is torch.bfloat16 else host).numpy()
+        return host
 
 
 def fetch(values: Sequence[torch.Tensor | float]) -> Scalars:
@@ -55,10 +59,18 @@ def fetch(values: Sequence[torch.Tensor | float]) -> Scalars:
 
     Device scalars are stacked and copied ``non_blocking`` into pinned memory behind a CUDA event.
     """
+    here: list[float] = []
+    for value in values:
+        if type(value) is not float:
+            if isinstance(value, torch.Tensor) and not value.is_cpu:
+                return _fetch_away(values)
+            value = float(value)
+        here.append(value)
+    return Scalars(tuple(here))
+
+
+def _fetch_away(values: Sequence[torch.Tensor | float]) -> Scalars:
     places = [i for i, value in enumerate(values) if isinstance(value, torch.Tensor) and not value.is_cpu]
-    if not places:
-        here = [value.item() if isinstance(value, torch.Tensor) else float(value) for value in values]
-        return Scalars(values=tuple(here))
     away = [value for value in values if isinstance(value, torch.Tensor) and not value.is_cpu]
     device = away[0].device
     stacked = torch.stack([value.detach().to(device, torch.float64, non_blocking=True).reshape(()) for value in away])
@@ -70,9 +82,8 @@ def fetch(values: Sequence[torch.Tensor | float]) -> Scalars:
 def fetch_vector(values: torch.Tensor) -> Vector:
     """Start bringing a copy of a tensor to the host; whoever else holds it may change it afterwards."""
     if values.is_cpu:
-        return Vector(host=values.clone(memory_format=torch.contiguous_format).numpy())
-    host, event = _to_host(values)
-    return Vector(host=host.numpy(), event=event)
+        return Vector(values.clone(memory_format=torch.contiguous_format))
+    return Vector(*_to_host(values))
 
 
 def _to_host(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
