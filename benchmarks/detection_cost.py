@@ -8,6 +8,7 @@ command on a CSV of as many rows, from the start of Python to its end.
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from sosa_stream.replay.feed import MAX_FRAME_ROWS
 from sosa_stream.testing import header, hello
 
 ROUNDS = 5
-STEPS = {1: 2048, 8: 1024, 64: 512, 512: 128, 1024: 64}
+STEPS = {1: 2048, 8: 1024, 64: 512, 512: 64, 1024: 32}
 """Steps that are clocked, by number of ranks."""
 WARMUP_STEPS = 64
 LOG_ROWS = 1_000_000
@@ -59,11 +60,14 @@ SAMPLED = {
 
 def main() -> dict[str, Any]:
     live = {num_ranks: spread([_live(num_ranks, seed) for seed in range(ROUNDS)]) for num_ranks in STEPS}
-    fewest, most = min(STEPS), max(STEPS)
+    growth = {
+        f"from_{few}_to_{many}_ranks": (live[many]["median"] - live[few]["median"]) / (many - few)
+        for few, many in itertools.pairwise(STEPS)
+    }
     log = [_log(seed) for seed in range(LOG_ROUNDS)]
     figures = {
         "live_us_per_step": {f"{num_ranks}_ranks": figure for num_ranks, figure in live.items()},
-        "live_us_per_further_rank": (live[most]["median"] - live[fewest]["median"]) / (most - fewest),
+        "live_us_per_further_rank": growth,
         "log_rows_per_second": spread([LOG_ROWS / seconds for seconds in log]),
         "replay_seconds_for_a_million_rows": spread(_replay()),
     }
