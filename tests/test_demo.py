@@ -221,7 +221,8 @@ def test_the_demo_keeps_its_promises(tmp_path: Path) -> None:
     stored = sosa_json("incidents", "--json", "--run", "protected", "--home", str(out))
     replayed = sosa_json("replay", "--json", str(out / "protected" / "run.sosa"))
     assert replayed == told["incidents"]
-    nobody = {"ack": None, "feedback": None, "muted_until": None}  # people's marks are not the run's: the store adds them
+    # the store adds what people have said of each, which is not the run's to give again
+    nobody = {"ack": None, "feedback": None, "muted_until": None}
     assert stored == [incident | nobody for incident in replayed]
 
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
