@@ -47,11 +47,14 @@ def loss_oscillation(windows: RunWindows) -> Finding | None:
             break
     else:
         return None
+    excursion, first_step = windows.losses.excursion, int(windows.recent_steps.last(num)[0])
+    if excursion is not None:  # the swing itself took the loss out of its band
+        first_step = min(first_step, excursion.first_step)
     return Finding(
         kind="loss_oscillation",
         severity=Severity.WARNING,
         step=windows.step,
-        first_step=int(windows.recent_steps.last(num)[0]),
+        first_step=first_step,
         message=f"loss swings with a period of {period:.1f} steps, ±{scale * math.sqrt(2.0):.3g}",
         evidence={
             "value": windows.loss,

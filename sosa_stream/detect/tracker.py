@@ -24,9 +24,9 @@ PRECEDENCE = (
     "loss_scale_collapse",
     "input_anomaly",
     "exploding_gradient",
+    "loss_oscillation",
     "loss_divergence",
     "loss_spike",
-    "loss_oscillation",
     "posterior_collapse",
     "dead_units",
     "saturated_activations",
@@ -37,7 +37,11 @@ PRECEDENCE = (
 """Among findings that began together, the first here names the incident: the nearest to the cause."""
 
 _BLOW_UP = frozenset({"nan_loss", "nonfinite_gradient", "exploding_gradient", "loss_spike", "loss_divergence"})
+_RISE = frozenset({"exploding_gradient", "loss_spike", "loss_divergence", "loss_oscillation", "loss_plateau"})
 _STANDSTILL = frozenset({"dead_units", "saturated_activations", "vanishing_gradient", "loss_plateau"})
+_CONSEQUENCES = _BLOW_UP | _STANDSTILL | {"weights_unchanged"}
+MOST_GROUPS = 2
+"""Cause groups of open incidents that a run has at once: what else goes wrong with the numbers is their consequence."""
 FOLLOWS: Mapping[str, frozenset[str]] = {
     "lr_jump": _BLOW_UP | _STANDSTILL | {"loss_oscillation", "loss_scale_collapse"},
     "nan_loss": _BLOW_UP | _STANDSTILL | {"loss_scale_collapse", "input_anomaly"},
@@ -45,10 +49,11 @@ FOLLOWS: Mapping[str, frozenset[str]] = {
     "loss_scale_collapse": frozenset({"nonfinite_gradient", "loss_plateau", "weights_unchanged"}),
     # not a divergence: the weights are damaged, which is an incident of its own with repairs of its own
     "input_anomaly": frozenset({"loss_spike", "exploding_gradient"}),
-    "exploding_gradient": _BLOW_UP | _STANDSTILL | {"loss_oscillation"},
-    "loss_divergence": _BLOW_UP | _STANDSTILL | {"loss_oscillation"},
-    "loss_spike": _BLOW_UP | _STANDSTILL | {"loss_oscillation"},
-    "loss_oscillation": _BLOW_UP,
+    "exploding_gradient": _BLOW_UP | {"loss_oscillation", "loss_plateau"},
+    # a value that is not finite, or a layer that no longer learns, is more than a loss that rises: of its own
+    "loss_divergence": _RISE,
+    "loss_spike": _RISE,
+    "loss_oscillation": _RISE,
     "posterior_collapse": frozenset({"loss_plateau"}),
     "dead_units": _STANDSTILL | {"weights_unchanged"},
     "saturated_activations": _STANDSTILL | {"weights_unchanged"},
@@ -202,6 +207,11 @@ class Tracker:
     def _cause_of(self, finding: Finding) -> OpenIncident | None:
         """The open incident that explains a finding: the same kind, one that brings it about, or its own effect."""
         fits = [known for known in self.open if _belongs(finding, known.incident)]
+        if not fits and finding.kind in _CONSEQUENCES:
+            warned = [known for known in self.open if known.incident.severity >= Severity.WARNING]
+            groups = {known.incident.group for known in warned}
+            if len(groups) >= MOST_GROUPS and self.detectors[finding.kind].group not in groups:
+                return warned[-1]
         return min(fits, key=lambda known: (_precedence(known.incident.kind), known.incident.first_step), default=None)
 
     def _open_incident(self, finding: Finding, windows: RunWindows, hosts: Mapping[int, str]) -> None:
