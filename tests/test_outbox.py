@@ -155,7 +155,7 @@ def header(seq: int) -> Header:
 
 def row(step: int, **columns: float) -> Row:
     return Row(
-        step=step, known=(step, 1.0, 0.1, 0), names=tuple(columns), scalars=Scalars(values=tuple(columns.values()))
+        step=step, known=(step, 1.0, 0.1, 0, 1), names=tuple(columns), scalars=Scalars(values=tuple(columns.values()))
     )
 
 
@@ -171,8 +171,8 @@ def test_a_column_that_a_step_did_not_show_is_left_out_and_not_made_up() -> None
     whole, part = frames(outbox)
     assert isinstance(whole, MetricFrame)
     assert isinstance(part, MetricFrame)
-    assert whole.columns == ("tick", "lr_multiplier", "step_seconds", "model", "loss", "grad_norm")
-    assert part.columns == ("tick", "lr_multiplier", "step_seconds", "model", "loss")
+    assert whole.columns == ("tick", "lr_multiplier", "step_seconds", "model", "num_objectives", "loss", "grad_norm")
+    assert part.columns == ("tick", "lr_multiplier", "step_seconds", "model", "num_objectives", "loss")
     assert [*whole.steps, *part.steps] == [0, 1, 2, 3]
     assert not np.isnan(part.values).any()
 
@@ -213,7 +213,7 @@ def test_a_row_still_on_its_way_from_the_device_holds_back_those_after_it_and_no
 
     late = Later(values=(1.0,))
     outbox = Outbox(64, Wakeup())
-    outbox.add_row(Row(step=0, known=(0, 1.0, 0.1, 0), names=("loss",), scalars=late))
+    outbox.add_row(Row(step=0, known=(0, 1.0, 0.1, 0, 1), names=("loss",), scalars=late))
     outbox.add_row(row(1, loss=2.0))
     assert frames(outbox) == []
     late.there = True

@@ -242,7 +242,7 @@ def test_a_loss_that_has_no_value_is_left_out() -> None:
     with Watch().installed() as watch:
         parameter = nn.Parameter(torch.zeros(2, device="meta"))
         parameter.sum().backward()
-        assert watch.taps.take_loss() is None
+        assert watch.taps.losses.take() == (None, True)
 
 
 def test_a_step_without_gradients_or_loss_shows_neither() -> None:
@@ -379,6 +379,68 @@ def test_two_optimizers_tick_twice_and_the_primary_counts_the_steps() -> None:
     assert [row["tick"] for row in watch.rows] == [0, 2, 4]
     assert [row["loss"] for row in watch.rows] == losses
     assert {row["lr"] for row in watch.rows} == {0.1}
+
+
+def _objectives(watch: Watch) -> list[float]:
+    return [row["num_objectives"] for row in watch.rows]
+
+
+def test_a_gan_has_two_objectives_and_its_rows_show_the_first_networks_loss_alone() -> None:
+    critic, maker = nn.Linear(4, 1), nn.Linear(4, 4)
+    first, second = Adam(critic.parameters(), lr=0.1), Adam(maker.parameters(), lr=0.1)
+    losses = []
+    with Watch().installed() as watch:
+        for real, _ in batches(4):
+            first.zero_grad()
+            parts = [critic(maker(real).detach()).mean(), -critic(real).mean()]
+            for part in parts:
+                part.backward()
+            losses.append(sum(part.item() for part in parts))
+            first.step()
+            second.zero_grad()
+            (-critic(maker(real)).mean()).backward()  # reaches the critic's gradients too
+            second.step()
+    assert _objectives(watch) == [1, 2, 2, 2]
+    assert [row["loss"] for row in watch.rows] == pytest.approx(losses)
+
+
+def test_two_backwards_before_two_steps_are_two_losses_and_not_one_accumulated() -> None:
+    actor, critic = nn.Linear(4, 1), nn.Linear(4, 1)
+    first, second = Adam(actor.parameters(), lr=0.1), Adam(critic.parameters(), lr=0.1)
+    losses = []
+    with Watch().installed() as watch:
+        for batch in batches(4):
+            first.zero_grad()
+            second.zero_grad()
+            loss = loss_of(actor, batch)
+            losses.append(loss.item())
+            loss.backward()
+            (100 * loss_of(critic, batch)).backward()
+            first.step()
+            second.step()
+    assert [row["loss"] for row in watch.rows[1:]] == losses[1:], "the second optimizer is met in the first step only"
+    assert _objectives(watch) == [1, 1, 2, 2]
+
+
+def test_two_optimizers_after_one_backward_and_accumulated_parts_have_one_objective() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
+    first, second = SGD(model[0].parameters(), lr=0.1), Adam(model[1].parameters(), lr=0.1)
+    with Watch().installed() as watch:
+        for batch in batches(4):
+            for _ in range(2):
+                loss_of(model, batch).backward()
+            first.step()
+            second.step()
+    assert _objectives(watch) == [1, 1, 1, 1]
+
+
+def test_a_step_without_a_backward_has_no_objective() -> None:
+    model = nn.Linear(4, 1)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with Watch().installed() as watch:
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.step()
+    assert _objectives(watch) == [0]
 
 
 def test_an_optimizer_that_calls_its_parents_step_is_one_tick() -> None:

@@ -53,7 +53,7 @@ def _header(seq: int) -> Header:
 def test_a_loop_that_logs_at_every_step_still_sends_its_rows_in_one_frame() -> None:
     outbox = Outbox(64, Wakeup())
     for step in range(20):
-        outbox.add_row(Row(step=step, known=(step, 1.0, 0.1, 0), names=("loss",), scalars=Scalars(values=(1.0,))))
+        outbox.add_row(Row(step=step, known=(step, 1.0, 0.1, 0, 1), names=("loss",), scalars=Scalars(values=(1.0,))))
         outbox.add_logged(step, {"log/reward": float(step), "eval_loss": 2.0})
     outbox.flush(_header)
     metrics, rows = [decode(frame) for frame in outbox.ring._frames]

@@ -29,7 +29,7 @@ USUAL_SMOOTHING = 0.1
 
 MAX_NAMES_PER_FRAME = 32
 
-KNOWN_COLUMNS = ("tick", "lr_multiplier", "step_seconds", "model")
+KNOWN_COLUMNS = ("tick", "lr_multiplier", "step_seconds", "model", "num_objectives")
 """Columns that the host knows at once, in the order of `Row.known`."""
 
 

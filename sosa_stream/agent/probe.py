@@ -27,6 +27,7 @@ from sosa_stream.agent import gradients
 from sosa_stream.agent.actuators import Actuators, LearningRate, StopTraining
 from sosa_stream.agent.fence_runner import Fence, InDoubt
 from sosa_stream.agent.looks import Looks
+from sosa_stream.agent.losses import Loss
 from sosa_stream.agent.outbox import Outbox, Row
 from sosa_stream.agent.scalars import fetch
 from sosa_stream.agent.snapshots import SnapshotRing, TrainingState
@@ -106,6 +107,7 @@ class Probe:
         self.model = 0
         """Counts the times that another optimizer became the primary one."""
         self._alone = alone
+        self._num_objectives = 0
         self._last_step_at = 0.0
         self._handles: list[Any] = []
 
@@ -114,17 +116,19 @@ class Probe:
         if not (self.observing and self.controlling):
             return
         try:
-            seen = [("loss", self._taps.take_loss()), ("skipped", 1.0)]
+            loss, own = self._taps.losses.take()
+            seen = [("loss", loss), ("skipped", 1.0)]
             sampled = {} if (scale := self._taps.loss_scale) is None else {"loss_scale": scale}
             self._outbox.add_row(
                 Row(
                     step=self.step,
-                    known=(self.tick, self._actuators.lr_multiplier, 0.0, self.model),
+                    known=(self.tick, self._actuators.lr_multiplier, 0.0, self.model, self._num_objectives + own),
                     names=tuple([name for name, value in seen if value is not None]),
                     scalars=fetch([*(value for _, value in seen if value is not None), *sampled.values()]),
                     sampled=tuple(sampled),
                 )
             )
+            self._num_objectives = 0
             self.step += 1
         except Exception as error:
             self._lose_sight(error)
@@ -207,6 +211,7 @@ class Probe:
     def _meet(self, optimizer: Optimizer) -> None:
         """A new optimizer: are its parameters sharded, and its gradients the same on all ranks?"""
         self.looks.meet(optimizer)
+        self._taps.losses.meet(self._state.optimizers)
         sharded = gradients.is_sharded(optimizer)
         shared = not sharded and (self._alone or gradients.reduced_by_ddp(optimizer))
         self._kinds[optimizer] = sharded, shared
@@ -370,10 +375,10 @@ class Probe:
             return
         if self.observing:
             try:
-                if primary:
-                    self._note(optimizer, step)
-                else:
-                    self._taps.take_loss()  # a GAN's other loss: the one shown is the primary optimizer's
+                loss, own = self._taps.losses.take(optimizer)
+                self._num_objectives += own
+                if primary:  # the loss shown is its own, not a GAN's other one
+                    self._note(optimizer, step, loss)
                 if self._after_tick is not None:
                     self._after_tick()
             except StopTraining:
@@ -383,12 +388,12 @@ class Probe:
         if self._snapshots is not None:
             self._copy_snapshot()
 
-    def _note(self, optimizer: Optimizer, step: int) -> None:
+    def _note(self, optimizer: Optimizer, step: int, loss: Loss) -> None:
         now = time.perf_counter()
         seconds = now - self._last_step_at if self._last_step_at else 0.0
         self._last_step_at = now
         lr = optimizer.param_groups[0].get("lr", 0.0)
-        loss, norm = self._taps.take_loss(), self._norm
+        norm = self._norm
         sampled, inputs = self.looks.take(step)
         if (scale := self._taps.loss_scale) is not None:
             sampled["loss_scale"] = scale
@@ -397,13 +402,14 @@ class Probe:
         self._outbox.add_row(
             Row(
                 step,
-                (self.tick - 1, self._actuators.lr_multiplier, seconds, self.model),
+                (self.tick - 1, self._actuators.lr_multiplier, seconds, self.model, self._num_objectives),
                 NAMES[loss is not None, norm is not None],
                 fetch(values),
                 tuple(sampled),
                 inputs,
             )
         )
+        self._num_objectives = 0
 
     def _copy_snapshot(self) -> None:
         assert self._snapshots is not None

@@ -19,16 +19,18 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn.utils import clip_grad
 
 from sosa_stream.agent.gradients import whole
+from sosa_stream.agent.losses import Losses
 from sosa_stream.protocol.messages import Phase
 
 UNSCALED = "_sosa_unscaled"
+BACKWARD = Phase.BACKWARD
 
 
 class Taps:
     """The loss since the last step, and the last gradient norm that the script computed itself."""
 
     def __init__(self) -> None:
-        self.loss: float | torch.Tensor | None = None
+        self.losses = Losses()
         self.phase = Phase.START
         self._clip_norm: torch.Tensor | None = None
         self._clip_bound: float | None = None
@@ -55,17 +57,9 @@ class Taps:
     def add_loss(self, loss: torch.Tensor) -> None:
         """One backward's loss; the parts of an accumulated step add up."""
         if loss.is_cpu:
-            part: float | torch.Tensor = loss.item()
-        elif loss.is_meta:
-            return  # there is no value to see
+            self.losses.add(loss.item())
         else:
-            part = loss.detach()
-        self.loss = part if self.loss is None else self.loss + part
-
-    def take_loss(self) -> float | torch.Tensor | None:
-        """The loss since the last call; None where no backward was seen."""
-        loss, self.loss = self.loss, None
-        return loss
+            self.losses.add(None if loss.is_meta else loss.detach())  # on meta there is no value to see
 
     @property
     def loss_scale(self) -> torch.Tensor | None:
@@ -90,29 +84,31 @@ class Taps:
 
     def _backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:
-            outermost = self._depth == 0  # activation checkpointing calls backward inside backward
-            before = self.loss
-            if outermost:
-                self._see_loss(tensors, grad_tensors)
-                self.phase = Phase.BACKWARD
-            self._depth += 1
-            try:
+            if self._depth:  # activation checkpointing calls backward inside backward
                 return original(tensors, grad_tensors, *args, **kwargs)
+            mark = self.losses.mark()
+            self._see_loss(tensors, grad_tensors)
+            self.phase = BACKWARD
+            self._depth = 1
+            try:
+                result = original(tensors, grad_tensors, *args, **kwargs)
             except BaseException:
-                self.loss = before  # out of memory, tried again: its loss must not count twice
+                self.losses.undo(mark)
                 raise
             finally:
-                self._depth -= 1
+                self._depth = 0
+            self.losses.attribute(mark)
+            return result
 
         return backward
 
     def _see_loss(self, tensors: Any, grad_tensors: Any) -> None:
         loss = tensors[0] if isinstance(tensors, list | tuple) and len(tensors) == 1 else tensors
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            return
         given = grad_tensors[0] if isinstance(grad_tensors, list | tuple) and grad_tensors else grad_tensors
-        if given is None:
+        if given is None and isinstance(loss, torch.Tensor) and loss.numel() == 1:
             self.add_loss(getattr(loss, UNSCALED, loss))
+        else:
+            self.losses.add(None)
 
     def _scale(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def scale(scaler: GradScaler, outputs: Any) -> Any:
@@ -126,9 +122,9 @@ class Taps:
 
     def _update(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def update(scaler: GradScaler, *args: Any, **kwargs: Any) -> Any:
-            if self.loss is not None:  # a backward, and no step took its loss: the scaler has skipped it
+            if self.losses:  # a backward, and no step took its loss: the scaler has skipped it
                 self.on_scaler_skip()
-                self.loss = None
+                self.losses.take()
             return original(scaler, *args, **kwargs)
 
         return update

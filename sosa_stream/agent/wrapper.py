@@ -128,7 +128,7 @@ class SOSATrainingWrapper:
             raise
         except Exception as error:
             if self._agent is not None:
-                self._agent.taps.take_loss()  # this batch takes no step: its loss is not the next one's
+                self._agent.taps.losses.take()  # this batch takes no step: its loss is not the next one's
                 with contextlib.suppress(Exception):  # the script's own error must reach it, whatever ours is
                     self._agent.report_exception(error)
                     self._agent.flush()

@@ -10,13 +10,16 @@ import re
 
 STEP_COLUMNS = (
     "tick",  # outermost optimizer step-calls of this process so far, the fence's time
-    "loss",  # this rank's loss of the step: unscaled, accumulation parts summed
+    "loss",  # this rank's loss of the step, unscaled: the primary optimizer's own backward, accumulation parts summed
     "grad_norm",  # total 2-norm of the gradients as the optimizer received them, unscaled, before our clip
     "lr",  # learning rate of the first parameter group as the script set it
     "lr_multiplier",  # what our fixes multiply it with; effective = lr * lr_multiplier
     "step_seconds",  # wall time since the previous step
     "skipped",  # 1 where the in-process guard or a fix kept this update from the weights
     "model",  # times that another optimizer became the primary one: a new model, not comparable with the last
+    "num_objectives",  # optimizer step-calls since the last row, its own included, that had a backward of their own:
+    # 2 in some rows at least where losses play against each other (GAN, actor and critic); 1 for two optimizers after
+    # one backward, and for accumulation; 0 where no backward was seen
     "input_mean",  # mean of the batch's largest floating-point input (of as much of it as is looked at)
     "input_std",  # its standard deviation
     "input_min",
