@@ -7,6 +7,7 @@ longer waited for.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -83,6 +84,8 @@ class Engine:
         self._alignment = Alignment(1)
         self._ranks: dict[int, RankView] = {}
         self._heard: dict[int, float] = {}
+        self._heard_since = -math.inf
+        """Every live rank has been heard since then, or later."""
         self._last_event: float | None = None
         self._tracker = Tracker(run)
         self._repairs = Repairs(run, self._tracker)
@@ -233,6 +236,9 @@ class Engine:
             # it is us who were away: nobody can be called silent for a time in which nobody listened
             self._heard = {rank: heard + (now - last) for rank, heard in self._heard.items()}
             return
+        if now - self._heard_since <= LOST_AFTER_SECONDS:
+            return  # spares a look at every rank for every rank's message
+        self._heard_since = min((self._heard[rank] for rank in self._members()), default=now)
         lost = [
             rank
             for rank, view in self._ranks.items()

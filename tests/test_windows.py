@@ -14,7 +14,8 @@ from sosa_stream.config import DetectSettings
 from sosa_stream.detect.alignment import HORIZON_STEPS, Alignment, Row
 from sosa_stream.detect.statistics import Band, Channel, Ring, center_and_scale
 from sosa_stream.detect.windows import LOSS, RunWindows
-from sosa_stream.testing import frame
+from sosa_stream.protocol.messages import MetricFrame
+from sosa_stream.testing import frame, header
 
 
 def _rows(alignment: Alignment) -> list[Row]:
@@ -193,3 +194,17 @@ def test_the_effective_learning_rate_is_the_scripts_times_ours() -> None:
     for row in _rows(alignment):
         windows.take(row)
     assert windows.lr == pytest.approx(0.1)
+
+
+def test_what_was_logged_comes_before_the_next_step_however_rows_are_batched() -> None:
+    for batch in (1, 4, 10):
+        alignment = Alignment(1)
+        seen: list[object] = []
+        logged = MetricFrame(header=header(), columns=("log/a",), steps=np.array([3]), values=np.array([[7.0]]))
+        alignment.add(logged)
+        for first in range(0, 10, batch):
+            alignment.add(frame(np.ones(min(batch, 10 - first)), first_step=first))
+            for block in alignment.complete():
+                seen += [(each.name, each.value) for each in block.logged]
+                seen += block.steps.tolist()
+        assert seen == [0, 1, 2, 3, ("log/a", 7.0), 4, 5, 6, 7, 8, 9]

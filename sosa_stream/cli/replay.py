@@ -17,6 +17,7 @@ import numpy as np
 from sosa_stream.cli.records import command_table, incident_table
 from sosa_stream.config import CONFIG_VARIABLE, DetectSettings, load_settings
 from sosa_stream.daemon.schema import json_line
+from sosa_stream.detect.detectors import BY_KIND
 from sosa_stream.detect.incidents import Incident, IncidentState, Severity
 from sosa_stream.effects import Effect, IncidentChanged
 from sosa_stream.errors import UsageError
@@ -110,11 +111,13 @@ class Options:
         if arguments.pattern is not None and arguments.format not in ("auto", "text"):
             raise UsageError(f"--pattern is for text, not for {arguments.format}")
         config = os.environ.get(CONFIG_VARIABLE)
+        settings = load_settings(path=Path(config) if config else None, env=os.environ).detect
+        settings.check_kinds(BY_KIND)
         return cls(
             format="text" if arguments.pattern is not None else arguments.format,
             mapping=parse_map(arguments.map),
             family=family_of(arguments.pattern) if arguments.pattern is not None else None,
-            settings=load_settings(path=Path(config) if config else None, env=os.environ).detect,
+            settings=settings,
             json=arguments.json,
             fail_on=Severity[arguments.fail_on.upper()] if arguments.fail_on else None,
         )

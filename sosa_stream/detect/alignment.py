@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +83,8 @@ class Alignment:
         self._logged: dict[tuple[int, str], list[float]] = {}
         self._layouts: dict[tuple[str, ...], _Layout] = {}
         self._done = -1
+        self._slowest: int | None = None
+        """The last of the ranks that are furthest behind, None where that must be looked up again."""
         self.num_late = 0
         """Rows that came after their step was complete, or twice; they are ignored."""
 
@@ -89,6 +92,7 @@ class Alignment:
         """Whether to wait for this rank: not once it has ended or is lost."""
         if 0 <= rank < self.world_size:
             self._expected[rank] = expected
+            self._slowest = None
 
     def add(self, frame: MetricFrame) -> None:
         """Take a frame of one rank in."""
@@ -109,6 +113,8 @@ class Alignment:
         if layout.has_logged:
             values = values[:, layout.source]
         self._newest[rank] = int(steps[-1])
+        if rank == self._slowest:
+            self._slowest = None
         if self.world_size == 1:
             rows = np.full((len(steps), 1, len(COLUMNS)), np.nan)
             rows[:, 0, layout.into] = values
@@ -125,14 +131,15 @@ class Alignment:
                 slot = self._pending[step] = (np.full(shape, np.nan), np.zeros(shape, dtype=np.bool_))
             slot[0][rank, layout.into] = row
             slot[1][rank] = layout.sent
-        if self._newest[rank] > self._done:
-            self._expected[rank] = True
+        if self._newest[rank] > self._done and not self._expected[rank]:
+            self.expect(rank, True)
 
     def complete(self) -> Iterator[Block]:
         """Every step that is complete by now, each once, lowest first."""
         for block in self._blocks:
             self._done = int(block.steps[-1])
-            yield self._with_logged(block)
+            for part in self._cut(block):
+                yield self._with_logged(part)
         self._blocks.clear()
         for step in sorted(self._pending):
             while step > self._frontier():
@@ -169,6 +176,13 @@ class Alignment:
                 else:
                     self.num_late += 1
 
+    def _cut(self, block: Block) -> Iterator[Block]:
+        """The block in parts, so that what was logged at a step comes before the next one."""
+        inside = {step for step, _ in self._logged if block.steps[0] <= step < block.steps[-1]}
+        cuts = np.searchsorted(block.steps, sorted(inside), side="right").tolist()
+        for first, last in pairwise(dict.fromkeys([0, *cuts, len(block)])):
+            yield Block(steps=block.steps[first:last], values=block.values[first:last], sent=block.sent)
+
     def _with_logged(self, block: Block) -> Block:
         if not self._logged:
             return block
@@ -181,13 +195,18 @@ class Alignment:
         return tuple(Logged(name=name, step=step, value=sum(all_) / len(all_)) for step, name, all_ in means)
 
     def _frontier(self) -> float:
-        waiting = [new for new, expected in zip(self._newest, self._expected, strict=True) if expected]
-        return min(waiting, default=float("inf"))
+        if self._slowest is None:
+            waiting = [rank for rank in range(self.world_size - 1, -1, -1) if self._expected[rank]]
+            if not waiting:
+                return float("inf")
+            # the last one, so that ranks that report in turn have it looked up once a step
+            self._slowest = min(waiting, key=self._newest.__getitem__)
+        return self._newest[self._slowest]
 
     def _give_up_on(self, step: int) -> None:
         for rank, newest in enumerate(self._newest):
             if newest < step:
-                self._expected[rank] = False
+                self.expect(rank, False)
 
 
 def _rising(steps: NDArray[np.int64], newest: int) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
