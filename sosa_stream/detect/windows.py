@@ -480,7 +480,7 @@ class RunWindows:
     def _follow_lr(self, lr: float) -> None:
         jump = self.jump
         previous = float(self._lrs.last(1)[0]) if len(self._lrs) else lr
-        if 0.0 < lr < previous / LR_FALL_RATIO and jump is None:  # the end of a jump is no fall
+        if 0.0 < lr < previous / LR_FALL_RATIO and self._never_so_low(lr):
             self.fall = LrFall(step=self.step, point=self.num_points, before=previous, after=lr)
         elif self.fall is not None and lr > 10.0 * self.fall.after:
             self.fall = None
@@ -499,6 +499,11 @@ class RunWindows:
             self._look_for_jump(lr)
         if self.jump is None:
             self._lr_borne = max(self._lr_borne, lr)
+
+    def _never_so_low(self, lr: float) -> bool:
+        """Whether a rate lies far below nearly all of the run's: the end of a jump is no fall."""
+        known = sorted(known for known in self.course.lrs if known)
+        return bool(known) and lr < 0.1 * known[len(known) // 10]
 
     def _look_for_jump(self, lr: float) -> None:
         lrs = self._lrs.last()
