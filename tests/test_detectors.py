@@ -273,3 +273,22 @@ def test_validation_loss_that_turns_is_overfitting_and_one_that_shakes_is_not() 
     assert incident.severity is Severity.WARNING
     assert 900 <= incident.first_step <= 1500
     assert incident.detected_step <= 2400
+
+
+def test_loss_that_rises_in_a_game_is_worth_knowing_and_no_more() -> None:
+    losses = LEARNING + 0.05 * np.random.default_rng(0).standard_normal(N)
+    losses[600:] += 1.5
+    assert _alarms(incidents_of(losses)) == ["loss_divergence"]
+
+    def play(num_objectives: float) -> list[str]:
+        base = frame(losses)
+        values = np.column_stack([base.values, np.full(N, num_objectives)])
+        engine = Engine("run")
+        both = MetricFrame(
+            header=base.header, columns=(*base.columns, "num_objectives"), steps=base.steps, values=values
+        )
+        feed(engine, [hello(), both])
+        return _alarms(engine.view().incidents)
+
+    assert play(1.0) == ["loss_divergence"]
+    assert play(2.0) == []

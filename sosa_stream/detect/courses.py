@@ -52,7 +52,7 @@ def loss_oscillation(windows: RunWindows) -> Finding | None:
         first_step = min(first_step, excursion.first_step)
     return Finding(
         kind="loss_oscillation",
-        severity=Severity.WARNING,
+        severity=Severity.INFO if windows.is_game else Severity.WARNING,
         step=windows.step,
         first_step=first_step,
         message=f"loss swings with a period of {period:.1f} steps, ±{scale * math.sqrt(2.0):.3g}",
@@ -132,7 +132,7 @@ def _stuck(windows: RunWindows) -> Finding | None:
     if not windows.ended and middle - late > 3.0 * course.restlessness() / math.sqrt(0.25 * num):
         return None  # slow, but it moves
     num_points = windows.recent_losses.num_pushed
-    lasting = windows.ended or num_points >= LONG_PLATEAU_POINTS
+    lasting = not windows.is_game and (windows.ended or num_points >= LONG_PLATEAU_POINTS)
     return Finding(
         kind="loss_plateau",
         severity=Severity.WARNING if lasting else Severity.INFO,

@@ -92,7 +92,7 @@ def loss_spike(windows: RunWindows) -> Finding | None:
         return None
     return Finding(
         kind="loss_spike",
-        severity=Severity.INFO if windows.is_young else Severity.WARNING,
+        severity=Severity.WARNING if windows.rises_matter else Severity.INFO,
         step=windows.step,
         first_step=excursion.first_step,
         message=f"loss spiked from {level.center:.4g} to {windows.loss:.4g} at step {excursion.first_step}",
@@ -158,7 +158,7 @@ def _divergence(windows: RunWindows, severity: Severity, first_step: int, share:
     before = level.center if level else None
     return Finding(
         kind="loss_divergence",
-        severity=Severity.INFO if windows.is_young else severity,
+        severity=severity if windows.rises_matter else Severity.INFO,
         step=windows.step,
         first_step=first_step,
         message=f"loss diverges since step {first_step}: {number(before)} to {number(windows.loss)},"

@@ -18,6 +18,7 @@ from sosa_stream.protocol.messages import ExceptionReport, Layers
 
 TICK, LOSS, GRAD_NORM, LR, LR_MULTIPLIER = (AT[name] for name in ("tick", "loss", "grad_norm", "lr", "lr_multiplier"))
 STEP_SECONDS, SKIPPED, MODEL = (AT[name] for name in ("step_seconds", "skipped", "model"))
+NUM_OBJECTIVES = AT["num_objectives"]
 FIRST_SAMPLED = AT[SAMPLED_COLUMNS[0]]
 LOWEST_COUNTS = frozenset({"layer_ratio", "first_norm", "update_ratio", "changed_share", "active_units", "kl_per_dim"})
 """Sampled columns of which the lowest rank's value is the run's; of the others, the highest."""
@@ -150,6 +151,8 @@ class RunWindows:
         self.grad_norm: float | None = None
         self.lr: float | None = None
         self.lr_multiplier = 1.0
+        self.is_game = False
+        """Whether several objectives are trained in turns, as in a GAN: their losses need not fall."""
         self.model = 0
         """Which model in a row the run trains; a new one opens a segment."""
         self.step_seconds: float | None = None
@@ -251,6 +254,11 @@ class RunWindows:
         return 0.0 < after[0] <= ratio * before and all(after[0] / 3 <= lr <= 3 * after[0] for lr in after[1:])
 
     @property
+    def rises_matter(self) -> bool:
+        """Whether a loss out of its band is more than worth knowing: neither a beginning nor a game."""
+        return not (self.is_young or self.is_game)
+
+    @property
     def is_young(self) -> bool:
         """Whether a live run has only begun, or only been resumed: there is little to lose yet, and much in motion."""
         return "tick" in self.columns and self.num_points <= YOUNG_STEPS
@@ -317,6 +325,8 @@ class RunWindows:
             self.step_seconds = one[STEP_SECONDS]
         self.skipped = bool(seen[SKIPPED] and one[SKIPPED] > 0)
         self.row = row
+        if seen[NUM_OBJECTIVES] and one[NUM_OBJECTIVES] >= 2:
+            self.is_game = True
         model = int(one[MODEL]) if seen[MODEL] else self.model
         if model != self.model:
             self.model = model
