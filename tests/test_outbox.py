@@ -234,6 +234,7 @@ def test_non_finite_values_and_messages_wake_the_agents_thread_and_healthy_rows_
     outbox.add_row(row(1, loss=math.inf))
     assert _awake(wakeup)
     wakeup.clear()
+    outbox.add_message(lambda head: Bye(header=head, reason="end", exit_code=0, dropped=0), urgent=False)
     assert not _awake(wakeup)
     outbox.add_message(lambda head: Bye(header=head, reason="end", exit_code=0, dropped=0))
     assert _awake(wakeup)

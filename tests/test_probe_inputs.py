@@ -147,6 +147,12 @@ def test_a_non_finite_value_is_found_wherever_it_is(shape: tuple[int, ...]) -> N
             assert dict(zip(inputs.names, inputs.read(InputBaseline()), strict=True))["input_nonfinite"] == 1
 
 
+def test_large_halves_are_finite() -> None:
+    inputs = look(None, torch.full((4, 4), 60000.0, dtype=torch.float16))
+    assert inputs is not None
+    assert dict(zip(inputs.names, inputs.read(InputBaseline()), strict=True))["input_nonfinite"] == 0
+
+
 def test_what_the_script_does_to_its_batch_afterwards_is_not_seen() -> None:
     batch = torch.ones(8, 4)
     inputs = look(None, batch)
@@ -170,6 +176,9 @@ def test_equal_batches_have_equal_fingerprints_and_others_do_not() -> None:
     assert mark(images) == mark(images.clone()) != mark(changed)
     assert mark(images) == mark(images.to(memory_format=torch.channels_last)), "the same values, laid out differently"
     assert 0 <= mark(tokens) < 2**53
+    ones = (torch.arange(64) < 32).float().reshape(8, 8)
+    assert len({mark(ones[torch.randperm(8)]) for _ in range(50)}) > 25, "the order of equal values counts"
+    assert mark(tokens, images) != mark(tokens, changed) != mark(other, changed)
 
 
 def test_integers_have_a_fingerprint_and_nothing_else() -> None:
