@@ -214,14 +214,15 @@ def _frozen(windows: RunWindows) -> Finding | None:
 
 
 def moves_again(windows: RunWindows) -> bool:
-    """Whether a plateau is over: the last quarter of the course lies clearly below its first half."""
+    """Whether a plateau is over: the last quarter of the course lies clearly below its first half, beyond noise."""
     blocks = windows.course.blocks
     if windows.fall is not None or len(blocks) < 4:
         return False
     if abs(blocks[-1] - blocks[-2]) <= FLOAT_RESOLUTION * abs(blocks[-1]):
         return False  # frozen
     half, late = np.median(blocks[: len(blocks) // 2]), np.median(blocks[-(len(blocks) // 4) :])
-    return bool(late < (1.0 - 2.0 * STUCK_SHARE) * half)
+    noise = windows.course.restlessness() / math.sqrt(0.25 * len(blocks))
+    return bool(late < (1.0 - 2.0 * STUCK_SHARE) * half - 3.0 * noise)
 
 
 def _chance(loss: float) -> tuple[str, ...]:
