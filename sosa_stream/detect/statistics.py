@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 MIN_WINDOW = 16
 """Values that a band's window holds at least, once there are as many."""
+LAG_SHARE = 4
 LONGEST_WINDOWS = 8
 """How many times its fixed length the window grows to, late in a long run."""
 TAIL_FROM = 3.0
@@ -141,7 +142,7 @@ class Band:
     )
 
     def __init__(self, size: int, warmup: int, strictness: float = 1.0) -> None:
-        self._values = Ring(LONGEST_WINDOWS * size)
+        self._values = Ring((LAG_SHARE + 1) * LONGEST_WINDOWS * size // LAG_SHARE)
         self._size = size
         self._warmup = warmup
         self.strictness = strictness
@@ -195,7 +196,8 @@ class Band:
         num = self._values.num_pushed
         window = max(MIN_WINDOW, min(num // 4, self._size), min(num // 64, LONGEST_WINDOWS * self._size))
         self._until_refresh = max(2, window // 8 if window <= self._size else window // 4)
-        center, scale = center_and_scale(self._values.last(window))
+        lag = window // LAG_SHARE if num > 64 else 0
+        center, scale = center_and_scale(self._values.last(window + lag)[: window])
         self.level = Level(
             center=center,
             scale=scale,
