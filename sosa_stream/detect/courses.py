@@ -25,24 +25,26 @@ FEW_CLASSES = 10
 FROZEN_SHARE = 0.1
 LONG_PLATEAU_POINTS = 4096
 """A plateau of a running job is worth a look after as many."""
-SWINGS = {32: (0.65, 0.75), 64: (0.45, 0.6)}
-"""For so many losses, the share of the power that one frequency holds, and that it holds with its harmonics."""
+SWINGS = {32: 0.8, 64: 0.65}
+"""For so many losses, the correlation with themselves a period later that makes a swing."""
+OPPOSITE = -0.3
+"""The correlation in between is at most this."""
 SWING_RATIO = 3.0
 """A swing is this much larger than the calmest noise of the run."""
 
 
 def loss_oscillation(windows: RunWindows) -> Finding | None:
-    """The detrended loss swings at one frequency and its harmonics, beyond noise.
+    """The detrended loss repeats itself after a period of at most a third of the window, and is opposite in between.
 
-    Fisher's g (*Proc. R. Soc. A* 125, 1929): the largest share of one frequency in the periodogram of the last 32 or 64
-    losses minus their line. For white noise P(g > x) <= m (1 - x)^(m - 1) with m = 15 or 31, which is below 1e-5 at the
-    shares of `SWINGS`. A swing that is not a sine spreads over the multiples of its frequency, which are added. Only
-    periods up to 8 points count (drift is slow, not swinging), and only a size of 3 × the calmest noise of the run.
+    By the autocorrelation r of the last 32 or 64 losses minus their line (Box and Jenkins, *Time Series Analysis*,
+    1970, chapter 2): r(p) of at least `SWINGS`, and r(q) <= `OPPOSITE` for some q < p. For white noise r(p) has a
+    standard deviation of 1 / sqrt(n - p), so that this is beyond four of them; drift and correlated noise have no
+    opposite. Only a size of 3 × the calmest noise of the run counts.
     """
     if not windows.pulse:
         return None
-    for num, (alone, together) in SWINGS.items():
-        period, scale = _swing(windows.recent_losses.last(num), alone, together)
+    for num, repeats in SWINGS.items():
+        period, scale = _swing(windows.recent_losses.last(num), repeats)
         if period and windows.recent_losses.num_pushed >= num and scale > SWING_RATIO * windows.calmest:
             break
     else:
@@ -55,13 +57,13 @@ def loss_oscillation(windows: RunWindows) -> Finding | None:
         severity=Severity.INFO if windows.is_game else Severity.WARNING,
         step=windows.step,
         first_step=first_step,
-        message=f"loss swings with a period of {period:.1f} steps, ±{scale * math.sqrt(2.0):.3g}",
+        message=f"loss swings with a period of {period} points, ±{scale * math.sqrt(2.0):.3g}",
         evidence={
             "value": windows.loss,
             "baseline": windows.calmest,
             "score": scale / windows.calmest,
             "threshold": SWING_RATIO,
-            "period_steps": period,
+            "period": period,
             "window": num,
         },
         causes=(
@@ -72,24 +74,21 @@ def loss_oscillation(windows: RunWindows) -> Finding | None:
     )
 
 
-def _swing(values: NDArray[np.float64], alone: float, together: float) -> tuple[float, float]:
+def _swing(values: NDArray[np.float64], repeats: float) -> tuple[int, float]:
     """Period of the swing in points (0: there is none), and the root mean square of what is left beside the line."""
     num = len(values)
-    at = np.arange(float(num))
-    rest = values - np.polyval(np.polyfit(at, values, 1), at)
-    power = 2.0 * np.abs(np.fft.rfft(rest)[1:]) ** 2
-    power[-1] /= 2.0  # the highest frequency has no mirror image
-    total = float(power.sum())
-    scale = math.sqrt(total) / num
-    peak = int(power.argmax()) + 1
-    if total <= 0.0 or peak < num // 8:
-        return 0.0, scale
-    if power[peak - 1] >= alone * total:
-        return num / peak, scale
-    fundamentals = [peak // k for k in (1, 2, 3) if peak % k == 0 and peak // k >= num // 8]
-    shares = {fundamental: float(power[fundamental - 1 :: fundamental].sum()) / total for fundamental in fundamentals}
-    best = max(shares, key=lambda fundamental: shares[fundamental])
-    return (num / best if shares[best] >= together else 0.0), scale
+    at = np.arange(num) - 0.5 * (num - 1)
+    rest = values - values.mean()
+    rest = rest - at * (at @ rest / (at @ at))
+    power = float(rest @ rest)
+    scale = math.sqrt(power / num)
+    if power <= 0.0:
+        return 0, scale
+    lags = np.arange(num // 3 + 1)
+    r = np.correlate(rest, rest, "full")[num - 1 : num + num // 3] / power * num / (num - lags)
+    period = int(np.argmax(r[2:])) + 2
+    swings = r[period] >= repeats and r[1:period].min() <= OPPOSITE
+    return (period if swings else 0), scale
 
 
 def loss_plateau(windows: RunWindows) -> Finding | None:

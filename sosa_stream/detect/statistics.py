@@ -197,7 +197,7 @@ class Band:
         window = max(MIN_WINDOW, min(num // 4, self._size), min(num // 64, LONGEST_WINDOWS * self._size))
         self._until_refresh = max(2, window // 8 if window <= self._size else window // 4)
         lag = window // LAG_SHARE if num > 64 else 0
-        center, scale = center_and_scale(self._values.last(window + lag)[: window])
+        center, scale = center_and_scale(self._values.last(window + lag)[:window])
         self.level = Level(
             center=center,
             scale=scale,
