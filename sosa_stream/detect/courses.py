@@ -25,7 +25,7 @@ FEW_CLASSES = 10
 FROZEN_SHARE = 0.1
 LONG_PLATEAU_POINTS = 4096
 """A plateau of a running job is worth a look after as many."""
-SWINGS = {32: 0.8, 64: 0.65}
+SWINGS = {32: 0.7, 64: 0.5}
 """For so many losses, the correlation with themselves a period later that makes a swing."""
 OPPOSITE = -0.3
 """The correlation in between is at most this."""
@@ -34,12 +34,12 @@ SWING_RATIO = 3.0
 
 
 def loss_oscillation(windows: RunWindows) -> Finding | None:
-    """The detrended loss repeats itself after a period of at most a third of the window, and is opposite in between.
+    """The detrended loss repeats itself, twice, and is opposite in between.
 
     By the autocorrelation r of the last 32 or 64 losses minus their line (Box and Jenkins, *Time Series Analysis*,
-    1970, chapter 2): r(p) of at least `SWINGS`, and r(q) <= `OPPOSITE` for some q < p. For white noise r(p) has a
-    standard deviation of 1 / sqrt(n - p), so that this is beyond four of them; drift and correlated noise have no
-    opposite. Only a size of 3 × the calmest noise of the run counts.
+    1970, chapter 2): r(p) and r(2 p) of at least `SWINGS` for a period p of up to a quarter of them, and
+    r(q) <= `OPPOSITE` for some q < p. For white noise r(p) has a standard deviation of 1 / sqrt(n - p), so that this is
+    beyond four of them, twice; correlated noise does not keep its phase. Only a size of 3 × the calmest noise counts.
     """
     if not windows.pulse:
         return None
@@ -84,10 +84,10 @@ def _swing(values: NDArray[np.float64], repeats: float) -> tuple[int, float]:
     scale = math.sqrt(power / num)
     if power <= 0.0:
         return 0, scale
-    lags = np.arange(num // 3 + 1)
-    r = np.correlate(rest, rest, "full")[num - 1 : num + num // 3] / power * num / (num - lags)
-    period = int(np.argmax(r[2:])) + 2
-    swings = r[period] >= repeats and r[1:period].min() <= OPPOSITE
+    lags = np.arange(num // 2 + 1)
+    r = np.correlate(rest, rest, "full")[num - 1 : num + num // 2] / power * num / (num - lags)
+    period = int(np.argmax(r[2 : num // 4 + 1])) + 2
+    swings = min(r[period], r[2 * period]) >= repeats and r[1:period].min() <= OPPOSITE
     return (period if swings else 0), scale
 
 
