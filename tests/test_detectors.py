@@ -292,3 +292,9 @@ def test_loss_that_rises_in_a_game_is_worth_knowing_and_no_more() -> None:
 
     assert play(1.0) == ["loss_divergence"]
     assert play(2.0) == []
+
+
+def test_slow_divergence_stays_one_incident() -> None:
+    course = np.concatenate([np.linspace(4, 1, 5000), np.linspace(1, 4, 5000)])
+    incidents = incidents_of(course + 0.05 * np.random.default_rng(0).standard_normal(10_000))
+    assert _alarms(incidents) == ["loss_divergence"]

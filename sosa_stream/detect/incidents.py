@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Any
 
+from sosa_stream.detect.statistics import Level
+
 SCHEMA_VERSION = 1
 
 
@@ -48,6 +50,8 @@ class Finding:
     message: str
     evidence: Mapping[str, Any] = field(default_factory=dict)
     causes: tuple[str, ...] = ()
+    level: Level | None = None
+    """Where the loss was before, if its band has gone along since."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

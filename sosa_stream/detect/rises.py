@@ -6,11 +6,13 @@ All judge the loss by affine-invariant statistics: it may be near zero, negative
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
 from sosa_stream.detect.incidents import Finding, Severity
 from sosa_stream.detect.numerical import EXPLODED_RATIO
+from sosa_stream.detect.statistics import Level
 from sosa_stream.detect.windows import LR_SUFFER_STEPS, RunWindows
 from sosa_stream.detect.wording import number, times
 
@@ -150,7 +152,8 @@ def _slow_divergence(windows: RunWindows) -> Finding | None:
     lr = course.lrs[lowest]
     if lr is not None and windows.lr is not None and windows.lr > 1.05 * lr and share < 1.0:
         severity = Severity.INFO  # a warm-up: the schedule itself is shaking the weights
-    return _divergence(windows, severity, course.steps[lowest], share, score)
+    finding = _divergence(windows, severity, course.steps[lowest], share, score)
+    return replace(finding, level=Level(center=float(after[0]), scale=0.1 * rise, threshold=5.0))
 
 
 def _divergence(windows: RunWindows, severity: Severity, first_step: int, share: float, score: float) -> Finding:

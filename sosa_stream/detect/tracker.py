@@ -217,7 +217,7 @@ class Tracker:
     def _open_incident(self, finding: Finding, windows: RunWindows, hosts: Mapping[int, str]) -> None:
         self._counter += 1
         detector = self.detectors[finding.kind]
-        level = windows.loss_level() if detector.disturbs else None
+        level = finding.level or (windows.loss_level() if detector.disturbs else None)
         incident = Incident(
             id=make_id("i", self._run, self._counter),
             run=self._run,
