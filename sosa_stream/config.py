@@ -228,8 +228,8 @@ class DetectSettings:
     ``flat``, which must hold ``for`` so many logged values in a row:"""
 
     def __post_init__(self) -> None:
-        _at_least(5, warmup_steps=self.warmup_steps)
-        _at_least(32, window_steps=self.window_steps)
+        _at_least(5, 65536, warmup_steps=self.warmup_steps)
+        _at_least(32, 65536, window_steps=self.window_steps)
         names = [rule.name for rule in self.rules]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from sosa_stream.config import DetectSettings
 from sosa_stream.detect.detectors import ALL
 from sosa_stream.detect.incidents import Incident, Severity
 from sosa_stream.engine import Engine
@@ -298,3 +299,11 @@ def test_slow_divergence_stays_one_incident() -> None:
     course = np.concatenate([np.linspace(4, 1, 5000), np.linspace(1, 4, 5000)])
     incidents = incidents_of(course + 0.05 * np.random.default_rng(0).standard_normal(10_000))
     assert _alarms(incidents) == ["loss_divergence"]
+
+
+def test_run_whose_warm_up_is_longer_than_it_says_nothing_of_its_loss() -> None:
+    course = 2.0 + 0.1 * np.random.default_rng(0).standard_normal(300)
+    course[250:] *= 6.0
+    engine = Engine("run", DetectSettings(warmup_steps=1000, window_steps=100))
+    feed(engine, [hello(), frame(course)])
+    assert _alarms(engine.view().incidents) == []

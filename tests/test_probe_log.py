@@ -12,8 +12,10 @@ from torch.optim import SGD
 
 from sosa_stream import wrap_training
 from sosa_stream.agent import log
+from sosa_stream.agent.core import Agent
 from sosa_stream.agent.outbox import Outbox, Row, Wakeup
 from sosa_stream.agent.scalars import Scalars
+from sosa_stream.config import load_settings
 from sosa_stream.engine import Engine
 from sosa_stream.protocol.codec import decode
 from sosa_stream.protocol.messages import ExceptionReport, Header, MetricFrame, Phase
@@ -143,3 +145,11 @@ def test_any_other_error_stays_an_exception(error: Exception) -> None:
 def test_out_of_memory_is_never_taken_for_a_shape() -> None:
     error = torch.OutOfMemoryError("CUDA out of memory; the size of tensor a (5) must match the size of tensor b (3)")
     assert _incident(error)[0] == "oom"
+
+
+@pytest.mark.parametrize("odd", ["x", 5, [("a", 1)], torch.ones(2)])
+def test_log_of_what_is_no_mapping_is_told_and_never_raised(odd: object) -> None:
+    told: list[str] = []
+    agent = Agent(load_settings(overrides={"mode": "observe"}), run="run", say=told.append)
+    agent.log(odd)  # type: ignore[arg-type]
+    assert any("names and numbers" in text for text in told)

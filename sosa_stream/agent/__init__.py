@@ -26,7 +26,7 @@ def log(metrics: Mapping[str, Any] | None = None, /, **more: Any) -> None:
     """
     agent = _agent()
     if agent is not None:
-        agent.log({**(metrics or {}), **more})
+        agent.log(metrics, more)
 
 
 def observe_posterior(mu: torch.Tensor, logvar: torch.Tensor) -> None:

@@ -150,12 +150,15 @@ class Agent:
         self._pump_local()
         _started(self)
 
-    def log(self, metrics: Mapping[str, Any]) -> None:
+    def log(self, metrics: Mapping[str, Any] | None, more: Mapping[str, Any] | None = None) -> None:
         """What the script logs at the step that it has taken last; never raises."""
         if self._closed:
             return
+        if not isinstance(metrics, Mapping | None):
+            self.say(f"log: names and numbers are wanted, not {type(metrics).__name__}; it is left out")
+            metrics = None
         try:
-            columns, refused = columns_of(metrics)
+            columns, refused = columns_of({**(metrics or {}), **(more or {})})
             self._outbox.add_logged(max(0, self.probe.step - 1), columns)
             for name in refused:
                 self.say(f"log: {name!r} is not a number with a name; it is left out")

@@ -190,7 +190,7 @@ class SOSATrainingWrapper:
     def log(self, metrics: Mapping[str, Any] | None = None, /, **more: Any) -> None:
         """Hand metrics over at the present step, as `sosa_stream.agent.log` does: ``wrapper.log(val_loss=1.2)``."""
         if self._agent is not None:
-            self._agent.log({**(metrics or {}), **more})
+            self._agent.log(metrics, more)
 
     def observe_posterior(self, mu: torch.Tensor, logvar: torch.Tensor) -> None:
         """Hand over a VAE's approximate posterior of one training batch: means and log variances, (batch, latent)."""

@@ -132,7 +132,7 @@ def _fast_divergence(windows: RunWindows) -> Finding | None:
 
 def _slow_divergence(windows: RunWindows) -> Finding | None:
     course = windows.course
-    if not windows.closed or len(course.blocks) < 16:
+    if not windows.closed or len(course.blocks) < 16 or windows.loss_level() is None:
         return None
     blocks = np.array(course.blocks)
     lowest = int(np.argmin(blocks))
