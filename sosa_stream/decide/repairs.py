@@ -10,8 +10,9 @@ from sosa_stream.decide.ledger import Entry, Ledger
 from sosa_stream.decide.playbook import GUARD_CONFIDENCE, Situation
 from sosa_stream.decide.policy import Budget, Choice, RunPolicy, choose
 from sosa_stream.decide.probation import Probation
+from sosa_stream.detect.schedule import LR_RATIO
 from sosa_stream.detect.tracker import OpenIncident, Tracker, in_band, make_id
-from sosa_stream.detect.windows import LR_RATIO, RunWindows
+from sosa_stream.detect.windows import RunWindows
 from sosa_stream.effects import Effect, Notice, Publish, Withdraw
 from sosa_stream.protocol.actions import Action
 from sosa_stream.protocol.messages import Ack, Command
@@ -160,14 +161,14 @@ class Repairs:
         for action in entry.record.actions:
             if action.action == "scale_lr" and action.params["factor"] * LR_RATIO < 1.0:
                 factor = self._holding[entry.record.id] = action.params["factor"]
-                asked, now = self._asked_at_lr.get(entry.record.id), windows.script_lr
+                asked, now = self._asked_at_lr.get(entry.record.id), windows.schedule.script_lr
                 if asked is not None and now is not None and now <= LR_RATIO * factor * asked:
                     self._released.add(entry.record.id)  # it came back while the ranks were agreeing
 
     def _release_lr(self, windows: RunWindows) -> None:
         """A rate that was held down is let go once the script's own has come back: else training would crawl on."""
         for command_id, factor in list(self._holding.items()):
-            if windows.script_lr_fell(LR_RATIO * factor):
+            if windows.schedule.script_lr_fell(LR_RATIO * factor):
                 self._released.add(command_id)
             if command_id not in self._released or self._busy():
                 continue
@@ -240,8 +241,8 @@ class Repairs:
         horizon = max(HORIZON_TICKS, math.ceil(HORIZON_SECONDS / seconds) if seconds > 1e-6 else 0)
         entry.expires_tick = windows.tick + horizon
         self.ledger.move(entry, _S.PUBLISHED)
-        if windows.script_lr is not None:
-            self._asked_at_lr[entry.record.id] = windows.script_lr
+        if windows.schedule.script_lr is not None:
+            self._asked_at_lr[entry.record.id] = windows.schedule.script_lr
         record = entry.record
         self._effects.append(
             Publish(

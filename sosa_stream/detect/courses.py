@@ -160,7 +160,7 @@ def _stalled(windows: RunWindows) -> Finding | None:
 
     Lower is: by three standard errors of the difference of two medians of 32, 1.2533 · s · sqrt(2 / 32).
     """
-    fall = windows.fall
+    fall = windows.schedule.fall
     if fall is None or not windows.pulse or windows.num_points - fall.point < 64:
         return None
     losses = windows.recent_losses.last(64)
@@ -215,7 +215,7 @@ def _frozen(windows: RunWindows) -> Finding | None:
 def moves_again(windows: RunWindows) -> bool:
     """Whether a plateau is over: the last quarter of the course lies clearly below its first half, beyond noise."""
     blocks = windows.course.blocks
-    if windows.fall is not None or len(blocks) < 4:
+    if windows.schedule.fall is not None or len(blocks) < 4:
         return False
     if abs(blocks[-1] - blocks[-2]) <= FLOAT_RESOLUTION * abs(blocks[-1]):
         return False  # frozen

@@ -12,8 +12,9 @@ import numpy as np
 
 from sosa_stream.detect.incidents import Finding, Severity
 from sosa_stream.detect.numerical import EXPLODED_RATIO
+from sosa_stream.detect.schedule import LR_SUFFER_STEPS
 from sosa_stream.detect.statistics import Level
-from sosa_stream.detect.windows import LR_SUFFER_STEPS, RunWindows
+from sosa_stream.detect.windows import RunWindows
 from sosa_stream.detect.wording import number, times
 
 SPIKE_SHARE = 0.01
@@ -37,7 +38,7 @@ def lr_jump(windows: RunWindows) -> Finding | None:
     update): the loss or the gradient norm is above its band, or non-finite. A rate at which this run has already
     trained (a schedule's restart) must undo half of the progress for two steps.
     """
-    jump = windows.jump
+    jump = windows.schedule.jump
     if jump is None:
         return None
     if windows.step - jump.step > LR_SUFFER_STEPS and not windows.hold:

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from sosa_stream.config import DetectSettings
 from sosa_stream.detect.alignment import AT, Block, Logged, Row
+from sosa_stream.detect.logged import NUM_VALUES, LoggedSeries, column_of
+from sosa_stream.detect.schedule import Schedule
 from sosa_stream.detect.sensitivity import strictness
 from sosa_stream.detect.statistics import Channel, Course, Level, Ring
-from sosa_stream.protocol.columns import COLUMNS, EVAL_LOSS, SAMPLED_COLUMNS, logged_name
+from sosa_stream.protocol.columns import COLUMNS, EVAL_LOSS, SAMPLED_COLUMNS
 from sosa_stream.protocol.messages import ExceptionReport, Layers
 
 TICK, LOSS, GRAD_NORM, LR, LR_MULTIPLIER = (AT[name] for name in ("tick", "loss", "grad_norm", "lr", "lr_multiplier"))
@@ -23,7 +25,7 @@ FIRST_SAMPLED = AT[SAMPLED_COLUMNS[0]]
 LOWEST_COUNTS = frozenset({"layer_ratio", "first_norm", "update_ratio", "changed_share", "active_units", "kl_per_dim"})
 """Sampled columns of which the lowest rank's value is the run's; of the others, the highest."""
 LOOKS = 64
-"""Looks and logged values that are remembered."""
+"""Looks that are remembered."""
 MAX_LOGGED_NAMES = 256
 PULSE_POINTS = 16
 """Losses between two looks of detectors that look at a stretch of them; more, late in a long run."""
@@ -33,40 +35,10 @@ ORDINARY = frozenset({"tick", "loss", "grad_norm", "lr", "lr_multiplier", "step_
 """Step columns of which many steps can be taken at once."""
 
 _ORDINARY = np.isin(COLUMNS, list(ORDINARY))
-LR_RATIO = 3.0
-"""A learning rate this far above the run's own recent schedule is a jump [FAULTS.md]."""
 SETTLED_POINTS, SETTLED_SHARE = 32, 0.2
 """A loss that is this long out of its old band, and less than this share of the progress above it, is where it is."""
 YOUNG_STEPS = 128
 """Optimizer steps in which a loss or a norm out of its band is worth knowing, and no more."""
-LR_FALL_RATIO = 100.0
-"""A learning rate that falls this far in one step has collapsed: schedules take steps of 10."""
-LR_LAG, LR_WINDOW = 8, 64
-"""The recent schedule ends this many steps back, so that a jump in several steps is one too, and is this long."""
-LR_SUFFER_STEPS = 64
-"""A jump that the run has borne for this long is its schedule."""
-
-
-@dataclass(slots=True, kw_only=True)
-class LrJump:
-    """The effective learning rate left the run's recent schedule upward at ``step``."""
-
-    step: int
-    before: float
-    after: float
-    borne: bool
-    """The run has already trained at this rate: a schedule's restart rather than a fault."""
-    ended: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LrFall:
-    """The effective learning rate fell from one step to the next, by more than any schedule's step does."""
-
-    step: int
-    point: int
-    before: float
-    after: float
 
 
 @dataclass(slots=True, kw_only=True)
@@ -76,62 +48,6 @@ class Reports:
     exception: ExceptionReport | None = None
     digests: Mapping[int, str] = field(default_factory=dict)
     digests_step: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lowest:
-    """The lowest value of a logged metric: ``count`` says which of its finite values it is, from 1."""
-
-    value: float
-    step: int
-    count: int
-    train: float
-    """The training loss of that time: the median since the value before."""
-
-
-class LoggedSeries:
-    """The newest values of one logged metric, each with its step and the training loss since the one before."""
-
-    __slots__ = ("_num_losses", "_steps", "_trains", "_values", "lowest", "num_finite")
-
-    def __init__(self, size: int = LOOKS) -> None:
-        self._values, self._steps, self._trains = Ring(size), Ring(size), Ring(size)
-        self._num_losses = 0
-        self.num_finite = 0
-        self.lowest: Lowest | None = None
-
-    def push(self, step: int, value: float, losses: Ring) -> None:
-        since = losses.last(max(1, losses.num_pushed - self._num_losses))
-        train = float(np.median(since)) if len(since) else math.nan
-        self._num_losses = losses.num_pushed
-        self._values.push(value)
-        self._steps.push(step)
-        self._trains.push(train)
-        if math.isfinite(value):
-            self.num_finite += 1
-            if self.lowest is None or value < self.lowest.value:
-                self.lowest = Lowest(value=value, step=step, count=self.num_finite, train=train)
-
-    def forget_lowest(self) -> None:
-        """The objective is another one now."""
-        self.lowest, self.num_finite, self._num_losses = None, 0, 0
-
-    @property
-    def values(self) -> NDArray[np.float64]:
-        return self._values.last()
-
-    @property
-    def steps(self) -> NDArray[np.float64]:
-        return self._steps.last()
-
-    @property
-    def trains(self) -> NDArray[np.float64]:
-        return self._trains.last()
-
-
-def column_of(metric: str) -> str:
-    """The column of a metric as a rule names it: a step column, or what `agent.log` makes of it."""
-    return metric if metric in AT else logged_name(metric)
 
 
 class RunWindows:
@@ -230,28 +146,8 @@ class RunWindows:
         """Steps of this segment at which anything was sampled."""
         self.looked = False
         """Whether this step was one."""
-        self.jump: LrJump | None = None
-        self.fall: LrFall | None = None
-        self._lrs = Ring(LR_WINDOW + LR_LAG)
-        self._lr_steps = Ring(LR_LAG + 2)
-        self._lr_borne = 0.0
-        self._script_lrs = Ring(4)
-
-    @property
-    def script_lr(self) -> float | None:
-        """The learning rate as the script set it last, without what our fixes multiply it with."""
-        return float(self._script_lrs.last(1)[0]) if len(self._script_lrs) else None
-
-    def script_lr_fell(self, ratio: float) -> bool:
-        """Whether the rate that the script sets fell to ``ratio`` or less in one step, three steps ago, and stays.
-
-        A schedule that runs out falls by as much, but not from one step to the next, or not to a rate above zero.
-        """
-        lrs = self._script_lrs.last()
-        if len(lrs) < 4:
-            return False
-        before, *after = lrs.tolist()
-        return 0.0 < after[0] <= ratio * before and all(after[0] / 3 <= lr <= 3 * after[0] for lr in after[1:])
+        self.schedule = Schedule()
+        """The learning rate of this segment."""
 
     @property
     def rises_matter(self) -> bool:
@@ -349,7 +245,7 @@ class RunWindows:
             if len(self.logged) >= MAX_LOGGED_NAMES:
                 return
             wanted = [rule.for_points for rule in self.settings.rules if column_of(rule.metric) == logged.name]
-            series = self.logged[logged.name] = LoggedSeries(LOOKS + max(wanted, default=0))
+            series = self.logged[logged.name] = LoggedSeries(NUM_VALUES + max(wanted, default=0))
         series.push(logged.step, logged.value, self.recent_losses)
 
     def _look(self, values: NDArray[np.float64], finite: NDArray[np.bool_]) -> None:
@@ -377,8 +273,14 @@ class RunWindows:
             self.log_norms.take(self.step, float(np.log(self.grad_norm)), self.hold)
             self.norm_course.push(self.log_norms.clipped, self.step, self.lr)
         if self.lr is not None:
-            self._script_lrs.push(self.lr / self.lr_multiplier if self.lr_multiplier else self.lr)
-            self._follow_lr(self.lr)
+            self.schedule.take(
+                self.lr,
+                self.lr_multiplier,
+                step=self.step,
+                point=self.num_points,
+                of_run=self.course.lrs,
+                hold=self.hold,
+            )
 
     def _settle(self) -> None:
         """End an excursion that has become a new level, not far above the old one, which the band has taken in."""
@@ -414,7 +316,12 @@ class RunWindows:
             return 0
         if self.settings.rules and self.step_metrics:
             return 0
-        if self.hold or self.jump is not None or self.losses.band.level is None or not self._all_ordinary(block):
+        if (
+            self.hold
+            or self.schedule.jump is not None
+            or self.losses.band.level is None
+            or not self._all_ordinary(block)
+        ):
             return 0
         sent = block.sent[0, 0]
         room = min(self.course.room, self._until_pulse, *([self.norm_course.room] if sent[GRAD_NORM] else [])) - 1
@@ -472,60 +379,9 @@ class RunWindows:
         self.course.extend(self.losses.extend(losses))
 
     def _take_quiet_lrs(self, rows: NDArray[np.float64], steps: NDArray[np.int64], sent: NDArray[np.bool_]) -> bool:
-        """Follow learning rates among which there can be no jump; False, and nothing done, where there may be one."""
         multipliers = rows[:, LR_MULTIPLIER] if sent[LR_MULTIPLIER] else np.ones(len(rows))
         lrs = rows[:, LR] * multipliers
-        known = self._lrs.last()
-        lowest = min(float(lrs.min()), float(known.min())) if len(known) else float(lrs.min())
-        if not float(lrs.max()) <= LR_RATIO * lowest:
+        if not self.schedule.take_quiet(lrs, multipliers, steps):
             return False
-        for ring, values in ((self._lrs, lrs), (self._lr_steps, steps.astype(np.float64))):
-            ring.extend(values)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            self._script_lrs.extend(np.where(multipliers != 0.0, lrs / multipliers, lrs))
-        self._lr_borne = max(self._lr_borne, float(lrs.max()))
         self.lr, self.lr_multiplier = float(lrs[-1]), float(multipliers[-1])
         return True
-
-    def _follow_lr(self, lr: float) -> None:
-        jump = self.jump
-        previous = float(self._lrs.last(1)[0]) if len(self._lrs) else lr
-        if 0.0 < lr < previous / LR_FALL_RATIO and self._never_so_low(lr):
-            self.fall = LrFall(step=self.step, point=self.num_points, before=previous, after=lr)
-        elif self.fall is not None and lr > 10.0 * self.fall.after:
-            self.fall = None
-        self._lrs.push(lr)
-        self._lr_steps.push(self.step)
-        if jump is not None:
-            if jump.ended is None and lr <= LR_RATIO * jump.before:
-                jump.ended = self.step
-            elif jump.ended is None:
-                jump.after = max(jump.after, lr)
-            if self.step > LR_SUFFER_STEPS + (jump.step if jump.ended is None else jump.ended) and not self.hold:
-                self.jump = jump = None
-        if jump is not None and jump.ended is None:
-            return
-        if lr > previous:
-            self._look_for_jump(lr)
-        if self.jump is None:
-            self._lr_borne = max(self._lr_borne, lr)
-
-    def _never_so_low(self, lr: float) -> bool:
-        """Whether a rate lies far below nearly all of the run's: the end of a jump is no fall."""
-        known = sorted(known for known in self.course.lrs if known)
-        return bool(known) and lr < 0.1 * known[len(known) // 10]
-
-    def _look_for_jump(self, lr: float) -> None:
-        lrs = self._lrs.last()
-        if len(lrs) < 2 * LR_LAG:
-            return
-        usual = float(lrs[:-LR_LAG].max())
-        if not 0.0 < LR_RATIO * usual < lr:
-            return
-        onset = int(np.argmax(lrs[-LR_LAG:] > LR_RATIO * usual)) - LR_LAG
-        self.jump = LrJump(
-            step=int(self._lr_steps.last(-onset)[0]),
-            before=float(lrs[onset - 1]),
-            after=lr,
-            borne=lr <= 1.1 * self._lr_borne,
-        )

@@ -1,0 +1,133 @@
+"""The learning rate's own course: where it is usually, and whether it has left that, upward or downward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sosa_stream.detect.statistics import Ring
+
+LR_RATIO = 3.0
+"""A learning rate this far above the run's own recent schedule is a jump [FAULTS.md]."""
+LR_LAG, LR_WINDOW = 8, 64
+"""The recent schedule ends this many steps back, so that a jump in several steps is one too, and is this long."""
+LR_SUFFER_STEPS = 64
+"""A jump that the run has borne for this long is its schedule."""
+LR_FALL_RATIO = 100.0
+"""A learning rate that falls this far in one step has collapsed: schedules take steps of 10."""
+
+
+@dataclass(slots=True, kw_only=True)
+class LrJump:
+    """The effective learning rate left the run's recent schedule upward at ``step``."""
+
+    step: int
+    before: float
+    after: float
+    borne: bool
+    """The run has already trained at this rate: a schedule's restart rather than a fault."""
+    ended: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LrFall:
+    """The effective learning rate fell from one step to the next, by more than any schedule's step does."""
+
+    step: int
+    point: int
+    before: float
+    after: float
+
+
+class Schedule:
+    """What is remembered of the learning rate in one segment."""
+
+    def __init__(self) -> None:
+        self.jump: LrJump | None = None
+        self.fall: LrFall | None = None
+        self._lrs = Ring(LR_WINDOW + LR_LAG)
+        self._steps = Ring(LR_LAG + 2)
+        self._script_lrs = Ring(4)
+        self._borne = 0.0
+
+    @property
+    def script_lr(self) -> float | None:
+        """The learning rate as the script set it last, without what our fixes multiply it with."""
+        return float(self._script_lrs.last(1)[0]) if len(self._script_lrs) else None
+
+    def script_lr_fell(self, ratio: float) -> bool:
+        """Whether the rate that the script sets fell to ``ratio`` or less in one step, three steps ago, and stays.
+
+        A schedule that runs out falls by as much, but not from one step to the next, or not to a rate above zero.
+        """
+        lrs = self._script_lrs.last()
+        if len(lrs) < 4:
+            return False
+        before, *after = lrs.tolist()
+        return 0.0 < after[0] <= ratio * before and all(after[0] / 3 <= lr <= 3 * after[0] for lr in after[1:])
+
+    def take(
+        self, lr: float, multiplier: float, *, step: int, point: int, of_run: Sequence[float | None], hold: bool
+    ) -> None:
+        """Follow one step's rate. ``of_run``: a few rates from all over the run; ``hold``: a jump stays one."""
+        self._script_lrs.push(lr / multiplier if multiplier else lr)
+        previous = float(self._lrs.last(1)[0]) if len(self._lrs) else lr
+        if 0.0 < lr < previous / LR_FALL_RATIO and _never_so_low(lr, of_run):
+            self.fall = LrFall(step=step, point=point, before=previous, after=lr)
+        elif self.fall is not None and lr > 10.0 * self.fall.after:
+            self.fall = None
+        self._lrs.push(lr)
+        self._steps.push(step)
+        jump = self.jump
+        if jump is not None:
+            if jump.ended is None and lr <= LR_RATIO * jump.before:
+                jump.ended = step
+            elif jump.ended is None:
+                jump.after = max(jump.after, lr)
+            if step > LR_SUFFER_STEPS + (jump.step if jump.ended is None else jump.ended) and not hold:
+                self.jump = jump = None
+        if jump is not None and jump.ended is None:
+            return
+        if lr > previous:
+            self._look_for_jump(lr)
+        if self.jump is None:
+            self._borne = max(self._borne, lr)
+
+    def take_quiet(self, lrs: NDArray[np.float64], multipliers: NDArray[np.float64], steps: NDArray[np.int64]) -> bool:
+        """As `take` of each where no jump or fall can be among them; False, and nothing done, where one may be."""
+        known = self._lrs.last()
+        lowest = min(float(lrs.min()), float(known.min())) if len(known) else float(lrs.min())
+        if self.jump is not None or not float(lrs.max()) <= LR_RATIO * lowest:
+            return False
+        self._lrs.extend(lrs)
+        self._steps.extend(steps.astype(np.float64))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            self._script_lrs.extend(np.where(multipliers != 0.0, lrs / multipliers, lrs))
+        self._borne = max(self._borne, float(lrs.max()))
+        if self.fall is not None and float(lrs.max()) > 10.0 * self.fall.after:
+            self.fall = None
+        return True
+
+    def _look_for_jump(self, lr: float) -> None:
+        lrs = self._lrs.last()
+        if len(lrs) < 2 * LR_LAG:
+            return
+        usual = float(lrs[:-LR_LAG].max())
+        if not 0.0 < LR_RATIO * usual < lr:
+            return
+        onset = int(np.argmax(lrs[-LR_LAG:] > LR_RATIO * usual)) - LR_LAG
+        self.jump = LrJump(
+            step=int(self._steps.last(-onset)[0]),
+            before=float(lrs[onset - 1]),
+            after=lr,
+            borne=lr <= 1.1 * self._borne,
+        )
+
+
+def _never_so_low(lr: float, of_run: Sequence[float | None]) -> bool:
+    """Whether a rate lies far below nearly all of the run's: the end of a jump is no fall."""
+    known = sorted(known for known in of_run if known)
+    return bool(known) and lr < 0.1 * known[len(known) // 10]
