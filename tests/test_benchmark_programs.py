@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 
@@ -71,6 +72,10 @@ def test_the_exception_of_a_program_is_reported_and_ends_it(tmp_path: Path) -> N
     losses = train(program("OutOfMemory-MLP", onset=40), 0, tmp_path / "run.sosa", 60)
     assert len(losses) == 40
     assert [each.kind for each in watch(Engine("run"), events(tmp_path / "run.sosa"))] == ["oom"]
+
+
+def test_no_program_lacks_a_part() -> None:
+    assert [each.__name__ for each in (*healthy.PROGRAMS, *sick.PROGRAMS) if inspect.isabstract(each)] == []
 
 
 def test_every_kind_is_injected_into_three_architectures() -> None:

@@ -20,7 +20,16 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from benchmarks.detection.parts import CartPole, LowRank, Transformer, perceptron, pictures
-from benchmarks.detection.tasks import CNNTask, LSTMTask, MLPTask, NextCharacter, Task, TransformerTask, VAETask
+from benchmarks.detection.tasks import (
+    BatchTask,
+    CNNTask,
+    LSTMTask,
+    MLPTask,
+    NextCharacter,
+    Task,
+    TransformerTask,
+    VAETask,
+)
 
 
 class GAN(Task):
@@ -165,7 +174,7 @@ class TransformerLanguageModel(TransformerTask):
     """As it is."""
 
 
-class GCN(Task):
+class GCN(BatchTask):
     """A graph of communities, all of it in each step, dropout [Kipf & Welling 2017]."""
 
     num_nodes = 400
@@ -210,7 +219,7 @@ class LoRA(MLPTask):
     def build(self) -> None:
         super().build()
         for _ in range(300):
-            Task.step(self, 0)
+            BatchTask.step(self, 0)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         for layer in self.model:
@@ -274,7 +283,7 @@ class CosineRestarts(MLPTask):
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(self.optimizer, 500)
 
 
-class NearZero(Task):
+class NearZero(BatchTask):
     """Noise-free linear regression: the loss falls by seven orders of magnitude, to below 1e-6."""
 
     def build(self) -> None:
@@ -297,7 +306,7 @@ class NearZero(Task):
         return statistics.median(losses[-100:]) < 1e-6
 
 
-class NegativeLoss(Task):
+class NegativeLoss(BatchTask):
     """Gaussian negative log-likelihood with a learned variance: the loss passes zero on its way down.
 
     Validated on a fresh batch of 128 each time, so noisily.
@@ -324,7 +333,7 @@ class NegativeLoss(Task):
         return statistics.median(losses[-100:]) < -0.7
 
 
-class Contrastive(Task):
+class Contrastive(BatchTask):
     """InfoNCE between two views of a picture [van den Oord et al. 2018]."""
 
     def build(self) -> None:
@@ -340,7 +349,7 @@ class Contrastive(Task):
         return functional.cross_entropy(left @ right.T / 0.2, torch.arange(len(left)))
 
 
-class Diffusion(Task):
+class Diffusion(BatchTask):
     """Denoising at random noise levels [DDPM, Ho et al. 2020]: a noisy loss that soon hardly falls."""
 
     def build(self) -> None:
@@ -371,7 +380,7 @@ class Resume(MLPTask):
         return super().step(step)
 
     def restart(self) -> None:
-        self.build()
+        super().restart()
         self.model.load_state_dict(self.checkpoint[0])
         self.optimizer.load_state_dict(self.checkpoint[1])
 

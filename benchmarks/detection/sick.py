@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.detection.parts import VAE, pictures
-from benchmarks.detection.tasks import CNNTask, LSTMTask, MLPTask, Task, TransformerTask, VAETask
+from benchmarks.detection.tasks import BatchTask, CNNTask, LSTMTask, MLPTask, TransformerTask, VAETask
 
 
-class Fault(Task):
+class Fault(BatchTask):
     """``strike`` happens once, before step ``onset``; ``struck`` tells the other methods that it has."""
 
     kind = ""
@@ -486,7 +486,7 @@ class ConvVAE(VAETask):
 _EVERYWHERE = (MLPTask, CNNTask, LSTMTask, TransformerTask, VAETask)
 _PICTURES = (MLPTask, CNNTask, VAETask)
 
-_TABLE: tuple[tuple[type[Fault], tuple[type[Task], ...]], ...] = (
+_TABLE: tuple[tuple[type[Fault], tuple[type[BatchTask], ...]], ...] = (
     (NanLoss, _EVERYWHERE),
     (NonfiniteGradient, _EVERYWHERE),
     (LrJump, _EVERYWHERE),
@@ -519,7 +519,7 @@ _TABLE: tuple[tuple[type[Fault], tuple[type[Task], ...]], ...] = (
 )
 
 
-def _strike(fault: type[Fault], architecture: type[Task]) -> type[Fault]:
+def _strike(fault: type[Fault], architecture: type[BatchTask]) -> type[Fault]:
     """The program: the fault over the architecture. Its schedule is that of the architecture's full length."""
     name = f"{fault.__name__}-{architecture.__name__.removesuffix('Task')}"
     return type(name, (fault, architecture), {"__module__": __name__, "architecture": architecture})

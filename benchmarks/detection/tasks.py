@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -27,11 +28,10 @@ from benchmarks.detection.parts import (
 from sosa_stream.agent import observe_posterior
 
 
-class Task:
+class Task(ABC):
     """One training program: data, model, optimizer and its step.
 
-    A subclass sets ``model`` and ``optimizer`` in ``build`` and gives ``batch`` and ``loss``; one with a loop of its
-    own overrides ``step``, which returns the loss that the program would print.
+    ``build`` sets ``model`` and ``optimizer``; ``step`` trains once and returns the loss that the program would print.
     """
 
     num_steps = 2000
@@ -40,8 +40,6 @@ class Task:
     """Steps before which the program ends and is started again."""
     model: nn.Module
     optimizer: Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
-    max_norm: float | None = None
     is_sick = False
     may_raise = False
     """Whether an exception is part of the program."""
@@ -53,14 +51,37 @@ class Task:
         self.held_out = torch.Generator().manual_seed(2000 + seed)
         self.build()
 
-    def build(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def build(self) -> None: ...
 
-    def batch(self, step: int) -> tuple[Tensor, ...]:
-        raise NotImplementedError
+    @abstractmethod
+    def step(self, step: int) -> float: ...
 
-    def loss(self, *batch: Tensor) -> Tensor:
-        raise NotImplementedError
+    def restart(self) -> None:
+        """What happens at one of ``restarts``: all begins anew, unless the program has kept something."""
+        self.build()
+
+    def validate(self) -> float | None:
+        """The loss on what is not trained on; None where the program does not validate."""
+        return None
+
+    def learned(self, losses: Sequence[float]) -> bool:
+        """Whether this really was training: the loss fell by a fifth of its first value or more."""
+        first, last = statistics.median(losses[:20]), statistics.median(losses[-100:])
+        return last <= first - 0.2 * abs(first)
+
+
+class BatchTask(Task):
+    """A program with the usual loop: the loss of a batch, its gradients, an update."""
+
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+    max_norm: float | None = None
+
+    @abstractmethod
+    def batch(self, step: int) -> tuple[Tensor, ...]: ...
+
+    @abstractmethod
+    def loss(self, *batch: Tensor) -> Tensor: ...
 
     def validation_batch(self) -> tuple[Tensor, ...] | None:
         """A fixed batch that is not trained on; None where the program does not validate."""
@@ -83,9 +104,6 @@ class Task:
     def update(self) -> None:
         self.optimizer.step()
 
-    def restart(self) -> None:
-        """What happens at one of ``restarts``."""
-
     @torch.no_grad()
     def validate(self) -> float | None:
         batch = self.validation_batch()
@@ -96,13 +114,8 @@ class Task:
         self.model.train()
         return value
 
-    def learned(self, losses: Sequence[float]) -> bool:
-        """Whether this really was training: the loss fell by a fifth of its first value or more."""
-        first, last = statistics.median(losses[:20]), statistics.median(losses[-100:])
-        return last <= first - 0.2 * abs(first)
 
-
-class MLPTask(Task):
+class MLPTask(BatchTask):
     """A perceptron that classifies noisy pictures."""
 
     noise = 3.0
@@ -139,7 +152,7 @@ class CNNTask(MLPTask):
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-4)
 
 
-class NextCharacter(Task):
+class NextCharacter(BatchTask):
     """Predicts the next character of Python sources."""
 
     length = 32
@@ -183,7 +196,7 @@ class TransformerTask(NextCharacter):
         return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-class VAETask(Task):
+class VAETask(BatchTask):
     """Minus the ELBO with unit observation noise, of pictures; up to a constant."""
 
     beta = 1.0
@@ -207,6 +220,3 @@ class VAETask(Task):
         error = 0.5 * (reconstruction - inputs.flatten(1)).square().sum(1)
         divergence = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
         return (error + self.beta * divergence).mean()
-
-
-ARCHITECTURES: tuple[type[Task], ...] = (MLPTask, CNNTask, LSTMTask, TransformerTask, VAETask)
