@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sosa_stream.decide.commands import CommandRecord
-from sosa_stream.detect.incidents import Incident
+from sosa_stream.detect.incidents import Group, Incident, IncidentState, Severity
 from sosa_stream.effects import Effect, Event, Publish, Withdraw
 from sosa_stream.engine import Engine
 from sosa_stream.protocol.messages import Ack, AckState, Bye, Command, Header, Hello, MetricFrame
@@ -92,6 +92,22 @@ def feed(engine: Engine, events: Iterable[Event], now: float = NOW) -> list[Effe
     for i, event in enumerate(events):
         effects += engine.handle(event, now + 0.01 * i)
     return effects
+
+
+def incident(**fields: Any) -> Incident:
+    """An open, critical NaN loss of run ``run``, but for what ``fields`` say."""
+    nan_loss: dict[str, Any] = {
+        "id": "i1",
+        "run": "run",
+        "kind": "nan_loss",
+        "group": Group.NUMERICAL,
+        "severity": Severity.CRITICAL,
+        "state": IncidentState.OPEN,
+        "first_step": 3,
+        "detected_step": 4,
+        "message": "loss is NaN",
+    }
+    return Incident(**(nan_loss | fields))
 
 
 def incidents_of(losses: ArrayLike, **columns: Any) -> tuple[Incident, ...]:

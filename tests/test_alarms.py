@@ -18,26 +18,15 @@ from sosa_stream.cli.alarms import duration_seconds
 from sosa_stream.cli.feedback import precisions, wilson_interval
 from sosa_stream.daemon.schema import open_store
 from sosa_stream.daemon.store import Changes, RunRow, Store
-from sosa_stream.detect.incidents import Group, Incident, IncidentState, Severity
+from sosa_stream.detect.incidents import IncidentState
 from sosa_stream.errors import UsageError
-from sosa_stream.testing import NOW
+from sosa_stream.testing import NOW, incident
 
-INCIDENT = Incident(
-    id="i1aa",
-    run="alpha",
-    kind="nan_loss",
-    group=Group.NUMERICAL,
-    severity=Severity.CRITICAL,
-    state=IncidentState.OPEN,
-    first_step=3,
-    detected_step=4,
-    message="loss is NaN",
-)
 INCIDENTS = (
-    INCIDENT,
-    replace(INCIDENT, id="i1bb", kind="reward_collapsed"),
-    replace(INCIDENT, id="i2", run="beta", kind="oom"),
-    replace(INCIDENT, id="i2c", run="beta", kind="oom"),
+    incident(id="i1aa", run="alpha"),
+    incident(id="i1bb", run="alpha", kind="reward_collapsed"),
+    incident(id="i2", run="beta", kind="oom"),
+    incident(id="i2c", run="beta", kind="oom"),
 )
 
 
@@ -48,7 +37,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             await store.write(
                 Changes(
                     runs={run: RunRow(run=run, generation="g", step=5, seen_at=NOW) for run in ("alpha", "beta")},
-                    incidents={incident.id: incident for incident in INCIDENTS},
+                    incidents={each.id: each for each in INCIDENTS},
                 )
             )
 

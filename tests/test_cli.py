@@ -17,24 +17,12 @@ from sosa_stream import __version__, cli
 from sosa_stream.cli import main
 from sosa_stream.daemon.store import Changes, RunRow, Store
 from sosa_stream.decide.commands import CommandRecord, CommandState
-from sosa_stream.detect.incidents import Group, Incident, IncidentState, Severity
 from sosa_stream.protocol.actions import Action
 from sosa_stream.protocol.codec import encode
 from sosa_stream.protocol.recording import Recorder
-from sosa_stream.testing import NOW, SimulatedJob
+from sosa_stream.testing import NOW, SimulatedJob, incident
 
-INCIDENT = Incident(
-    id="i1",
-    run="alpha",
-    kind="nan_loss",
-    group=Group.NUMERICAL,
-    severity=Severity.CRITICAL,
-    state=IncidentState.OPEN,
-    first_step=3,
-    detected_step=4,
-    ranks=(1,),
-    message="loss is NaN",
-)
+INCIDENT = incident(run="alpha", ranks=(1,))
 COMMAND = CommandRecord(
     id="c1",
     run="alpha",

@@ -8,20 +8,10 @@ from dataclasses import replace
 
 from sosa_stream.daemon.mutes import Mute, Mutes
 from sosa_stream.daemon.notify import Criticals, Happening, Notification
-from sosa_stream.detect.incidents import Group, Incident, IncidentState, Severity
+from sosa_stream.detect.incidents import Incident, IncidentState, Severity
+from sosa_stream.testing import incident
 
-INCIDENT = Incident(
-    id="i1",
-    run="alpha",
-    kind="nan_loss",
-    group=Group.NUMERICAL,
-    severity=Severity.CRITICAL,
-    state=IncidentState.OPEN,
-    first_step=3,
-    detected_step=4,
-    message="loss is NaN",
-    evidence={"value": math.nan},
-)
+INCIDENT = incident(run="alpha", evidence={"value": math.nan})
 WARNING = replace(INCIDENT, severity=Severity.WARNING)
 CLOSED = replace(INCIDENT, state=IncidentState.RESOLVED, resolved_step=90)
 

@@ -14,29 +14,19 @@ from sosa_stream.decide.ledger import Entry, Ledger
 from sosa_stream.decide.playbook import LADDERS, Situation
 from sosa_stream.decide.policy import GATE, Budget, Posterior, RunPolicy, choose
 from sosa_stream.decide.probation import HELPED_STEPS, Probation
-from sosa_stream.detect.incidents import Group, Incident, IncidentState, Severity
+from sosa_stream.detect.incidents import Group
 from sosa_stream.detect.statistics import Level
 from sosa_stream.errors import ConfigError
 from sosa_stream.protocol.actions import Action
 from sosa_stream.protocol.messages import Ack, AckState
-from sosa_stream.testing import header
+from sosa_stream.testing import header, incident
 
 AUTO = RunPolicy(mode=Mode.AUTO, limits=AutoSettings(allow=("scale_lr", "clip_grad", "rollback", "stop")))
 LEVEL = Level(center=2.0, scale=0.1, threshold=9.0)
 
 
 def _situation(kind: str, *, step: int = 120, evidence: dict[str, Any] | None = None, **changes: Any) -> Situation:
-    incident = Incident(
-        id="i1",
-        run="run",
-        kind=kind,
-        group=Group.LEARNING,
-        severity=Severity.CRITICAL,
-        state=IncidentState.OPEN,
-        first_step=100,
-        detected_step=101,
-        evidence=evidence or {},
-    )
+    sick = incident(kind=kind, group=Group.LEARNING, first_step=100, detected_step=101, evidence=evidence or {})
     values: dict[str, Any] = {
         "in_band": False,
         "nonfinite": False,
@@ -47,7 +37,7 @@ def _situation(kind: str, *, step: int = 120, evidence: dict[str, Any] | None = 
         "lr_multiplier": 1.0,
         "norm_high": 2.0,
     }
-    return Situation(incident=incident, step=step, **(values | changes))
+    return Situation(incident=sick, step=step, **(values | changes))
 
 
 def _plain(actions: tuple[Action, ...]) -> list[tuple[str, dict[str, Any]]]:

@@ -13,24 +13,15 @@ import pytest
 from sosa_stream.daemon.schema import APPROVED, json_line, open_store
 from sosa_stream.daemon.store import Changes, RunRow, Store
 from sosa_stream.decide.commands import CommandRecord, CommandState
-from sosa_stream.detect.incidents import Group, Incident, IncidentState, Severity
+from sosa_stream.detect.incidents import Incident, IncidentState
 from sosa_stream.errors import ConfigError, UsageError
 from sosa_stream.protocol.actions import Action
+from sosa_stream.testing import incident
 
-INCIDENT = Incident(
-    id="i1",
-    run="r",
-    kind="nan_loss",
-    group=Group.NUMERICAL,
-    severity=Severity.CRITICAL,
-    state=IncidentState.OPEN,
-    first_step=3,
-    detected_step=4,
-    evidence={"value": math.nan},
-)
+INCIDENT = incident(evidence={"value": math.nan})
 COMMAND = CommandRecord(
     id="c1",
-    run="r",
+    run="run",
     generation="g",
     incident="i1",
     actions=(Action(action="stop"),),
@@ -50,7 +41,7 @@ def with_store(home: Path, act: Callable[[Store], Awaitable[None]]) -> None:
 
 def changes(*, incident: Incident = INCIDENT, command: CommandRecord = COMMAND, seen_at: float = 1.0) -> Changes:
     return Changes(
-        runs={"r": RunRow(run="r", generation="g", step=7, seen_at=seen_at)},
+        runs={"run": RunRow(run="run", generation="g", step=7, seen_at=seen_at)},
         incidents={incident.id: incident},
         commands={command.id: command},
     )
@@ -68,7 +59,7 @@ def test_a_row_is_the_newest_public_record_and_keeps_its_place(tmp_path: Path) -
     assert [(row["id"], row["state"]) for row in rows] == [("i1", "resolved"), ("i2", "open")]
     assert rows[0] == {**INCIDENT.as_dict(), "state": "resolved", "evidence": {"value": "NaN"}}
     assert reader.execute("SELECT record FROM commands").fetchall() == [(json_line(COMMAND.as_dict()),)]
-    assert reader.execute("SELECT * FROM runs").fetchall() == [("r", "g", 7, 1.0, 3.0)]
+    assert reader.execute("SELECT * FROM runs").fetchall() == [("run", "g", 7, 1.0, 3.0)]
     reader.close()
 
 

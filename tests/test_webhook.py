@@ -12,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_notify import INCIDENT
 from webhook_server import HANG_UP, WebhookServer
 
 from sosa_stream.daemon import webhook
 from sosa_stream.daemon.notify import Happening, Notification
 from sosa_stream.daemon.webhook import Outcome, Webhook
 from sosa_stream.plain import WebhookUrl
+from sosa_stream.testing import incident
 
 SLOW = 5.0
 
@@ -45,9 +45,7 @@ def _quick_and_direct(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def notification(number: int = 1, *, age_seconds: float = 0.0) -> Notification:
-    return Notification(
-        event=Happening.OPENED, incident=replace(INCIDENT, id=f"i{number}"), at=time.time() - age_seconds
-    )
+    return Notification(event=Happening.OPENED, incident=incident(id=f"i{number}"), at=time.time() - age_seconds)
 
 
 def posting(
@@ -215,7 +213,7 @@ def test_no_log_line_holds_the_secret(caplog: pytest.LogCaptureFixture, monkeypa
 
 def test_what_cannot_be_put_into_words_does_not_end_the_daemon(caplog: pytest.LogCaptureFixture) -> None:
     async def act(hook: Webhook) -> None:
-        hook.offer(replace(notification(1), incident=replace(INCIDENT, evidence={"value": object()})))
+        hook.offer(replace(notification(1), incident=incident(evidence={"value": object()})))
         hook.offer(notification(2))
         await settled(hook, 2)
 
