@@ -192,7 +192,8 @@ def test_precision_counts_only_what_was_judged() -> None:
 
 
 @pytest.mark.parametrize(
-    ("hits", "of", "low", "high"), [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (8, 10, 0.4902, 0.9433)]
+    ("hits", "of", "low", "high"),
+    [(0, 0, 0.0, 1.0), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (8, 10, 0.4902, 0.9433), (0, 20, 0.0, 0.1611)],
 )
 def test_wilson_intervals_are_those_of_the_tables(hits: int, of: int, low: float, high: float) -> None:
     assert wilson_interval(hits, of) == pytest.approx((low, high), abs=1e-4)

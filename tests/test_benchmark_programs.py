@@ -11,7 +11,7 @@ import pytest
 from benchmarks.detection import healthy, sick
 from benchmarks.detection.live import events, rows_of, train
 from benchmarks.detection.others import alarms_of_others
-from benchmarks.detection.score import half_damage, judge, wilson
+from benchmarks.detection.score import half_damage, judge
 from benchmarks.detection.series import Alarm, Row, Run, feed_rows, watch, whole_rows
 from sosa_stream.detect.incidents import Severity
 from sosa_stream.engine import Engine
@@ -111,11 +111,6 @@ def test_any_alarm_before_the_onset_spoils_a_live_run() -> None:
     early = [alarm("loss_spike", 10, ended=20), alarm("loss_divergence", 60)]
     assert judge(sick_run(), early).recognised
     assert not judge(sick_run(is_live=True), early).recognised
-
-
-def test_wilson_intervals_are_those_of_the_textbook() -> None:
-    assert wilson(8, 10) == pytest.approx((0.490, 0.943), abs=1e-3)
-    assert wilson(0, 20) == pytest.approx((0.0, 0.161), abs=1e-3)
 
 
 def test_half_of_the_damage_of_a_ramp_is_done_halfway() -> None:

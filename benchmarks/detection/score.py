@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.detection.series import Alarm, Run
+from sosa_stream.cli.feedback import wilson_interval
 from sosa_stream.detect.incidents import Severity
 
 HEALTHY = "healthy"
@@ -157,21 +158,10 @@ def _medians(values: Sequence[float]) -> NDArray[np.float64]:
     return np.median(np.lib.stride_tricks.sliding_window_view(padded, MEDIAN_POINTS), axis=1)
 
 
-def wilson(hits: int, num: int) -> tuple[float, float]:
-    """The 95% interval of a share [Wilson 1927]."""
-    if num == 0:
-        return 0.0, 1.0
-    z = 1.96
-    share = hits / num
-    middle = (share + z * z / (2 * num)) / (1 + z * z / num)
-    half = z / (1 + z * z / num) * math.sqrt(share * (1 - share) / num + z * z / (4 * num * num))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def share(hits: Iterable[bool]) -> dict[str, Any]:
     """A share with its count and interval; None of none."""
     values = list(hits)
-    low, high = wilson(sum(values), len(values))
+    low, high = wilson_interval(sum(values), len(values))
     value = sum(values) / len(values) if values else None
     return {"share": value, "hits": sum(values), "of": len(values), "wilson95": [round(low, 4), round(high, 4)]}
 

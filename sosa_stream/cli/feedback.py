@@ -113,7 +113,9 @@ def precisions(incidents: list[tuple[str, bool | None]]) -> list[Precision]:
 
 
 def wilson_interval(hits: int, of: int) -> tuple[float, float]:
-    """The 95% score interval of a share [Wilson 1927, eq. 3]; ``of`` is at least 1."""
+    """The 95% score interval of a share [Wilson 1927, eq. 3]; of none, all that a share can be."""
+    if of == 0:
+        return 0.0, 1.0
     share, z2 = hits / of, Z95**2
     middle = (share + z2 / (2 * of)) / (1 + z2 / of)
     half = Z95 * math.sqrt(share * (1 - share) / of + z2 / (4 * of * of)) / (1 + z2 / of)
