@@ -275,7 +275,7 @@ class DaemonSettings:
         _at_least(0.01, 60, republish_seconds=self.republish_seconds)
         for url in self.notify:
             if not re.fullmatch(r"https?://[^/?#@\s]+([/?][!-~]*)?", url):
-                raise ConfigError(f"daemon.notify must be http:// or https:// addresses; one is {url!r}")
+                raise ConfigError(f"daemon.notify (SOSA_NOTIFY) must be http:// or https:// addresses; one is {url!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -330,6 +330,26 @@ def load_settings(
         values[name] = coerce(name, value, known[name])
     settings: Settings = build(Settings, values)
     return settings
+
+
+def load_job_settings(
+    *,
+    path: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> tuple[Settings, str]:
+    """`load_settings` for a training job, which is not to go unwatched because a webhook is mistyped.
+
+    Returns the settings, without webhooks where these are what is wrong, and what is wrong with them, or nothing.
+
+    Raises:
+        ConfigError: something else is wrong.
+    """
+    try:
+        return load_settings(path=path, env=env, overrides=overrides), ""
+    except ConfigError as error:
+        without = {**(overrides or {}), "daemon.notify": ()}
+        return load_settings(path=path, env=env, overrides=without), str(error)
 
 
 def detect_settings(tree: Mapping[str, Any]) -> DetectSettings:

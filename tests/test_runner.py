@@ -211,25 +211,23 @@ def test_ctrl_c_ends_the_script_as_it_ends_under_plain_python(here: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("words", "env", "message"),
+    ("words", "message"),
     [
-        (["absent.py"], {}, "cannot run 'absent.py': No such file or directory"),
-        (["-m", "no_such_module"], {}, "there is no module 'no_such_module' that can be run"),
-        (["script.py"], {"SOSA_MODE": "bold"}, "SOSA_MODE must be one of observe, suggest, auto, not 'bold'"),
-        (["script.py"], {"SOSA_MOOD": "auto"}, "unknown variable SOSA_MOOD"),
-        (["script.py"], {"SOSA_CONFIG": "absent.toml"}, "cannot read absent.toml"),
-        (["--inject", "nan_bach@3", "script.py"], {}, "--inject nan_bach@3: unknown kind 'nan_bach'"),
-        (["--inject=nan_batch@x", "script.py"], {}, "--inject nan_batch@x: write the step as"),
-        (["--inject"], {}, "--inject needs a value"),
-        (["--unknown", "script.py"], {}, "unknown option --unknown"),
-        ([], {}, "no script given"),
+        (["absent.py"], "cannot run 'absent.py': No such file or directory"),
+        (["-m", "no_such_module"], "there is no module 'no_such_module' that can be run"),
+        (["--inject", "nan_bach@3", "script.py"], "--inject nan_bach@3: unknown kind 'nan_bach'"),
+        (["--inject=nan_batch@x", "script.py"], "--inject nan_batch@x: write the step as"),
+        (["--inject"], "--inject needs a value"),
+        (["--unknown", "script.py"], "unknown option --unknown"),
+        ([], "no script given"),
+        (["", "data"], "no script given"),
     ],
 )
-def test_a_users_mistake_is_one_clear_sentence_and_exit_code_2(
-    here: Path, words: list[str], env: dict[str, str], message: str
+def test_a_mistake_on_the_command_line_is_one_clear_sentence_and_exit_code_2(
+    here: Path, words: list[str], message: str
 ) -> None:
     write(here, "script.py", "print('ran')")
-    ours = watched(here, *words, env=env)
+    ours = watched(here, *words)
     assert ours.returncode == 2
     assert ours.stdout == ""
     first, *rest = ours.stderr.splitlines()
@@ -238,14 +236,49 @@ def test_a_users_mistake_is_one_clear_sentence_and_exit_code_2(
     assert not rest or rest[0].startswith("usage: ")
 
 
-def test_an_override_of_a_kind_that_there_is_not_is_told_before_the_script_runs(here: Path) -> None:
+@pytest.mark.parametrize(
+    ("env", "config", "message"),
+    [
+        ({"SOSA_MODE": "bold"}, "", "SOSA_MODE must be one of observe, suggest, auto, not 'bold'"),
+        ({"SOSA_MOOD": "auto"}, "", "unknown variable SOSA_MOOD; did you mean SOSA_MODE"),
+        ({"SOSA_CONFIG": "absent.toml"}, "", "cannot read absent.toml"),
+        ({"SOSA_CONFIG": "sosa.toml"}, "mode = ", "sosa.toml is not TOML"),
+        ({"SOSA_CONFIG": "sosa.toml"}, "[detect.loss_spikes]\nenabled = false", "did you mean loss_spike"),
+    ],
+)
+def test_a_mistake_in_the_settings_costs_the_watching_and_never_the_training(
+    here: Path, env: dict[str, str], config: str, message: str
+) -> None:
     write(here, "script.py", "print('ran')")
-    config = here / "sosa.toml"
-    config.write_text("[detect.loss_spikes]\nenabled = false\n")
-    ours = watched(here, "script.py", env={"SOSA_CONFIG": str(config)})
-    assert (ours.returncode, ours.stdout) == (2, "")
-    assert "did you mean loss_spike" in ours.stderr
-    assert len(ours.stderr.splitlines()) == 1
+    write(here, "sosa.toml", config)
+    ours = watched(here, "script.py", env=env)
+    assert (ours.returncode, ours.stdout) == (0, "ran\n")
+    (line,) = ours.stderr.splitlines()
+    assert message in line
+    assert line.startswith("sosa: ")
+    assert line.endswith("; training goes on unwatched")
+    assert not (here.parent / "home").exists()
+
+
+def test_a_mistyped_webhook_costs_the_notifications_alone(here: Path) -> None:
+    write(here, "train.py", TRAIN)
+    ours = watched(here, "train.py", env={"SOSA_NOTIFY": "hooks.example.com/secret"})
+    assert (ours.returncode, ours.stderr.splitlines()) == (
+        0,
+        [
+            "sosa: daemon.notify (SOSA_NOTIFY) must be http:// or https:// addresses; one is a text that is no URL; "
+            "nobody will be notified"
+        ],
+    )
+    assert list((here.parent / "home").glob("train-*/run.sosa")), "the daemon of the job took no offence either"
+
+
+@pytest.mark.parametrize("env", [{"SOSA_NOTIFY": "hooks.example.com"}, {"SOSA_CONFIG": "absent.toml"}])
+def test_a_daemon_that_a_person_starts_does_not_run_with_wrong_settings(here: Path, env: dict[str, str]) -> None:
+    done = run(here, "-m", "sosa_stream.cli", "daemon", env=env)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("sosa: ")
 
 
 def test_help_is_shown_on_stdout(here: Path) -> None:

@@ -477,6 +477,16 @@ def test_settings_come_as_they_are_and_mistakes_are_named(wrap: Any) -> None:
         wrap(checkpoint_every=0)
 
 
+def test_a_mistake_in_the_environment_is_told_and_training_goes_on_unwatched(
+    wrap: Any, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOSA_CONFIG", "absent.toml")
+    wrapper = wrap()
+    assert said == ["sosa: cannot read absent.toml: No such file or directory; training goes on unwatched"]
+    assert wrapper.training_step(batch_at(0)).isfinite()
+    assert not wrapper.optimizer._optimizer_step_pre_hooks
+
+
 # -- being alone in one process ----------------------------------------------------------------------------------------
 
 

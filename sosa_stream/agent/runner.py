@@ -19,7 +19,7 @@ from types import CodeType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from sosa_stream import faults
-from sosa_stream.config import CONFIG_VARIABLE, load_settings
+from sosa_stream.agent.environment import is_disabled, read_settings
 from sosa_stream.errors import UsageError
 
 if TYPE_CHECKING:  # SOSA_DISABLE=1 must run the script without torch
@@ -73,6 +73,8 @@ def parse(argv: list[str]) -> Target | None:
             inject.append(word.removeprefix("--inject="))
         elif word.startswith("-"):
             raise UsageError(f"unknown option {word}\n{USAGE}")
+        elif not word:
+            break
         else:
             return Target(name=word, is_module=False, arguments=tuple(rest), inject=tuple(inject))
     raise UsageError(f"no script given\n{USAGE}")
@@ -87,21 +89,22 @@ def main(argv: list[str] | None = None, env: Mapping[str, str] | None = None) ->
             print(USAGE)
             return 0
         code, module = _load(target)
-        if env.get("SOSA_DISABLE", "").lower() in ("1", "true", "yes", "on"):
+        if is_disabled(env):
             return _run(code, module, target, None)
-        path = env.get(CONFIG_VARIABLE)
-        settings = load_settings(path=Path(path) if path else None, env=env)
-        rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
         injected = faults.parse_faults(target.inject)
-        from sosa_stream.agent.core import Agent, run_name
-        from sosa_stream.detect.detectors import BY_KIND
-
-        settings.detect.check_kinds(BY_KIND)  # here, where it is read, and not in the log of the daemon that we start
-        agent = Agent(settings, run=run_name(settings, env, target.name), rank=rank, world_size=world_size)
     except UsageError as error:
         print(f"sosa: {error}", file=sys.stderr)
         return 2
-    agent.start()
+    rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+    settings, complaint = read_settings(env)
+    if complaint and env.get("LOCAL_RANK", "0") == "0":
+        print(f"sosa: {complaint}", file=sys.stderr)
+    agent = None
+    if settings is not None:
+        from sosa_stream.agent.core import Agent, run_name
+
+        agent = Agent(settings, run=run_name(settings, env, target.name), rank=rank, world_size=world_size)
+        agent.start()
     faults.install(injected, rank)  # after our hooks: see there
     return _run(code, module, target, agent)
 

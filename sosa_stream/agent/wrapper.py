@@ -29,9 +29,10 @@ from torch.optim import Optimizer
 from sosa_stream.agent import core
 from sosa_stream.agent.best import BestCheckpoint
 from sosa_stream.agent.courier import policy
+from sosa_stream.agent.environment import is_disabled, read_settings
 from sosa_stream.agent.link import LocalLink
 from sosa_stream.agent.monitor import TrainingMonitor
-from sosa_stream.config import CONFIG_VARIABLE, Mode, Settings, load_settings
+from sosa_stream.config import Mode, Settings, load_settings
 from sosa_stream.detect.detectors import BY_KIND
 from sosa_stream.engine import Engine
 from sosa_stream.errors import UsageError
@@ -59,7 +60,8 @@ class SOSATrainingWrapper:
 
     Raises:
         UsageError: model or optimizer is not one, or the optimizer has no learning rate.
-        ConfigError: a setting is unknown or out of bounds.
+        ConfigError: a setting in ``config`` is unknown or out of bounds. What is wrong with ``SOSA_CONFIG`` or
+            ``SOSA_*`` is only told, and nothing is watched.
     """
 
     def __init__(
@@ -79,9 +81,10 @@ class SOSATrainingWrapper:
             raise UsageError(f"checkpoint_every must be at least 1, not {checkpoint_every}")
         self.model = model
         self.optimizer = optimizer
-        self.enabled, self.settings = _settings(config, auto_fix, max_fixes_per_error)
-        self.settings.detect.check_kinds(BY_KIND)
         self._say = say or (_to_stdout if _is_rank_zero() else _to_nowhere)
+        self.enabled, self.settings, complaint = _settings(config, auto_fix, max_fixes_per_error)
+        if complaint:
+            self._say(f"sosa: {complaint}")
         self._losses: deque[float] = deque(maxlen=RECENT_LOSSES)
         self._best_loss = math.inf
         self._best = BestCheckpoint(Path(checkpoint_dir), model, optimizer, checkpoint_every)
@@ -318,10 +321,11 @@ def _check(model: Any, optimizer: Any) -> None:
         raise UsageError("the model lies on the meta device: materialise it (model.to_empty) before wrapping")
 
 
-def _settings(config: Any, auto_fix: bool, max_fixes_per_error: int) -> tuple[bool, Settings]:
-    """Whether to watch at all, and how."""
+def _settings(config: Any, auto_fix: bool, max_fixes_per_error: int) -> tuple[bool, Settings, str]:
+    """Whether to watch at all, how, and what is wrong with the environment, which is no reason not to train."""
     if isinstance(config, Settings):
-        return True, config
+        config.detect.check_kinds(BY_KIND)
+        return True, config, ""
     overrides: dict[str, Any] = {}
     enabled = True
     if isinstance(config, Mapping):
@@ -332,14 +336,19 @@ def _settings(config: Any, auto_fix: bool, max_fixes_per_error: int) -> tuple[bo
             raise UsageError("config must be Settings, a mapping of settings, or have a `sosa` section")
         enabled = bool(getattr(section, "enabled", True))
         auto_fix = bool(getattr(section, "auto_fix", auto_fix))
-    path = os.environ.get(CONFIG_VARIABLE)
     overrides.setdefault("auto.max_fixes_per_error", max_fixes_per_error)
     overrides.setdefault("mode", Mode.AUTO if auto_fix else Mode.SUGGEST)
-    settings = load_settings(path=Path(path) if path else None, env=os.environ, overrides=overrides)
+    given = load_settings(overrides=overrides)
+    given.detect.check_kinds(BY_KIND)
+    if not enabled or is_disabled(os.environ):
+        return False, given, ""
+    settings, complaint = read_settings(os.environ, overrides)
+    if settings is None:
+        return False, given, complaint
     default = settings.auto.allow == Settings().auto.allow and "auto.allow" not in overrides
     if settings.mode is Mode.AUTO and default:
         settings = replace(settings, auto=replace(settings.auto, allow=WRAPPER_ALLOW))
-    return enabled and os.environ.get("SOSA_DISABLE", "") not in ("1", "true"), settings
+    return True, settings, complaint
 
 
 def _promise(settings: Settings) -> str:
