@@ -251,6 +251,14 @@ def test_collapsed_learning_rate_is_a_plateau_and_a_step_of_a_schedule_is_not() 
     assert _alarms(incidents_of(learning + noise, lr=np.where(np.arange(600) < 300, 1e-3, 1e-4))) == []
 
 
+def test_rate_that_is_mended_after_a_long_fault_has_not_collapsed() -> None:
+    at, noise = np.arange(800), 0.02 * np.random.default_rng(1).standard_normal(800)
+    wrong = (at >= 150) & (at < 450)  # so long that its losses were learned as the new level
+    losses = np.where(wrong, 1e4, 1.0) + np.where(at < 150, 2.0 * np.exp(-at / 30), 0.0) + noise
+    found = incidents_of(losses, lr=np.where(wrong, 1.0, 1e-3))
+    assert [each.kind for each in found] == ["lr_jump"]
+
+
 def test_validation_loss_that_turns_is_overfitting_and_one_that_shakes_is_not() -> None:
     rng = np.random.default_rng(2)
     train = 2.0 * np.exp(-np.arange(3000) / 600) + 0.02 * rng.standard_normal(3000)

@@ -43,9 +43,13 @@ class LrFall:
 
 
 class Schedule:
-    """What is remembered of the learning rate in one segment."""
+    """What is remembered of the learning rate in one segment.
 
-    def __init__(self) -> None:
+    ``before``: a few rates from the segments before it, of the same model.
+    """
+
+    def __init__(self, before: Sequence[float | None] = ()) -> None:
+        self.before = tuple(before)
         self.jump: LrJump | None = None
         self.fall: LrFall | None = None
         self._lrs = Ring(LR_WINDOW + LR_LAG)
@@ -72,10 +76,10 @@ class Schedule:
     def take(
         self, lr: float, multiplier: float, *, step: int, point: int, of_run: Sequence[float | None], hold: bool
     ) -> None:
-        """Follow one step's rate. ``of_run``: a few rates from all over the run; ``hold``: a jump stays one."""
+        """Follow one step's rate. ``of_run``: a few rates from all over the segment; ``hold``: a jump stays one."""
         self._script_lrs.push(lr / multiplier if multiplier else lr)
         previous = float(self._lrs.last(1)[0]) if len(self._lrs) else lr
-        if 0.0 < lr < previous / LR_FALL_RATIO and _never_so_low(lr, of_run):
+        if 0.0 < lr < previous / LR_FALL_RATIO and _never_so_low(lr, (*self.before, *of_run)):
             self.fall = LrFall(step=step, point=point, before=previous, after=lr)
         elif self.fall is not None and lr > 10.0 * self.fall.after:
             self.fall = None

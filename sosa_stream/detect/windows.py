@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -110,7 +110,7 @@ class RunWindows:
         """The step columns that rules look at."""
         return tuple(dict.fromkeys(rule.metric for rule in self.settings.rules if rule.metric in AT))
 
-    def restart(self) -> None:
+    def restart(self, rates_before: Sequence[float | None] = ()) -> None:
         """Open a new segment: statistics begin again, detectors are warming."""
         self.segment += 1
         for series in self.logged.values():
@@ -146,7 +146,7 @@ class RunWindows:
         """Steps of this segment at which anything was sampled."""
         self.looked = False
         """Whether this step was one."""
-        self.schedule = Schedule()
+        self.schedule = Schedule(rates_before)
         """The learning rate of this segment."""
 
     @property
@@ -265,7 +265,8 @@ class RunWindows:
             self._settle()
             if not taken and self.losses.num_held >= self.settings.window_steps:
                 # this level is no longer an excursion: learn it as the new normal, visibly warming
-                self.restart()
+                rates = (*self.schedule.before, *self.course.lrs)
+                self.restart(rates[:: 1 + len(rates) // Course.MOST])
                 return
         if self.grad_norm is None or self.grad_norm <= 0.0 or self.bad_grad:
             self.log_norms.miss()
