@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from agent_parts import act, command
 
+from sosa_stream.agent import courier as courier_module
 from sosa_stream.agent.courier import Courier, Identity, Progress, may_apply
 from sosa_stream.agent.membership import Membership
 from sosa_stream.agent.outbox import Outbox, Wakeup
@@ -14,7 +17,7 @@ from sosa_stream.config import Mode, Settings, load_settings
 from sosa_stream.errors import ProtocolError
 from sosa_stream.protocol.actions import Action
 from sosa_stream.protocol.codec import decode
-from sosa_stream.protocol.messages import Ack, AckState, Command, ControlMessage, Phase
+from sosa_stream.protocol.messages import Ack, AckState, Command, ControlMessage, Phase, Received
 
 SKIP = act("skip_step")
 SCALE = act("scale_lr", factor=0.5)
@@ -28,6 +31,7 @@ def settings(mode: Mode, *allow: str) -> Settings:
 class FakeLink:
     """Brings what a test puts into ``arriving`` and keeps what leaves."""
 
+    connected = True
     reconnects = 0
 
     def __init__(self) -> None:
@@ -65,13 +69,18 @@ class FakeFence:
         return []
 
 
-def answers(made: Command, *, generation: str = "g", mode: Mode = Mode.AUTO) -> tuple[list[Ack], FakeFence]:
-    """What a courier of ``generation`` answers to a command that comes twice, and what it hands to its fence."""
-    link, fence = FakeLink(), FakeFence()
-    courier = Courier(
+def courier_of(
+    link: FakeLink,
+    fence: FakeFence | None = None,
+    *,
+    generation: str = "g",
+    mode: Mode = Mode.AUTO,
+    say: Callable[[str], None] = lambda text: None,
+) -> Courier:
+    return Courier(
         settings=settings(mode, "skip_step"),
         identity=Identity(rank=0, world_size=1, host="host", nonce="nonce"),
-        membership=Membership(generation=generation, run="run", daemon="", host="host"),
+        membership=Membership(generation=generation, run="run", daemon="tcp://host:7667", host="host"),
         link=link,
         outbox=Outbox(64, Wakeup()),
         fence=fence,  # type: ignore[arg-type]
@@ -80,8 +89,14 @@ def answers(made: Command, *, generation: str = "g", mode: Mode = Mode.AUTO) -> 
         parameters=(),
         progress=lambda: Progress(tick=7, step=7, phase=Phase.FORWARD),
         refusal=lambda command: "",
-        say=lambda text: None,
+        say=say,
     )
+
+
+def answers(made: Command, *, generation: str = "g", mode: Mode = Mode.AUTO) -> tuple[list[Ack], FakeFence]:
+    """What a courier of ``generation`` answers to a command that comes twice, and what it hands to its fence."""
+    link, fence = FakeLink(), FakeFence()
+    courier = courier_of(link, fence, generation=generation, mode=mode)
     for _ in range(2):
         link.arriving = [made]
         courier.pump()
@@ -144,3 +159,55 @@ def test_what_may_be_applied_goes_to_the_fence_once_and_is_not_answered_before_i
     acks, fence = answers(made)
     assert acks == []
     assert fence.submitted == [(made.id, False)]
+
+
+# -- the end of a job --------------------------------------------------------------------------------------------------
+
+
+class DistantLink(FakeLink):
+    """A daemon that can be reached from ``reached_at`` on and acknowledges everything at ``takes_at``, in seconds."""
+
+    def __init__(self, reached_at: float, takes_at: float) -> None:
+        super().__init__()
+        self.now = 100.0
+        self._reached_at, self._takes_at = self.now + reached_at, self.now + takes_at
+
+    @property
+    def connected(self) -> bool:  # type: ignore[override]
+        return self.now >= self._reached_at
+
+    def wait(self, timeout_seconds: float, wake_fd: int) -> None:
+        self.now += timeout_seconds
+        if self.now >= self._takes_at:
+            self.arriving = [Received(run="run", sources={"nonce": 1000})]
+
+
+@pytest.mark.parametrize(
+    ("reached_at", "takes_at", "seconds", "said"),
+    [
+        (1e9, 1e9, 1.0, ["the daemon tcp://host:7667 was not reached: nobody has watched this run"]),
+        (0.0, 1e9, 5.0, ["2 frames were not acknowledged by the daemon before the end"]),
+        (0.5, 3.0, 3.0, []),
+        (0.0, 0.2, 0.2, []),
+    ],
+    ids=["nobody is there", "it takes nothing", "reached late", "usual"],
+)
+def test_the_end_of_a_job_waits_only_for_a_daemon_that_is_there(
+    monkeypatch: pytest.MonkeyPatch, reached_at: float, takes_at: float, seconds: float, said: list[str]
+) -> None:
+    link = DistantLink(reached_at, takes_at)
+    monkeypatch.setattr(courier_module, "time", SimpleNamespace(monotonic=lambda: link.now))
+    heard: list[str] = []
+    courier_of(link, say=heard.append).close("end", 0, timeout_seconds=5.0)
+    assert link.now - 100.0 == pytest.approx(seconds, abs=0.05)
+    assert heard == said
+
+
+def test_a_daemon_that_has_taken_nothing_for_long_is_not_waited_for_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    link = DistantLink(0.0, 1e9)
+    monkeypatch.setattr(courier_module, "time", SimpleNamespace(monotonic=lambda: link.now))
+    courier = courier_of(link)
+    courier.pump()
+    link.now += 60.0
+    courier.close("end", 0, timeout_seconds=5.0)
+    assert link.now - 160.0 == pytest.approx(1.0, abs=0.05)

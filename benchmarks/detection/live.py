@@ -37,6 +37,7 @@ class RecordingLink:
     """A link whose other end only writes down; mode observe needs no answer but the acknowledgement."""
 
     def __init__(self, recorder: Recorder) -> None:
+        self.connected = True
         self.reconnects = 0
         self._recorder = recorder
         self._num = 0

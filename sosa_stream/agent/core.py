@@ -39,6 +39,7 @@ from sosa_stream.agent.registers import MemoryStore, RegisterStore, TorchStore
 from sosa_stream.agent.snapshots import SnapshotRing, TrainingState
 from sosa_stream.agent.taps import Taps
 from sosa_stream.config import Settings
+from sosa_stream.errors import SosaError
 from sosa_stream.protocol.channels import AgentChannel
 from sosa_stream.protocol.keys import load_agent_keys
 from sosa_stream.protocol.messages import ExceptionReport, Layers
@@ -201,6 +202,8 @@ class Agent:
         try:
             if self._find_others():
                 self._carry()
+        except SosaError as error:  # keys that are not there, an address that cannot be one
+            self.say(f"{error}; training goes on unwatched", every_rank=True)
         except Exception as error:
             self._on_error(error, False)
         finally:
@@ -283,7 +286,8 @@ class Agent:
     def _join_by_channel(self, membership: Membership, store: RegisterStore | None) -> bool:
         """Connect to the daemon that the membership names. False where there is none for this rank."""
         if not membership.daemon:
-            self.say("there is no daemon: training goes on unwatched")
+            why = self._embedded.given_up if self._embedded is not None else ""
+            self.say(f"{why or 'there is no daemon'}; training goes on unwatched")
             return False
         if membership.host != self._identity.host and "127.0.0.1" in membership.daemon:
             self.say(f"the daemon serves {membership.host} only; for several hosts name one with SOSA_DAEMON")
@@ -291,10 +295,10 @@ class Agent:
         if store is not None and self._identity.rank == 0 and self._identity.world_size > 1:
             self._coordinator = Coordinator(store, self._identity.world_size, membership)
         keys = load_agent_keys(Path(self.settings.daemon.keys)) if self.settings.daemon.keys else None
+        channel = AgentChannel(membership.daemon, membership.run, keys=keys)
         if self.watches_everything:
             where = f"in {self.settings.home}" if self._embedded is not None else f"by {membership.daemon}"
             self.say(f"watching run {membership.run}, mode {self.settings.mode}, recorded {where}")
-        channel = AgentChannel(membership.daemon, membership.run, keys=keys)
         self._join(membership, TeeLink(channel, lambda: self._tee), store)
         return True
 

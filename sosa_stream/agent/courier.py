@@ -23,6 +23,8 @@ from sosa_stream.protocol.messages import Ack, AckState, Announcement, Bye, Comm
 
 HEARTBEAT_SECONDS = 1.0
 NOT_TAKEN_SECONDS = 5.0
+UNREACHED_SECONDS = 1.0
+"""How long the end of a job waits for a daemon that does not answer."""
 MAX_PARAMETER_NAMES = 2000
 
 
@@ -149,20 +151,26 @@ class Courier:
         )
 
     def close(self, reason: str, exit_code: int, timeout_seconds: float) -> None:
-        """Say goodbye and give what is in the ring ``timeout_seconds`` to be acknowledged."""
+        """Say goodbye and give what is in the ring ``timeout_seconds`` to be acknowledged, less if nobody is there."""
         self.ending = True
         dropped = self._outbox.num_dropped
         self._outbox.add_message(
             lambda header: Bye(header=header, reason=reason[:500], exit_code=exit_code, dropped=dropped)
         )
-        deadline = time.monotonic() + timeout_seconds
+        began = time.monotonic()
         self.pump()
         self.pump()  # an Engine in this process acknowledges at once
-        while len(self._outbox.ring) and time.monotonic() < deadline:
+        while len(self._outbox.ring):
+            now = time.monotonic()
+            answers = self._link.connected and now - self._taken_at <= NOT_TAKEN_SECONDS
+            if now - began >= (timeout_seconds if answers else min(timeout_seconds, UNREACHED_SECONDS)):
+                break
             self._link.wait(0.02, self._outbox.wakeup.fd)
             self._outbox.wakeup.clear()
             self.pump()
-        if len(self._outbox.ring):
+        if not self._link.connected:
+            self._say(f"the daemon {self._membership.daemon} was not reached: nobody has watched this run")
+        elif len(self._outbox.ring):
             self._say(f"{len(self._outbox.ring)} frames were not acknowledged by the daemon before the end")
         if self._incidents:
             self._say(f"{len(self._incidents)} incident(s) in this run: sosa incidents --run {self._membership.run}")
@@ -173,7 +181,7 @@ class Courier:
         self._taken_at = self._taken_at or now
         if not len(self._outbox.ring):
             self._taken_at = now
-        elif now - self._taken_at > NOT_TAKEN_SECONDS:
+        elif not self.ending and now - self._taken_at > NOT_TAKEN_SECONDS:
             self._say(
                 f"the daemon {self._membership.daemon} has taken nothing of run {self._membership.run} for "
                 f"{NOT_TAKEN_SECONDS:g} s (its log says why, if it is there); training goes on, unwatched until it does"

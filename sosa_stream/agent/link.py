@@ -18,6 +18,9 @@ class Link(Protocol):
     """What the agent needs of a way to the daemon; `protocol.channels.AgentChannel` is one."""
 
     @property
+    def connected(self) -> bool: ...
+
+    @property
     def reconnects(self) -> int: ...
 
     def send(self, data: bytes) -> bool: ...
@@ -36,6 +39,7 @@ class LocalLink:
 
     def __init__(self, engine: Engine, on_effect: Callable[[Effect], None]) -> None:
         self.engine = engine
+        self.connected = True
         self.reconnects = 0
         self._on_effect = on_effect
         self._published: dict[str, Command] = {}
@@ -83,6 +87,10 @@ class TeeLink:
         self._channel = channel
         self._local = local
         self._last_seq = 0
+
+    @property
+    def connected(self) -> bool:
+        return self._channel.connected
 
     @property
     def reconnects(self) -> int:

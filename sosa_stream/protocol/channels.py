@@ -91,6 +91,7 @@ class AgentChannel:
 
     Attributes:
         rejected: number of control messages refused, by reason.
+        connected: whether a daemon has ever answered at this address.
         reconnects: times that the metrics connection came up again after its first time. What was under way then may
             be lost: the agent resends its ring.
 
@@ -102,6 +103,7 @@ class AgentChannel:
         ends = endpoints(address)
         self._topic = topic(run)
         self.rejected: Counter[str] = Counter()
+        self.connected = False
         self.reconnects = 0
         self._refused: list[ProtocolError] = []
         self._connections = 0
@@ -172,6 +174,7 @@ class AgentChannel:
         while self._monitor.poll(0):
             recv_monitor_message(self._monitor)
             self._connections += 1
+            self.connected = True
         self.reconnects = max(0, self._connections - 1)
 
     def wait(self, timeout_seconds: float, wake_fd: int) -> None:
