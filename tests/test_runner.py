@@ -405,6 +405,16 @@ def test_a_daemon_that_cannot_be_reached_is_no_reason_to_fail(here: Path) -> Non
     assert ours.stderr == "sosa: the daemon tcp://127.0.0.1:9 was not reached: nobody has watched this run\n"
 
 
+def test_a_webhook_that_cannot_be_reached_is_told_in_one_line_at_the_end(here: Path) -> None:
+    write(here, "train.py", dedent(TRAIN).replace(".mean()", ".mean().mul(float('nan') if step > 15 else 1.0)"))
+    ours = watched(here, "train.py", env={"SOSA_NOTIFY": "http://127.0.0.1:9/secret"})
+    assert ours.returncode == 0
+    told = [line for line in ours.stderr.splitlines() if "127.0.0.1:9" in line]
+    assert len(told) == 1, ours.stderr
+    assert re.fullmatch(r"sosa: http://127.0.0.1:9/… was not told of a critical incident: .*refused", told[0])
+    assert "secret" not in ours.stderr
+
+
 def test_a_daemon_whose_keys_are_not_there_is_told_in_a_sentence(here: Path) -> None:
     write(here, "script.py", "print('ran')")
     ours = watched(here, "script.py", env={"SOSA_DAEMON": "tcp://127.0.0.1:9", "SOSA_DAEMON_KEYS": "absent"})

@@ -49,12 +49,15 @@ def notification(number: int = 1, *, age_seconds: float = 0.0) -> Notification:
 
 
 def posting(
-    url: str, act: Callable[[Webhook], Awaitable[None] | None], memory: Memory | None = None
+    url: str,
+    act: Callable[[Webhook], Awaitable[None] | None],
+    memory: Memory | None = None,
+    on_lost: Callable[[str], None] = lambda text: None,
 ) -> dict[Outcome, int]:
     """Run a webhook, ``act`` on it, close it; its counts."""
 
     async def run() -> dict[Outcome, int]:
-        hook = Webhook(WebhookUrl(url), memory or Memory())
+        hook = Webhook(WebhookUrl(url), memory or Memory(), on_lost)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(hook.run())
             await asyncio.sleep(0)
@@ -187,6 +190,19 @@ def test_what_was_settled_is_not_posted_again_to_the_same_address() -> None:
         assert len(server.posted) == 2
         posting(other.url, lambda hook: hook.offer(notification(1)), memory)
         assert len(other.accepted) == 1
+
+
+def test_whoever_started_the_daemon_is_told_once_what_a_webhook_did_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    with WebhookServer([404, 404]) as server:
+        posting(server.url, lambda hook: offer(hook, 1, 2, 3), on_lost=told.append)
+    assert told == [
+        f"http://127.0.0.1:{server.url.split(':')[2].split('/')[0]}/… was not told of a critical incident: status 404"
+    ]
+    monkeypatch.setattr(webhook, "CLOSE_SECONDS", 0.1)  # no longer there, and the end comes before it is given up
+    posting(server.url, lambda hook: offer(hook, 1, 2), on_lost=told.append)
+    assert len(told) == 2
+    assert "refused" in told[1]
 
 
 def test_old_news_is_no_news() -> None:

@@ -209,6 +209,7 @@ class Agent:
         finally:
             if self._embedded is not None:
                 self._embedded.stop(DAEMON_STOP_SECONDS if self._closing is not None else 0.0)
+                self._pass_on(self._embedded)
 
     def _carry(self) -> None:
         courier = self._courier
@@ -222,6 +223,7 @@ class Agent:
             courier.pump()
             if self._embedded is not None:
                 self._embedded.poll()
+                self._pass_on(self._embedded)
                 if self._embedded.given_up:
                     self.say(f"{self._embedded.given_up}; training goes on unwatched")
         if self.probe.fence is not None:
@@ -231,6 +233,11 @@ class Agent:
             self._coordinate()
             time.sleep(JOIN_SECONDS)
         courier.close(*self._closing, timeout_seconds=CLOSE_SECONDS)
+
+    def _pass_on(self, daemon: EmbeddedDaemon) -> None:
+        for text in daemon.complaints:
+            self.say(text)
+        daemon.complaints.clear()
 
     def _coordinate(self) -> None:
         assert self._coordinator is not None

@@ -1,11 +1,13 @@
 """The daemon that rank 0 starts for a job that named none: a child on loopback that ends when we do.
 
 It has its own session (a Ctrl-C in the terminal is not for it), logs to a file, and reads end-of-file on its standard
-input when this process ends in whatever way; it then drains and ends by itself.
+input when this process ends in whatever way; it then drains and ends by itself. What the user should hear comes back
+through a pipe, a JSON object per line: first where it can be found, then its complaints.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -24,17 +26,20 @@ class EmbeddedDaemon:
         self.address = ""
         self.http = ""
         self.given_up = ""
+        self.complaints: list[str] = []
+        """Sentences for the user."""
         self._home = home
         self._process: subprocess.Popen[bytes] | None = None
-        self._ready_fd: int | None = None
+        self._told_fd: int | None = None
+        self._told = b""
         self._started_at = 0.0
         self._starts = 0
 
     def start(self) -> None:
         """Start the child; `poll` learns its address."""
         self._home.mkdir(parents=True, exist_ok=True)
-        ready, write = os.pipe()
-        os.set_blocking(ready, False)
+        told, write = os.pipe()
+        os.set_blocking(told, False)
         bind = self.address or "tcp://127.0.0.1:0"
         command = [sys.executable, "-m", "sosa_stream.cli", "daemon", "--embedded", "--ready-fd", str(write)]
         command += ["--home", str(self._home), "--bind", bind, "--http", self.http or "127.0.0.1:0"]
@@ -43,16 +48,15 @@ class EmbeddedDaemon:
                 command, stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[write], start_new_session=True
             )
         os.close(write)
-        self._ready_fd = ready
+        self._told_fd, self._told = told, b""
         self._started_at = time.monotonic()
         self._starts += 1
 
     def poll(self) -> None:
-        """Learn the address once the child is ready, and start it again if it has died. Never blocks."""
+        """Learn what the child tells, its address first, and start it again if it has died. Never blocks."""
         if self._process is None or self.given_up:
             return
-        if self._ready_fd is not None:
-            self._read_ready(self._ready_fd)
+        self._listen()
         if self._process.poll() is not None:
             self._forget_pipes()
             if self._starts > MAX_RESTARTS:
@@ -67,33 +71,39 @@ class EmbeddedDaemon:
         return not self.address and not self.given_up and self._process is not None and not late
 
     def stop(self, timeout_seconds: float) -> None:
-        """End of file is the word to drain and end; wait for it, within bounds."""
+        """End of file is the word to drain and end; wait for it, within bounds, and hear its last words."""
         if self._process is None:
             return
-        self._forget_pipes()
-        try:
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it goes on draining by itself; its own bound ends it
             self._process.wait(timeout_seconds)
-        except subprocess.TimeoutExpired:
-            return  # it goes on draining by itself; its own bound ends it
+        self._listen()
+        self._forget_pipes()
 
     def after_fork_in_child(self) -> None:
         """A forked worker must not keep the pipe open, or the daemon would never see its end."""
         self._forget_pipes()
 
-    def _read_ready(self, fd: int) -> None:
-        try:
-            line = os.read(fd, 4096)
-        except BlockingIOError:
-            return
-        os.close(fd)
-        self._ready_fd = None
-        if line:
-            ready = json.loads(line)
-            self.address, self.http = ready["address"], ready["http"]
+    def _listen(self) -> None:
+        while self._told_fd is not None:
+            try:
+                heard = os.read(self._told_fd, 4096)
+            except BlockingIOError:
+                return
+            if not heard:
+                os.close(self._told_fd)
+                self._told_fd = None
+            *lines, self._told = (self._told + heard).split(b"\n")
+            for line in map(json.loads, lines):
+                if "complaint" in line:
+                    self.complaints.append(line["complaint"])
+                else:
+                    self.address, self.http = line["address"], line["http"]
 
     def _forget_pipes(self) -> None:
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
-        if self._ready_fd is not None:
-            os.close(self._ready_fd)
-            self._ready_fd = None
+        if self._told_fd is not None:
+            os.close(self._told_fd)
+            self._told_fd = None

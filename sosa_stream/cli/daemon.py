@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sosa_stream.config import CONFIG_VARIABLE, Settings, load_job_settings, load_settings
 from sosa_stream.errors import UsageError
@@ -53,9 +54,14 @@ def run(arguments: argparse.Namespace) -> int:
     configure_logging()
 
     def announce(ready: Ready) -> None:
+        tell(asdict(ready))
+        if arguments.ready_fd is not None and not arguments.embedded:
+            os.close(arguments.ready_fd)
+
+    def tell(value: dict[str, Any]) -> None:
         if arguments.ready_fd is not None:
-            with os.fdopen(arguments.ready_fd, "w", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(ready)) + "\n")
+            with contextlib.suppress(OSError):  # nobody listens any more
+                os.write(arguments.ready_fd, json.dumps(value).encode() + b"\n")
 
     async def serve() -> None:
         await Daemon(
@@ -64,6 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
             reload=lambda: _settings(arguments),
             keys=keys,
             on_ready=announce,
+            on_complaint=lambda text: tell({"complaint": text}) if arguments.embedded else None,
             parent=sys.stdin.fileno() if arguments.embedded else None,
         ).serve()
 

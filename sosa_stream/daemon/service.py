@@ -63,6 +63,8 @@ class Daemon:
     ``parent`` is a file descriptor whose end of file means that the process which started this daemon is gone: it then
     takes in what is still under way and ends. Such a daemon ignores SIGINT, which is meant for the training.
 
+    ``on_complaint`` is given what whoever started the daemon should hear, in a sentence each.
+
     ``reload`` reads the settings again on SIGHUP; of them, those of detection take effect. It may raise ConfigError.
     """
 
@@ -74,6 +76,7 @@ class Daemon:
         reload: Callable[[], Settings] | None = None,
         keys: DaemonKeys | None = None,
         on_ready: Callable[[Ready], None] = lambda ready: None,
+        on_complaint: Callable[[str], None] = lambda text: None,
         parent: int | None = None,
         forget_seconds: float = FORGET_SECONDS,
     ) -> None:
@@ -85,6 +88,7 @@ class Daemon:
         self._reload_wanted = False
         self._keys = keys
         self._on_ready = on_ready
+        self._on_complaint = on_complaint
         self._parent = parent
         self._forget_seconds = forget_seconds
         self._runs: dict[str, Run] = {}
@@ -112,7 +116,7 @@ class Daemon:
                 DaemonChannel(self._settings.daemon.bind, keys=self._keys) as self._channel,
             ):
                 closing.callback(self._close_runs)
-                self._webhooks = [Webhook(url, self._store) for url in self._settings.daemon.notify]
+                self._webhooks = [Webhook(url, self._store, self._on_complaint) for url in self._settings.daemon.notify]
                 await self._follow_mutes()
                 self._show()
                 with HttpServer(self._settings.daemon.http, lambda: self._snapshot) as http:

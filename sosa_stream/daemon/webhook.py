@@ -18,7 +18,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Any, Protocol
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 
 from sosa_stream import __version__
 from sosa_stream.daemon.notify import Notification
@@ -57,15 +57,20 @@ class Memory(Protocol):
 class Webhook:
     """One URL and what waits for it. `run` in a task; `offer` and `close` from the same loop.
 
+    ``on_lost`` is told once, in a sentence, that a notification was not taken and will not be tried again.
+
     Attributes:
         counts: notifications by outcome.
     """
 
-    def __init__(self, url: WebhookUrl, memory: Memory) -> None:
+    def __init__(self, url: WebhookUrl, memory: Memory, on_lost: Callable[[str], None] = lambda text: None) -> None:
         self.counts: Counter[Outcome] = Counter()
         self._url = url
         self._target = hashlib.blake2b(url.encode(), digest_size=6).hexdigest()
         self._memory = memory
+        self._on_lost = on_lost
+        self._told = False
+        self._why = "no answer before the end"
         self._waiting: deque[Notification] = deque()
         self._stirred = asyncio.Event()
         self._closing = asyncio.Event()
@@ -101,6 +106,7 @@ class Webhook:
         except TimeoutError:
             self.counts[Outcome.DROPPED] += len(self._waiting)
             log.error("%r: not all notifications could be posted before the end", self._url)
+            self._tell()
 
     async def _deliver(self, notification: Notification) -> None:
         if await self._was_settled(notification):
@@ -109,14 +115,21 @@ class Webhook:
         try:
             outcome = await self._post_until_settled(notification)
         except Exception as error:  # a fault of ours must not end the daemon
-            outcome = Outcome.FAILED
+            outcome, self._why = Outcome.FAILED, type(error).__name__
             log.error("%r: a notification cannot be posted: %s", self._url, type(error).__name__)
         finally:
             self.counts[outcome] += 1
+        if outcome is Outcome.FAILED:
+            self._tell()
         try:
             await self._memory.note_notified(notification, self._target, outcome)
         except sqlite3.Error as error:
             log.warning("the store cannot be written, a restart may notify again: %s", error)
+
+    def _tell(self) -> None:
+        if not self._told:
+            self._told = True
+            self._on_lost(f"{self._url!r} was not told of a critical incident: {self._why}")
 
     async def _was_settled(self, notification: Notification) -> bool:
         try:
@@ -132,6 +145,7 @@ class Webhook:
             why, retry_seconds = await self._attempt(body)
             if not why:
                 return Outcome.SENT
+            self._why = why
             wait = max(pause, retry_seconds or 0.0)
             if retry_seconds is None or loop.time() + wait > deadline:
                 log.error("%r: %s; this notification is given up", self._url, why)
@@ -158,6 +172,8 @@ class Webhook:
             asked = error.headers.get("Retry-After", "")
             again = error.code == TOO_MANY_REQUESTS or error.code >= 500
             return f"status {error.code}", float(asked) if asked.isdecimal() and again else 0.0 if again else None
+        except URLError as error:
+            return str(error.reason), 0.0
         except Exception as error:  # of the network, TLS or HTTP; a message of another kind might hold the URL
             return (str(error) or "no answer") if isinstance(error, OSError) else type(error).__name__, 0.0
         return "", None
