@@ -16,14 +16,14 @@ from torch import nn
 
 from sosa_stream.detect.incidents import Incident, Severity
 from sosa_stream.engine import Engine
-from sosa_stream.protocol.messages import MetricFrame
+from sosa_stream.protocol.messages import Layers, MetricFrame
 from sosa_stream.testing import NOW, header, hello
 
 NUM = 640
 T = np.arange(NUM)
 
 
-def seen(**columns: ArrayLike) -> tuple[Incident, ...]:
+def seen(*told_before: Layers, **columns: ArrayLike) -> tuple[Incident, ...]:
     """The incidents of a run that learns, with these columns beside its loss."""
     noise = np.random.default_rng(0).standard_normal(NUM)
     all_columns = {
@@ -34,7 +34,8 @@ def seen(**columns: ArrayLike) -> tuple[Incident, ...]:
     } | columns
     values = np.column_stack([np.broadcast_to(np.asarray(c, dtype=np.float64), NUM) for c in all_columns.values()])
     engine = Engine("run")
-    engine.handle(hello(), NOW)
+    for message in (hello(), *told_before):
+        engine.handle(message, NOW)
     engine.handle(MetricFrame(header=header(), columns=tuple(all_columns), steps=T, values=values), NOW)
     return engine.view().incidents
 
@@ -93,6 +94,46 @@ def test_weights_that_stay_are_told_only_where_they_should_move() -> None:
     assert seen(changed_share=once) == ()
 
 
+def norms(*values: float) -> Layers:
+    """Weights of one layer after the other, first to last, with gradients of these norms."""
+    names = tuple(f"{i}.weight" for i in range(len(values)))
+    return Layers(header=header(), step=24, names=names, norms=np.array(values, dtype=np.float32))
+
+
+def test_a_first_layer_that_no_longer_gets_a_gradient_is_told_after_four_looks() -> None:
+    cut = looks(lambda step: 0.0 if step >= 320 else 0.1, every=8)
+    assert told(seen(layer_ratio=cut, first_norm=cut)) == [("vanishing_gradient", "warning", 344)]
+
+
+def test_a_first_layer_that_never_got_a_gradient_is_worth_knowing() -> None:
+    never = looks(lambda step: 0.0, every=8)
+    (incident,) = seen(norms(math.nan, 0.1, 0.2), layer_ratio=never, first_norm=never)
+    assert (incident.kind, incident.severity) == ("vanishing_gradient", Severity.INFO)
+    assert incident.evidence["parameters"] == ["0.weight"]
+    (underflow,) = seen(norms(0.0, 1e-30, 0.2), layer_ratio=never, first_norm=never)
+    assert underflow.severity is Severity.WARNING, "it got one, of zeros"
+
+
+def test_a_gradient_that_fades_inside_is_told_though_something_else_is_in_front() -> None:
+    columns = {name: looks(lambda step: 0.1, every=8) for name in ("layer_ratio", "first_norm")}
+    fading = [1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2]
+    (incident,) = seen(norms(0.1, *fading, 0.3), **columns)
+    assert (incident.kind, str(incident.severity), str(incident.state)) == ("vanishing_gradient", "warning", "open")
+    assert incident.evidence["parameters"] == [f"{i}.weight" for i in range(1, 6)]
+    for healthy in ([0.1, 1e-6, 1e-6, 1e-6, 1e-6, 1e-6, 0.3], [0.1, math.nan, math.nan, 0.2], [0.1, 0.0, 0.0, 0.3]):
+        assert seen(norms(*healthy), **columns) == (), "layer scales, parts without a gradient, experts without a token"
+
+
+def test_parameters_that_no_longer_get_a_gradient_are_told_after_three_looks() -> None:
+    cut = looks(lambda step: 6.0 if step >= 352 else 2.0)
+    assert told(seen(stale_parameters=cut, orphan_parameters=looks(lambda step: 0.0))) == [
+        ("weights_unchanged", "warning", 416)
+    ]
+    rng = np.random.default_rng(0)
+    at_random = looks(lambda step: float(rng.integers(0, 5)) if step < 352 else 6.0)
+    assert seen(stale_parameters=at_random, orphan_parameters=looks(lambda step: 0.0)) == (), "experts, dropped layers"
+
+
 # -- live --------------------------------------------------------------------------------------------------------------
 
 
@@ -145,6 +186,10 @@ def _rebuild(job: Job) -> None:
     job.model = copy.deepcopy(job.model)
 
 
+def _detach(job: Job) -> None:
+    job.model[1].register_forward_hook(lambda module, inputs, output: output.detach())  # type: ignore[operator, union-attr]
+
+
 def _rebuild_head(job: Job) -> None:
     job.model[4] = nn.Linear(48, 4)
 
@@ -165,6 +210,10 @@ def test_live_saturation_is_recognised() -> None:
 @pytest.mark.parametrize("strike", [_freeze, _clip_to_zero, _rebuild, _rebuild_head])
 def test_live_weights_that_no_longer_learn_are_recognised(strike: Callable[[Job], None]) -> None:
     assert "weights_unchanged" in Job().run(strike)
+
+
+def test_live_a_detach_behind_the_first_layer_is_recognised() -> None:
+    assert "vanishing_gradient" in Job().run(_detach)
 
 
 def test_live_overflow_in_every_step_collapses_the_loss_scale() -> None:

@@ -96,6 +96,15 @@ def end_layers(parameters: list[torch.Tensor]) -> tuple[int, int] | None:
     return (matrices[0], matrices[-1]) if len(matrices) > 1 else None
 
 
+def first_is_cut_off(optimizer: Optimizer) -> bool:
+    """Whether the first weight matrix that is to be trained has no gradient; a frozen one is not to be trained."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad and parameter.dim() > 1:
+                return parameter.grad is None
+    return False
+
+
 def reduced_by_ddp(optimizer: Optimizer) -> bool:
     """Whether every parameter belongs to a `DistributedDataParallel`, which makes gradients equal on all ranks.
 

@@ -135,7 +135,9 @@ def _ends(
     local: list[torch.Tensor],
     norms: list[torch.Tensor] | None,
 ) -> Columns:
-    """First to last layer's gradient norm, and the first's, unscaled."""
+    """First to last layer's gradient norm, and the first's, unscaled; both 0 where only the first gets none."""
+    if parameters and gradients.first_is_cut_off(optimizer):
+        return {"layer_ratio": 0.0, "first_norm": 0.0}
     ends = gradients.end_layers(parameters)
     if ends is None:
         return {}

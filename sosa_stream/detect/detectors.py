@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from sosa_stream.detect import courses, inputs, latent, layers, numerical, reports, rises, validation
+from sosa_stream.detect import courses, inputs, latent, layers, numerical, reports, rises, validation, vanishing
 from sosa_stream.detect.incidents import Finding, Group
 from sosa_stream.detect.windows import RunWindows
 from sosa_stream.protocol.columns import EVAL_LOSS
 
+QUIET_POINTS = 20
 LOOK_POINTS = 144
 """Points without a finding that close an incident of a kind that is looked at every 64th point at the rarest."""
 
@@ -59,8 +60,8 @@ class Detector:
     step, such as the newest loss, so that many steps can be taken at once."""
     ratio: bool = False
     """Whether it judges a share of the loss itself: a ratio by nature, which a shifted loss changes."""
-    quiet_points: int = 20
-    """Points without a finding, and well, that close an incident."""
+    quiet_points: int = QUIET_POINTS
+    """Points without a finding, and well, that close an incident: more for a kind that is not judged at each point."""
 
     def state(self, windows: RunWindows, firing: bool) -> DetectorState:
         if firing:
@@ -127,8 +128,9 @@ ALL: tuple[Detector, ...] = (
         ratio=True,
         group=Group.NUMERICAL,
         requires=("layer_ratio", "first_norm"),
-        check=numerical.vanishing_gradient,
+        check=vanishing.vanishing_gradient,
         warms=False,
+        quiet_points=LOOK_POINTS,
     ),
     Detector(
         kind="dead_units",

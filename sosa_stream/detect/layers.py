@@ -31,7 +31,7 @@ def dead_units(windows: RunWindows) -> Finding | None:
     seen, the share must have doubled since the first look. ``critical`` when a whole layer is dead and nothing in front
     of it learns: no gradient will bring it back.
     """
-    if not (_looked_at(windows, "zero_grad_share") or _looked_at(windows, "dead_share")):
+    if not (looked_at(windows, "zero_grad_share") or looked_at(windows, "dead_share")):
         return None
     zeros, units = windows.looks["zero_grad_share"].last(), windows.looks["dead_share"].last(2)
     if len(zeros) < 2 or (zeros[-2:] < DEAD_SHARE).any() or (zeros[-1] == 1.0 and windows.grad_norm):
@@ -55,7 +55,7 @@ def dead_units(windows: RunWindows) -> Finding | None:
             "baseline": float(zeros[0]),
             "threshold": DEAD_SHARE,
             "dead_share": unit_share,
-            "parameters": _idle(windows),
+            "parameters": idle_parameters(windows),
             "window": 2,
         },
         causes=(
@@ -71,7 +71,7 @@ def saturated_activations(windows: RunWindows) -> Finding | None:
     There its slope is below 4% of the largest, and the gradient with it [Glorot and Bengio, AISTATS 2010, 3].
     """
     looks = windows.looks["saturated_share"].last(2)
-    if not _looked_at(windows, "saturated_share") or len(looks) < 2 or (looks < SATURATED_SHARE).any():
+    if not looked_at(windows, "saturated_share") or len(looks) < 2 or (looks < SATURATED_SHARE).any():
         return None
     return Finding(
         kind="saturated_activations",
@@ -92,7 +92,7 @@ def loss_scale_collapse(windows: RunWindows) -> Finding | None:
     of the last eight steps: none of them was taken.
     """
     scales = windows.looks["loss_scale"].last()
-    if not _looked_at(windows, "loss_scale") or len(scales) < 2 or not scales[-1] > 0.0:
+    if not looked_at(windows, "loss_scale") or len(scales) < 2 or not scales[-1] > 0.0:
         return None
     grown = np.flatnonzero(np.diff(scales) > 0.0)
     falling = scales[grown[-1] + 1 :] if len(grown) else scales
@@ -127,9 +127,10 @@ def weights_unchanged(windows: RunWindows) -> Finding | None:
 
     Of the sampled parameters: none changed in three looks in a row; or all gradients that the optimizer received are
     zero while their norm before clipping was not; or at most half as many change as did, for three looks. Or parameters
-    got a gradient that belong to no optimizer, while the optimizer's own got none.
+    got a gradient that belong to no optimizer, while the optimizer's own got none; or, for three looks, more of the
+    optimizer's got none than in all looks before, which agreed (experts and layers that are left out at random do not).
     """
-    cause = _owners(windows) or _unchanged(windows)
+    cause = _owners(windows) or _cut_off(windows) or _unchanged(windows)
     if cause is None:
         return None
     message, causes = cause
@@ -149,7 +150,7 @@ def weights_unchanged(windows: RunWindows) -> Finding | None:
             "stale_parameters": int(stale[0]) if len(stale) else None,
             "grad_norm": windows.grad_norm,
             "lr": windows.lr,
-            "parameters": _idle(windows),
+            "parameters": idle_parameters(windows),
         },
         causes=causes,
     )
@@ -157,7 +158,7 @@ def weights_unchanged(windows: RunWindows) -> Finding | None:
 
 def _owners(windows: RunWindows) -> tuple[str, tuple[str, ...]] | None:
     orphans, stale = windows.looks["orphan_parameters"].last(1), windows.looks["stale_parameters"].last(1)
-    if not _looked_at(windows, "orphan_parameters") or not len(stale) or not orphans[0] > 0 or not stale[0] > 0:
+    if not looked_at(windows, "orphan_parameters") or not len(stale) or not orphans[0] > 0 or not stale[0] > 0:
         return None
     return (
         f"{orphans[0]:.0f} parameters get gradients but belong to no optimizer, "
@@ -166,9 +167,25 @@ def _owners(windows: RunWindows) -> tuple[str, tuple[str, ...]] | None:
     )
 
 
+def _cut_off(windows: RunWindows) -> tuple[str, tuple[str, ...]] | None:
+    stale = windows.looks["stale_parameters"].last()
+    if not looked_at(windows, "stale_parameters") or len(stale) < 5 or np.ptp(stale[:-3]) > 0.0:
+        return None
+    if stale[-3:].min() <= stale[0]:
+        return None
+    return (
+        f"{stale[-1] - stale[0]:.0f} parameters of the optimizer do not get a gradient any more",
+        (
+            "a detach() or no_grad() between them and the loss",
+            "parameters were frozen (requires_grad) in mid-run",
+            "parts of the model no longer reach the loss",
+        ),
+    )
+
+
 def _unchanged(windows: RunWindows) -> tuple[str, tuple[str, ...]] | None:
     changed, zeros = windows.looks["changed_share"].last(), windows.looks["zero_grad_share"].last(2)
-    if not _looked_at(windows, "changed_share") or windows.skipped or windows.bad_grad:
+    if not looked_at(windows, "changed_share") or windows.skipped or windows.bad_grad:
         return None
     if not windows.lr or windows.lr <= 0.0:
         return None
@@ -197,7 +214,7 @@ def _unchanged(windows: RunWindows) -> tuple[str, tuple[str, ...]] | None:
     return None
 
 
-def _idle(windows: RunWindows) -> list[str]:
+def idle_parameters(windows: RunWindows) -> list[str]:
     """Names of parameters that nobody moves: those without an optimizer, else those without a gradient."""
     if windows.layers is None:
         return []
@@ -207,6 +224,6 @@ def _idle(windows: RunWindows) -> list[str]:
     return list(windows.layers.orphans or zero)[:MOST_NAMED]
 
 
-def _looked_at(windows: RunWindows, name: str) -> bool:
+def looked_at(windows: RunWindows, name: str) -> bool:
     """Whether the newest step is one of those at which this column was looked at."""
     return windows.looked and bool(np.isfinite(windows.over_ranks(name)).any())

@@ -1,4 +1,4 @@
-"""Detectors of numbers that have left their range: non-finite values, exploding and vanishing gradients."""
+"""Detectors of numbers that have left their range: non-finite values, exploding gradients."""
 
 from __future__ import annotations
 
@@ -137,23 +137,4 @@ def _exploded(
         message=f"gradient norm {number(windows.grad_norm)} is {times(ratio)} its median {usual:.3g}",
         evidence={"value": windows.grad_norm, "baseline": usual, "ratio": ratio, "lr": windows.lr, **evidence},
         causes=("a batch with extreme values", "no gradient clipping", f"the learning rate{lr} is too high"),
-    )
-
-
-def vanishing_gradient(windows: RunWindows) -> Finding | None:
-    """First to last layer's gradient norm below 1e-3 and the first below 1e-4, in 4 looks [AutoTrainer, ICSE 2021].
-
-    A ratio by nature: exempt from the shift test.
-    """
-    ratios, norms = windows.looks["layer_ratio"].last(4), windows.looks["first_norm"].last(4)
-    if not windows.looked or min(len(ratios), len(norms)) < 4 or (ratios >= 1e-3).any() or (norms >= 1e-4).any():
-        return None
-    return Finding(
-        kind="vanishing_gradient",
-        severity=Severity.WARNING,
-        step=windows.step,
-        first_step=windows.step,
-        message=f"gradients vanish: first to last layer {ratios[-1]:.3g}",
-        evidence={"value": float(ratios[-1]), "first_norm": float(norms[-1]), "window": 4},
-        causes=("saturating activations in a deep stack", "initialisation too small", "no normalisation layers"),
     )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sosa_stream.detect.detectors import BY_KIND, Detector
+from sosa_stream.detect.detectors import BY_KIND, QUIET_POINTS, Detector
 from sosa_stream.detect.incidents import Finding, Group, Incident, IncidentState, Severity
 from sosa_stream.detect.outlook import clears, worsens
 from sosa_stream.detect.statistics import Level
@@ -65,7 +65,7 @@ FOLLOWS: Mapping[str, frozenset[str]] = {
 TOGETHER_STEPS = 2
 """Findings whose first steps differ by no more than this began together: a gradient shows it a step after a loss."""
 HEALTHY_STEPS_AT_END = 3
-"""As many are enough when the run is over."""
+"""As many are enough when the run is over, for a kind that is judged at each of them."""
 
 
 def make_id(prefix: str, run: str, counter: int) -> str:
@@ -172,7 +172,8 @@ class Tracker:
     def finish(self, step: int) -> None:
         """The run is over: what is back in its band resolves, the rest stays open."""
         for known in tuple(self._open.values()):
-            if known.num_healthy >= HEALTHY_STEPS_AT_END:
+            seldom = known.detector.quiet_points > QUIET_POINTS
+            if known.num_healthy >= (known.detector.quiet_points if seldom else HEALTHY_STEPS_AT_END):
                 self._resolve(known, step)
 
     def begin_generation(self) -> None:
