@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from torch import nn
 from torch.optim import SGD
 
 from sosa_stream import wrap_training
-from sosa_stream.agent import log
+from sosa_stream.agent import log, observe_posterior
 from sosa_stream.agent.core import Agent
+from sosa_stream.agent.link import LocalLink
 from sosa_stream.agent.outbox import Outbox, Row, Wakeup
 from sosa_stream.agent.scalars import Scalars
-from sosa_stream.config import load_settings
+from sosa_stream.config import Mode, load_settings
 from sosa_stream.engine import Engine
 from sosa_stream.protocol.codec import decode
 from sosa_stream.protocol.messages import ExceptionReport, Header, MetricFrame, Phase
@@ -46,6 +48,44 @@ def test_the_wrapper_takes_metrics_and_sees_the_batch_without_a_hook() -> None:
     windows = wrapper.monitor.engine._windows
     assert windows.logged["eval_loss"].steps.tolist() == [19]
     assert {"input_mean", "fingerprint"} <= windows.columns
+
+
+GOOD = torch.zeros(128, 2)
+
+
+@pytest.mark.parametrize(
+    ("mu", "logvar", "why"),
+    [
+        (None, None, "mu must be a tensor, not NoneType"),
+        ("mu", "logvar", "mu must be a tensor, not str"),
+        (GOOD.numpy(), GOOD.numpy(), "mu must be a tensor, not ndarray"),
+        (GOOD, None, "logvar must be a tensor, not NoneType"),
+        (GOOD, torch.zeros(128, 3), "mu is (128, 2), logvar (128, 3); they must be of one shape"),
+        (GOOD, torch.zeros(256), "mu is (128, 2), logvar (256, 1); they must be of one shape"),
+        (torch.tensor(0.0), torch.tensor(0.0), "mu must be (batch, latent), not ()"),
+        (torch.zeros(0, 2), torch.zeros(0, 2), "mu must be (batch, latent), not (0, 2)"),
+        (GOOD.long(), GOOD, "mu must be an ordinary floating-point tensor, not torch.int64 Tensor"),
+        (GOOD, GOOD.to("meta"), "logvar must be an ordinary floating-point tensor, not torch.float32 Tensor"),
+        (GOOD.to_sparse(), GOOD, "mu must be an ordinary floating-point tensor, not torch.float32 Tensor"),
+    ],
+)
+def test_a_posterior_that_is_none_is_told_in_one_line_and_training_and_watching_go_on(
+    capsys: pytest.CaptureFixture[str], mu: Any, logvar: Any, why: str
+) -> None:
+    agent = Agent(load_settings(overrides={"mode": Mode.OBSERVE}), run="posterior")
+    link = LocalLink(Engine("posterior"), lambda effect: None)
+    agent.start_local(link)
+    model = toy()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    for batch in batches(20):
+        observe_posterior(mu, logvar)
+        train(model, optimizer, [batch])
+    observe_posterior(GOOD.clone().requires_grad_(), GOOD.half())
+    train(model, optimizer, batches(5))
+    agent.close()
+    assert capsys.readouterr().err == f"sosa: observe_posterior: {why}; such batches are left out\n"
+    assert "kl_per_dim" in link.engine._windows.columns
+    assert link.engine._windows.step == 24
 
 
 def _header(seq: int) -> Header:

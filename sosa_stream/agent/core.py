@@ -122,6 +122,7 @@ class Agent:
         self._thread: threading.Thread | None = None
         self._closing: tuple[str, int] | None = None
         self._closed = False
+        self._posterior_refused = False
 
     # -- starting --------------------------------------------------------------------------------------------------
 
@@ -171,7 +172,9 @@ class Agent:
         try:
             self.probe.looks.posterior.observe(mu, logvar)
         except Exception as error:
-            self._on_error(error, False)
+            if not self._posterior_refused:  # a shape may be another in each batch
+                self._posterior_refused = True
+                self.say(f"observe_posterior: {error}; such batches are left out")
 
     def see_inputs(self, model: torch.nn.Module, batch: Any) -> None:
         """The batch that is about to go into ``model``, where no hook looks for it; never raises."""

@@ -10,6 +10,9 @@ from collections import deque
 
 import torch
 
+from sosa_stream.agent.inputs import is_plain
+from sosa_stream.errors import UsageError
+
 ACTIVE_VARIANCE = 0.01
 MIN_SAMPLES = 128
 
@@ -21,15 +24,23 @@ class Posterior:
         self._means: deque[torch.Tensor] = deque()
         self._log_variances: torch.Tensor | None = None
 
-    def observe(self, mu: torch.Tensor, logvar: torch.Tensor) -> None:
-        """Take one batch in; the first dimension is that of samples."""
-        mu = mu.detach().flatten(1) if mu.dim() > 1 else mu.detach().reshape(-1, 1)
-        if self._means and self._means[0].shape[1:] != mu.shape[1:]:
+    def observe(self, mu: object, logvar: object) -> None:
+        """Take one batch in; the first dimension is that of samples.
+
+        Raises:
+            UsageError: these are no tensors of one shape, floating-point and on one device.
+        """
+        mu, logvar = _rows("mu", mu), _rows("logvar", logvar)
+        if mu.shape != logvar.shape:
+            raise UsageError(f"mu is {tuple(mu.shape)}, logvar {tuple(logvar.shape)}; they must be of one shape")
+        if mu.device != logvar.device:
+            raise UsageError(f"mu is on {mu.device}, logvar on {logvar.device}; they must be on one device")
+        if self._means and (self._means[0].shape[1:], self._means[0].device) != (mu.shape[1:], mu.device):
             self._means.clear()
         self._means.append(mu)
         while sum(len(part) for part in self._means) - len(self._means[0]) >= MIN_SAMPLES:
             self._means.popleft()
-        self._log_variances = logvar.detach().reshape(mu.shape)
+        self._log_variances = logvar
 
     def take(self) -> dict[str, torch.Tensor | float]:
         """The sampled columns; nothing where there is no posterior, or too little of it."""
@@ -44,3 +55,14 @@ class Posterior:
             variances = torch.cat(tuple(self._means)).var(0)
             seen["active_units"] = (variances > ACTIVE_VARIANCE).sum()
         return seen
+
+
+def _rows(name: str, value: object) -> torch.Tensor:
+    """Samples by latent dimensions."""
+    if not isinstance(value, torch.Tensor):
+        raise UsageError(f"{name} must be a tensor, not {type(value).__name__}")
+    if not (is_plain(value) and value.layout is torch.strided and value.is_floating_point()):
+        raise UsageError(f"{name} must be an ordinary floating-point tensor, not {value.dtype} {type(value).__name__}")
+    if not (value.dim() and value.numel()):
+        raise UsageError(f"{name} must be (batch, latent), not {tuple(value.shape)}")
+    return value.detach().float().flatten(1) if value.dim() > 1 else value.detach().float().reshape(-1, 1)
