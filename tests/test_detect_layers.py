@@ -94,6 +94,24 @@ def test_weights_that_stay_are_told_only_where_they_should_move() -> None:
     assert seen(changed_share=once) == ()
 
 
+def test_a_learning_rate_that_stays_at_zero_in_mid_run_is_told_after_three_looks() -> None:
+    rate = np.where(T >= 300, 0.0, 1e-3)
+    changed = looks(lambda step: float(rate[step] > 0))
+    (incident,) = seen(changed_share=changed, lr=rate)
+    assert (incident.kind, incident.first_step, incident.detected_step) == ("weights_unchanged", 300, 384)
+    assert "learning rate has been 0 for 85 steps" in incident.message
+
+
+def test_a_learning_rate_that_touches_zero_is_a_schedule() -> None:
+    decay = np.maximum(1e-3 * (600 - T) / 600, 0.0)
+    restarts = 5e-4 * (1 + np.cos(np.pi * (T % 160) / 159))
+    warm_up = np.where(T < 200, 0.0, 1e-3)
+    other_groups_go_on = np.where(T < 300, 1e-3, 0.0)
+    for rate in (decay, restarts, warm_up):
+        assert seen(changed_share=looks(lambda step, rate=rate: float(rate[step] > 0)), lr=rate) == ()  # type: ignore[misc]
+    assert seen(changed_share=looks(lambda step: 0.9), lr=other_groups_go_on) == ()
+
+
 def norms(*values: float) -> Layers:
     """Weights of one layer after the other, first to last, with gradients of these norms."""
     names = tuple(f"{i}.weight" for i in range(len(values)))

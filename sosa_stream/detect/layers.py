@@ -123,24 +123,27 @@ def loss_scale_collapse(windows: RunWindows) -> Finding | None:
 
 
 def weights_unchanged(windows: RunWindows) -> Finding | None:
-    """Steps are taken, with a gradient and a learning rate, and the weights stay as they are. ``warning``.
+    """Steps are taken, and the weights stay as they are. ``warning``.
 
-    Of the sampled parameters: none changed in three looks in a row; or all gradients that the optimizer received are
-    zero while their norm before clipping was not; or at most half as many change as did, for three looks. Or parameters
-    got a gradient that belong to no optimizer, while the optimizer's own got none; or, for three looks, more of the
-    optimizer's got none than in all looks before, which agreed (experts and layers that are left out at random do not).
+    Of the sampled parameters: none changed in three looks in a row, with a gradient and a learning rate, or with a rate
+    of 0 that was above 0 before (more than 64 steps: schedules touch 0 for a few); or all gradients that the optimizer
+    received are zero while their norm before clipping was not; or at most half as many change as did, for three looks.
+    Or parameters got a gradient that belong to no optimizer, while the optimizer's own got none; or, for three looks,
+    more of the optimizer's got none than in all looks before, which agreed (experts and layers that are left out at
+    random do not).
     """
-    cause = _owners(windows) or _cut_off(windows) or _unchanged(windows)
+    cause = _owners(windows) or _cut_off(windows) or _no_rate(windows) or _unchanged(windows)
     if cause is None:
         return None
     message, causes = cause
+    zero_since = windows.schedule.zero_since
     changed, zeros = windows.looks["changed_share"].last(1), windows.looks["zero_grad_share"].last(1)
     orphans, stale = windows.looks["orphan_parameters"].last(1), windows.looks["stale_parameters"].last(1)
     return Finding(
         kind="weights_unchanged",
         severity=Severity.WARNING,
         step=windows.step,
-        first_step=windows.step,
+        first_step=windows.step if zero_since is None else zero_since,
         message=message,
         evidence={
             "value": float(changed[0]) if len(changed) else None,
@@ -179,6 +182,21 @@ def _cut_off(windows: RunWindows) -> tuple[str, tuple[str, ...]] | None:
             "a detach() or no_grad() between them and the loss",
             "parameters were frozen (requires_grad) in mid-run",
             "parts of the model no longer reach the loss",
+        ),
+    )
+
+
+def _no_rate(windows: RunWindows) -> tuple[str, tuple[str, ...]] | None:
+    changed, since = windows.looks["changed_share"].last(), windows.schedule.zero_since
+    if since is None or not looked_at(windows, "changed_share") or len(changed) < 4:
+        return None
+    if changed[-3:].any() or not changed[:-3].any():
+        return None
+    return (
+        f"the learning rate has been 0 for {windows.step + 1 - since} steps",
+        (
+            "a schedule that has run out: made for fewer steps than there are",
+            "the scheduler or the script set the learning rate to 0",
         ),
     )
 

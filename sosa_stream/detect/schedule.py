@@ -52,6 +52,8 @@ class Schedule:
         self.before = tuple(before)
         self.jump: LrJump | None = None
         self.fall: LrFall | None = None
+        self.zero_since: int | None = None
+        """The step from which on it is 0, having been above."""
         self._lrs = Ring(LR_WINDOW + LR_LAG)
         self._steps = Ring(LR_LAG + 2)
         self._script_lrs = Ring(4)
@@ -83,6 +85,7 @@ class Schedule:
             self.fall = LrFall(step=step, point=point, before=previous, after=lr)
         elif self.fall is not None and lr > 10.0 * self.fall.after:
             self.fall = None
+        self._note_zero(lr, step)
         self._lrs.push(lr)
         self._steps.push(step)
         jump = self.jump
@@ -106,6 +109,7 @@ class Schedule:
         lowest = min(float(lrs.min()), float(known.min())) if len(known) else float(lrs.min())
         if self.jump is not None or not float(lrs.max()) <= LR_RATIO * lowest:
             return False
+        self._note_zero(float(lrs[-1]), int(steps[0]))  # all are 0, or none
         self._lrs.extend(lrs)
         self._steps.extend(steps.astype(np.float64))
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -114,6 +118,12 @@ class Schedule:
         if self.fall is not None and float(lrs.max()) > 10.0 * self.fall.after:
             self.fall = None
         return True
+
+    def _note_zero(self, lr: float, step: int) -> None:
+        if lr != 0.0:
+            self.zero_since = None
+        elif self.zero_since is None and (self._borne > 0.0 or any(self.before)):
+            self.zero_since = step
 
     def _look_for_jump(self, lr: float) -> None:
         lrs = self._lrs.last()
