@@ -147,11 +147,21 @@ def test_kinds_are_those_of_detectors_of_own_rules_and_those_that_were_had(
         (["mute", "alpha", "oom", "--list"], "takes no RUN"),
         (["mute", "alpha", "oom", "--for", "soon"], "'soon' is no duration"),
         (["mute", "alpha", "oom", "--for", ""], "'' is no duration"),
-        (["mute", "alpha", "oom", "--for=-2h"], "no duration"),
+        (
+            ["mute", "alpha", "oom", "--for", "-2h"],
+            "argument --for: expected one argument (where it begins with a dash",
+        ),
+        (["mute", "alpha", "oom", "--for=-2h"], "'-2h' is no duration"),
+        (["mute", "alpha", "oom", "--for", "2h", "--json"], "mute --json goes with --list"),
+        (["mute", "alpha", "oom", "2h"], "unrecognized arguments: 2h"),
+        (["unmute", "", ""], "'' of run '' is not muted"),
         (["mute", "alpha", "oom", "--for", "0m"], "longer than nothing"),
         (["mute", "alpha", "oom", "--for", "366d"], "no longer than 365d"),
         (["feedback", "i2"], "was it real? sosa feedback i2 true, or false"),
+        (["feedback", "i9"], "no incident 'i9'"),
+        (["feedback", ""], "no incident ''"),
         (["feedback", "i9", "true"], "no incident 'i9'"),
+        (["feedback", "i2", "true", "--json"], "feedback --json goes without an incident"),
     ],
 )
 def test_what_makes_no_sense_is_told_in_one_line(sosa: Typed, arguments: list[str], told: str) -> None:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
+import os
+import shutil
+import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +20,7 @@ import pytest
 
 from sosa_stream import __version__, cli
 from sosa_stream.cli import main
+from sosa_stream.daemon.schema import open_store
 from sosa_stream.daemon.store import Changes, RunRow, Store
 from sosa_stream.decide.commands import CommandRecord, CommandState
 from sosa_stream.protocol.actions import Action
@@ -123,6 +129,11 @@ def code_of(*arguments: str) -> int:
         ["unmute", "run", "oom", "--home", "nowhere"],
         ["feedback", "--home", "nowhere"],
         ["feedback", "i", "perhaps"],
+        ["incidents", "--home", ""],
+        ["keys", "new", ""],
+        ["demo", "--out", ""],
+        ["daemon", "--home", ""],
+        ["daemon", "--config", ""],
         ["replay", "nowhere.sosa"],
         ["daemon", "--bind", "nowhere"],
         ["daemon", "--bind", "tcp://0.0.0.0:0"],
@@ -139,9 +150,8 @@ def test_a_users_mistake_is_told_in_one_line_with_exit_code_2(
     assert code_of(*arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    last = captured.err.strip().splitlines()[-1]
-    assert last.startswith("sosa")
-    assert "Traceback" not in captured.err
+    (line,) = captured.err.splitlines()
+    assert line.startswith("sosa: ")
 
 
 def test_a_wrong_variable_is_told_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,11 +217,16 @@ def test_the_home_may_come_from_the_variable(
     assert "nan_loss" in capsys.readouterr().out
 
 
-def test_approving_what_is_unknown_or_done_is_exit_code_1(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert code_of("approve", "c9", "--home", str(home)) == 1
-    assert "no command 'c9'" in capsys.readouterr().err
-    assert code_of("approve", "c2", "--home", str(home)) == 1
-    assert "verified" in capsys.readouterr().err
+def test_only_a_proposed_command_that_there_is_can_be_approved(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command, told in (
+        ("c9", "no command 'c9'"),
+        ("", "no command ''"),
+        ("c", "'c' may be c1, c2"),
+        ("c2", "verified"),
+    ):
+        assert code_of("approve", command, "--home", str(home)) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert told in line
 
 
 def test_approving_without_a_daemon_says_so_and_leaves_nothing_for_a_later_one(
@@ -220,12 +235,91 @@ def test_approving_without_a_daemon_says_so_and_leaves_nothing_for_a_later_one(
     monkeypatch.setattr("sosa_stream.cli.approve.ANSWER_SECONDS", 0.1)
     assert code_of("approve", "c1", "--home", str(home)) == 1
     assert "no daemon has answered" in capsys.readouterr().err
+    assert open_requests(home) == 0
 
-    async def requests() -> int:
-        async with Store(home) as store:
-            return len(await store.open_requests())
 
-    assert asyncio.run(requests()) == 0
+def test_an_approval_that_is_broken_off_leaves_nothing_either(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ctrl_c(seconds: float) -> None:
+        assert open_requests(home) == 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sosa_stream.cli.approve.time.sleep", ctrl_c)
+    assert code_of("approve", "c1", "--home", str(home)) == 130
+    assert open_requests(home) == 0
+
+
+def open_requests(home: Path) -> int:
+    with contextlib.closing(open_store(home)) as store:
+        (num,) = store.execute("SELECT count(*) FROM requests WHERE handled_at IS NULL").fetchone()
+    return int(num)
+
+
+@contextlib.contextmanager
+def unprivileged() -> Iterator[None]:
+    """As somebody whom file permissions bind."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def shared_home(home: Path) -> Iterator[Path]:
+    """One that others may read and not write; as a daemon leaves it that has ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(home / "sosa.db", folder)
+        os.chmod(folder, 0o555)
+        yield Path(folder)
+        os.chmod(folder, 0o755)
+
+
+def test_who_may_only_read_a_home_can_list_it_and_is_told_in_a_line_that_no_more_can_be_done(
+    shared_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = ("--home", str(shared_home))
+    with unprivileged():
+        assert code_of("incidents", *there) == 0
+        assert "nan_loss" in capsys.readouterr().out
+        for words in (
+            ["ack", "i1"],
+            ["feedback", "i1", "true"],
+            ["mute", "alpha", "oom", "--for", "2h"],
+            ["approve", "c1"],
+        ):
+            assert code_of(*words, *there) in (1, 2)
+            (line,) = capsys.readouterr().err.splitlines()
+            assert "sosa.db: " in line
+    os.chmod(shared_home, 0o000)
+    with unprivileged():
+        assert code_of("incidents", *there) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "sosa.db: Permission denied" in line
+
+
+def test_a_store_that_another_program_has_locked_is_told_in_one_line(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sosa_stream.daemon.schema.BUSY_TIMEOUT_MS", 10)
+    with contextlib.closing(sqlite3.connect(home / "sosa.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert code_of("ack", "i1", "--home", str(home)) == 1
+    assert capsys.readouterr().err == f"sosa: {home}/sosa.db: database is locked\n"
+
+
+def test_output_that_nobody_takes_is_no_failure_and_a_full_disk_is_one_in_a_line(home: Path) -> None:
+    sosa = f"{sys.executable} -m sosa_stream.cli incidents --home {home}"
+    reader, writer = os.pipe()
+    os.close(reader)
+    gone = subprocess.run(sosa.split(), check=False, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (gone.returncode, gone.stderr) == (0, "")
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(sosa.split(), check=False, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "sosa: No space left on device\n")
 
 
 def test_keys_are_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

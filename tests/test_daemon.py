@@ -251,7 +251,7 @@ def test_a_person_approves_a_proposal_once(tmp_path: Path, agent_of: Callable[..
         assert agents[0].commands[0].id == command
         assert agents[0].commands[0].approved
         again = sosa("approve", command)
-        assert again.returncode == 1
+        assert again.returncode == 2
         assert "only a proposed" in again.stderr
     events = [decode_record(payload) for _, payload in read_recording(home / "run" / "run.sosa")]
     assert sum(type(event).__name__ == "Approve" for event in events) == 1

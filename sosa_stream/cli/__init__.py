@@ -7,8 +7,11 @@ Machine output on stdout, everything else on stderr.
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from sosa_stream import __version__
 from sosa_stream.cli import alarms, approve, daemon, demo, feedback, keys, records, replay
@@ -19,8 +22,17 @@ __all__ = ["main"]
 COMMANDS = (demo, daemon, records, approve, alarms, feedback, replay, keys)
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, as the commands themselves do."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.endswith("expected one argument"):
+            message += " (where it begins with a dash: --flag=-value)"
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+
+def parser() -> Parser:
+    top = Parser(
         prog="sosa", description="Watches distributed PyTorch training, repairs it, and checks that the repair helped."
     )
     top.add_argument("--version", action="version", version=f"sosa {__version__}")
@@ -35,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parser().parse_args(argv)
         code: int = arguments.func(arguments)
+        if sys.stdout is not None:  # it is None where a shell has closed it
+            sys.stdout.flush()
     except UsageError as error:
         print(f"sosa: {error}", file=sys.stderr)
         return 2
@@ -44,6 +58,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `sosa … | head`
-        sys.stderr.close()
+        _forget_output()
         return 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _forget_output()
+        print(f"sosa: {error.strerror}", file=sys.stderr)
+        return 1
     return code
+
+
+def _forget_output() -> None:
+    """Python writes what is left at its end, and would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

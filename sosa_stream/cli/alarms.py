@@ -12,14 +12,13 @@ import re
 import sqlite3
 import time
 from collections.abc import Collection
-from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sosa_stream.cli.home import add_home, home_of, table, who
+from sosa_stream.cli.home import add_home, find_record, home_of, opened_store, table, who
 from sosa_stream.config import CONFIG_VARIABLE, load_settings
-from sosa_stream.daemon.schema import json_line, open_store
+from sosa_stream.daemon.schema import json_line
 from sosa_stream.errors import UsageError
 from sosa_stream.plain import suggestion
 
@@ -64,8 +63,8 @@ def add_incident(parser: argparse.ArgumentParser, **how: Any) -> None:
 
 def ack(arguments: argparse.Namespace) -> int:
     home = home_of(arguments)
-    with closing(open_store(home, read_only=False)) as store:
-        incident = find_incident(store, arguments.incident, home)
+    with opened_store(home, read_only=False) as store:
+        incident = find_record(store, "incident", arguments.incident, home)
         store.execute(
             "INSERT OR REPLACE INTO acks VALUES (?, ?, ?, ?)", (incident["id"], who(), time.time(), arguments.note)
         )
@@ -79,10 +78,12 @@ def mute(arguments: argparse.Namespace) -> int:
         if named:
             raise UsageError("mute --list takes no RUN, KIND or --for")
         return _list(arguments)
+    if arguments.json:
+        raise UsageError("mute --json goes with --list")
     if len(named) < 3:
         raise UsageError("mute wants a RUN, a KIND and how long, for example: sosa mute RUN loss_spike --for 2h")
     seconds = duration_seconds(arguments.duration)
-    with closing(open_store(home_of(arguments), read_only=False)) as store:
+    with opened_store(home_of(arguments), read_only=False) as store:
         run, kind = arguments.run, arguments.kind
         _check("run", run, [name for (name,) in store.execute("SELECT run FROM runs ORDER BY run")])
         _check("kind of incident", kind, _kinds(store, run))
@@ -100,17 +101,17 @@ def mute(arguments: argparse.Namespace) -> int:
 
 def unmute(arguments: argparse.Namespace) -> int:
     run, kind, now = arguments.run, arguments.kind, time.time()
-    with closing(open_store(home_of(arguments), read_only=False)) as store:
+    with opened_store(home_of(arguments), read_only=False) as store:
         muted = [f"{row['run']} {row['kind']}" for row in mutes_in_force(store, now)]
         if f"{run} {kind}" not in muted:
-            raise UsageError(f"{kind} of run {run} is not muted; muted are: {', '.join(muted) or 'none'}")
+            raise UsageError(f"{kind!r} of run {run!r} is not muted; muted are: {', '.join(muted) or 'none'}")
         store.execute("UPDATE mutes SET until = ? WHERE run = ? AND kind = ?", (now, run, kind))
     print(f"{kind} of run {run} is told again")
     return 0
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    with closing(open_store(home_of(arguments))) as store:
+    with opened_store(home_of(arguments)) as store:
         rows = mutes_in_force(store, time.time())
     if arguments.json:
         for row in rows:
@@ -128,24 +129,6 @@ def mutes_in_force(store: sqlite3.Connection, now: float) -> list[dict[str, Any]
     keys = ("run", "kind", "until", "who", "at", "reason")
     query = f"SELECT {', '.join(keys)} FROM mutes WHERE until > ? ORDER BY until"
     return [dict(zip(keys, row, strict=True)) for row in store.execute(query, (now,))]
-
-
-def find_incident(store: sqlite3.Connection, beginning: str, home: Path) -> dict[str, Any]:
-    """The public record of the incident whose id is, or alone begins with, ``beginning``.
-
-    Raises:
-        UsageError: there is none, or more than one.
-    """
-    query = "SELECT record FROM incidents WHERE substr(id, 1, ?) = ? ORDER BY rowid"
-    found = [json.loads(record) for (record,) in store.execute(query, (len(beginning), beginning))]
-    found = [record for record in found if record["id"] == beginning] or found
-    if not beginning or not found:
-        raise UsageError(f"there is no incident {beginning!r}; `sosa incidents --home {home}` lists them")
-    if len(found) > 1:
-        ids = ", ".join(record["id"] for record in found[:4]) + (", …" if len(found) > 4 else "")
-        raise UsageError(f"{beginning!r} may be {ids}: give more of it")
-    record: dict[str, Any] = found[0]
-    return record
 
 
 def duration_seconds(text: str) -> int:

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sosa_stream.cli.home import given_path
 from sosa_stream.config import CONFIG_VARIABLE, Settings, load_job_settings, load_settings
 from sosa_stream.errors import UsageError
 
@@ -25,8 +26,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="The detector daemon, in the foreground. SIGTERM and SIGINT end it cleanly; SIGHUP reads "
         "[detect] of the settings again.",
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="settings, a sosa.toml (default: $SOSA_CONFIG)")
-    parser.add_argument("--home", metavar="DIR", help="folder for the store and the recordings (default: sosa-runs)")
+    parser.add_argument(
+        "--config", type=given_path, metavar="FILE", help="settings, a sosa.toml (default: $SOSA_CONFIG)"
+    )
+    parser.add_argument(
+        "--home", type=given_path, metavar="DIR", help="folder for the store and the recordings (default: sosa-runs)"
+    )
     parser.add_argument("--bind", metavar="ADDRESS", help="where agents connect, tcp://host:port (commands: port + 1)")
     parser.add_argument("--http", metavar="HOST:PORT", help="where /metrics, /healthz and /readyz are served")
     parser.add_argument("--keys", metavar="DIR", help="folder made by `sosa keys new`")
@@ -85,7 +90,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     if path is None and os.environ.get(CONFIG_VARIABLE):
         path = Path(os.environ[CONFIG_VARIABLE])
     flags = {
-        "home": arguments.home,
+        "home": None if arguments.home is None else str(arguments.home),
         "daemon.bind": arguments.bind,
         "daemon.http": arguments.http,
         "daemon.keys": arguments.keys,

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sosa_stream.cli.home import given_path
 from sosa_stream.errors import UsageError
 
 DEFAULT_OUT = Path("sosa-demo")
@@ -26,7 +27,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=given_path,
         default=DEFAULT_OUT,
         metavar="DIR",
         help="folder for the outcome; a former demo's is emptied (default: %(default)s)",

@@ -7,13 +7,12 @@ import json
 import math
 import time
 from collections import Counter
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sosa_stream.cli.alarms import add_incident, find_incident
-from sosa_stream.cli.home import add_home, home_of, table, who
-from sosa_stream.daemon.schema import json_line, open_store
+from sosa_stream.cli.alarms import add_incident
+from sosa_stream.cli.home import add_home, find_record, home_of, opened_store, table, who
+from sosa_stream.daemon.schema import json_line
 from sosa_stream.errors import UsageError
 
 Z95 = 1.959964
@@ -51,11 +50,13 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.incident is None:
         return _show(arguments)
-    if arguments.verdict is None:
-        raise UsageError(f"was it real? sosa feedback {arguments.incident} true, or false")
+    if arguments.json:
+        raise UsageError("feedback --json goes without an incident")
     home = home_of(arguments)
-    with closing(open_store(home, read_only=False)) as store:
-        incident = find_incident(store, arguments.incident, home)
+    with opened_store(home, read_only=False) as store:
+        incident = find_record(store, "incident", arguments.incident, home)
+        if arguments.verdict is None:
+            raise UsageError(f"was it real? sosa feedback {incident['id']} true, or false")
         is_true = arguments.verdict == "true"
         row = (incident["id"], is_true, who(), time.time(), arguments.note)
         store.execute("INSERT OR REPLACE INTO feedback VALUES (?, ?, ?, ?, ?)", row)
@@ -65,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    with closing(open_store(home_of(arguments))) as store:
+    with opened_store(home_of(arguments)) as store:
         query = "SELECT record, is_true FROM incidents LEFT JOIN feedback ON incident = id"
         judged = [(json.loads(record)["kind"], is_true) for record, is_true in store.execute(query)]
     rows = precisions([(kind, None if is_true is None else bool(is_true)) for kind, is_true in judged])

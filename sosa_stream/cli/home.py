@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import argparse
 import getpass
+import json
 import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from sosa_stream.config import CONFIG_VARIABLE, load_settings
+from sosa_stream.daemon.schema import STORE_NAME, open_store
+from sosa_stream.errors import SosaError, UsageError
 
 
 def add_home(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--home", type=Path, metavar="DIR", help="folder of the store (default: SOSA_HOME or sosa-runs)"
+        "--home", type=given_path, metavar="DIR", help="folder of the store (default: SOSA_HOME or sosa-runs)"
     )
+
+
+def given_path(text: str) -> Path:
+    """A path that was typed; what a script's unset variable leaves is none."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
 
 
 def home_of(arguments: argparse.Namespace) -> Path:
@@ -24,6 +37,39 @@ def home_of(arguments: argparse.Namespace) -> Path:
         config = os.environ.get(CONFIG_VARIABLE)
         home = Path(load_settings(path=Path(config) if config else None, env=os.environ).home)
     return home
+
+
+@contextmanager
+def opened_store(home: Path, *, read_only: bool = True) -> Iterator[sqlite3.Connection]:
+    """The store of ``home`` for as long as it is needed.
+
+    Raises:
+        UsageError: there is none that can be read.
+        SosaError: it is locked, damaged, or may not be written.
+    """
+    with closing(open_store(home, read_only=read_only)) as store:
+        try:
+            yield store
+        except sqlite3.Error as error:
+            raise SosaError(f"{home / STORE_NAME}: {error}") from None
+
+
+def find_record(store: sqlite3.Connection, what: str, beginning: str, home: Path) -> dict[str, Any]:
+    """The public record of the ``incident`` or ``command`` whose id is, or alone begins with, ``beginning``.
+
+    Raises:
+        UsageError: there is none, or more than one.
+    """
+    query = f"SELECT record FROM {what}s WHERE substr(id, 1, ?) = ? ORDER BY rowid"
+    found = [json.loads(record) for (record,) in store.execute(query, (len(beginning), beginning))]
+    found = [record for record in found if record["id"] == beginning] or found
+    if not beginning or not found:
+        raise UsageError(f"there is no {what} {beginning!r}; `sosa {what}s --home {home}` lists them")
+    if len(found) > 1:
+        ids = ", ".join(record["id"] for record in found[:4]) + (", …" if len(found) > 4 else "")
+        raise UsageError(f"{beginning!r} may be {ids}: give more of it")
+    record: dict[str, Any] = found[0]
+    return record
 
 
 def who() -> str:

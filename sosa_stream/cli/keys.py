@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
+from sosa_stream.cli.home import given_path
 from sosa_stream.protocol.keys import new_keys
 
 
@@ -14,7 +14,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("keys", help="make the keys of a daemon and its agents")
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     new = actions.add_parser("new", help="make a new pair for the daemon and one for its agents")
-    new.add_argument("folder", type=Path, metavar="FOLDER")
+    new.add_argument("folder", type=given_path, metavar="FOLDER")
     new.set_defaults(func=run)
 
 

@@ -7,12 +7,11 @@ import json
 import sqlite3
 import time
 from collections.abc import Callable
-from contextlib import closing
 from typing import Any
 
 from sosa_stream.cli.alarms import mutes_in_force
-from sosa_stream.cli.home import add_home, home_of, table
-from sosa_stream.daemon.schema import json_line, open_store
+from sosa_stream.cli.home import add_home, home_of, opened_store, table
+from sosa_stream.daemon.schema import json_line
 from sosa_stream.errors import UsageError
 
 
@@ -48,7 +47,7 @@ def read_records(arguments: argparse.Namespace, what: str) -> list[dict[str, Any
     Raises:
         UsageError: no store, or no such run in it.
     """
-    with closing(open_store(home_of(arguments))) as store:
+    with opened_store(home_of(arguments)) as store:
         if arguments.run is not None:
             runs = [run for (run,) in store.execute("SELECT run FROM runs ORDER BY run")]
             if arguments.run not in runs:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sqlite3
 from collections.abc import Mapping
 from contextlib import closing
@@ -67,9 +68,15 @@ def open_store(home: Path, *, read_only: bool = True) -> sqlite3.Connection:
         UsageError: no daemon has been at work in ``home``, or one of another version.
     """
     path = home / STORE_NAME
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    if not found:
         raise UsageError(f"no store at {path}; name the folder that the daemon writes to with --home")
     mode = "ro" if read_only else "rw"
+    if read_only and not _may_write(home) and not path.with_name(f"{STORE_NAME}-wal").exists():
+        mode = "ro&immutable=1"  # SQLite wants to make that file; without it nobody is writing
     try:
         connection = sqlite3.connect(
             f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT_MS / 1000, isolation_level=None
@@ -85,6 +92,10 @@ def open_store(home: Path, *, read_only: bool = True) -> sqlite3.Connection:
         connection.close()
         raise UsageError(f"{path} has schema version {version}, this program reads version {SCHEMA_VERSION}")
     return connection
+
+
+def _may_write(folder: Path) -> bool:
+    return os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def json_line(value: Mapping[str, Any]) -> str:
