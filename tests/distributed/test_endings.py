@@ -50,7 +50,7 @@ def test_after_a_restart_old_commands_are_dead_and_the_run_goes_on_under_its_nam
     )
     new = job.wait(lambda: [c for c in job.commands("proposed") if c["id"] != old["id"]], "a new proposal")[0]
     refused = job.sosa("approve", old["id"])
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     approved = job.sosa("approve", new["id"])
     assert approved.returncode == 0, approved.stderr
     job.wait(lambda: len(job.applied_at(new["id"])) == 2, "both ranks to apply the new one")
