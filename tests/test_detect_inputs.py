@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from agent_parts import alarms, watched_live
 from torch import nn
 
-from sosa_stream.detect.incidents import Severity
+from sosa_stream.detect.incidents import Incident, Severity
+from sosa_stream.engine import Engine
+from sosa_stream.protocol.messages import MetricFrame
+from sosa_stream.testing import NOW, header, hello
 
 Spoil = Callable[[torch.Tensor], torch.Tensor]
 
@@ -91,3 +95,45 @@ def test_a_harder_curriculum_is_at_most_worth_knowing_once() -> None:
     found = link.engine.view().incidents
     assert len(found) <= 1
     assert all(incident.severity is Severity.INFO for incident in found)
+
+
+def _given(*batches: list[int]) -> tuple[Incident, ...]:
+    """What is said of the inputs of ranks that are given these batches, step after step."""
+    engine = Engine("run")
+    for rank in range(len(batches)):
+        engine.handle(hello(rank, len(batches)), NOW)
+    for rank, marks in enumerate(batches):
+        losses = 2 + 0.05 * np.random.default_rng(0).standard_normal(len(marks))
+        engine.handle(
+            MetricFrame(
+                header=header(rank, len(batches)),
+                columns=("loss", "fingerprint"),
+                steps=np.arange(len(marks)),
+                values=np.column_stack([losses, marks]),
+            ),
+            NOW,
+        )
+    return tuple(incident for incident in engine.view().incidents if incident.kind == "input_anomaly")
+
+
+def test_the_same_batch_for_32_steps_is_told_with_the_rank_that_gets_it() -> None:
+    (incident,) = _given(list(range(300)), [*range(200), *[200] * 100])
+    assert (incident.kind, str(incident.severity), incident.ranks) == ("input_anomaly", "warning", (1,))
+    assert (incident.first_step, incident.detected_step) == (200, 231)
+    assert _given([*range(200), *[200] * 31, *range(300, 400)]) == ()
+
+
+def test_one_batch_from_the_start_is_training_on_all_the_data() -> None:
+    assert _given([7] * 300) == ()
+    assert _given([1, 2, 3, *[7] * 300]) == (), "after a look at something else"
+
+
+def test_stretches_of_equal_batches_are_how_some_train() -> None:
+    assert _given([step // 80 for step in range(80 * 40)]) == (), "many steps on what was just gathered"
+    (incident,) = _given([*[step // 80 for step in range(80 * 40)], *[99] * 200])
+    assert incident.detected_step == 80 * 40 + 159
+
+
+def test_live_a_loader_that_gets_stuck_is_told() -> None:
+    same = _images()
+    assert ("input_anomaly", "warning") in _train(lambda x: same, range(200, 300), _images)

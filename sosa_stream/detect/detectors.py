@@ -164,7 +164,7 @@ ALL: tuple[Detector, ...] = (
         quiet_points=LOOK_POINTS,
     ),
     Detector(
-        kind="input_anomaly", group=Group.DATA, requires=("input_score",), check=inputs.input_anomaly, warms=False
+        kind="input_anomaly", group=Group.DATA, requires=("fingerprint",), check=inputs.input_anomaly, warms=False
     ),
     Detector(
         kind="posterior_collapse",

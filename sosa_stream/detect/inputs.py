@@ -1,10 +1,11 @@
-"""The detector of batches unlike the rank's own recent ones."""
+"""The detector of batches unlike the rank's own recent ones, and of the same batch over and over."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from sosa_stream.detect.incidents import Finding, Severity
+from sosa_stream.detect.repeats import MIN_REPEATS
 from sosa_stream.detect.statistics import Channel
 from sosa_stream.detect.windows import RunWindows
 from sosa_stream.detect.wording import name_ranks, number
@@ -17,15 +18,19 @@ less than what is scored at all."""
 
 
 def input_anomaly(windows: RunWindows) -> Finding | None:
-    """A rank's inputs are non-finite, or far from what they were in its own recent batches.
+    """A rank's inputs are non-finite, or far from what they were in its own recent batches, or always the same.
 
     Far: the score of a feature exceeds 12, where 4 is the farthest of the last 64 batches; the score itself asks for a
     change of 0.4 standard deviations or a factor of 1.5. ``warning`` when most features have moved by a standard
     deviation (a wrong normalisation, all zeros, a scale of 100), or when the loss or the gradient leaves its band at
     the same step; ``info`` otherwise, and for one feature among many only at twice that score: one wild sample in many
     batches is what heavy tails are. Non-finite inputs count where they used to be finite, or where the loss is
-    non-finite with them.
+    non-finite with them. The same: one fingerprint for 32 steps or more, as `Repeats.stuck` says. ``warning``.
     """
+    return _unlike(windows) or _repeated(windows)
+
+
+def _unlike(windows: RunWindows) -> Finding | None:
     if "input_score" not in windows.columns:
         return None
     scores = windows.over_ranks("input_score")
@@ -57,6 +62,31 @@ def input_anomaly(windows: RunWindows) -> Finding | None:
         causes=(
             "a batch that is scaled, normalised or decoded differently",
             "an empty or constant batch" if evidence["std"] == 0.0 else "a shard of other data",
+        ),
+    )
+
+
+def _repeated(windows: RunWindows) -> Finding | None:
+    repeats = windows.repeats
+    if repeats is None:
+        return None
+    stuck = repeats.stuck & np.isfinite(windows.over_ranks("fingerprint"))
+    if not stuck.any():
+        return None
+    ranks = tuple(np.flatnonzero(stuck).tolist())
+    first = int(np.argmin(np.where(stuck, repeats.since, np.iinfo(np.int64).max)))
+    num = int(repeats.num[first])
+    return Finding(
+        kind="input_anomaly",
+        severity=Severity.WARNING,
+        step=windows.step,
+        first_step=int(repeats.since[first]),
+        ranks=ranks,
+        message=f"{name_ranks(ranks)} has been given the same batch for {num} steps",
+        evidence={"value": num, "baseline": int(repeats.longest[first]), "threshold": MIN_REPEATS, "window": num},
+        causes=(
+            "the loader's iterator is made anew for each batch, or its index stands still",
+            "a buffer that is no longer filled: the input of a captured graph, a prefetcher that has died",
         ),
     )
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from sosa_stream.config import DetectSettings
 from sosa_stream.detect.alignment import AT, Block, Logged, Row
 from sosa_stream.detect.logged import NUM_VALUES, LoggedSeries, column_of
+from sosa_stream.detect.repeats import Repeats
 from sosa_stream.detect.schedule import Schedule
 from sosa_stream.detect.sensitivity import strictness
 from sosa_stream.detect.statistics import Channel, Course, Level, Ring
@@ -20,7 +21,7 @@ from sosa_stream.protocol.messages import ExceptionReport, Layers
 
 TICK, LOSS, GRAD_NORM, LR, LR_MULTIPLIER = (AT[name] for name in ("tick", "loss", "grad_norm", "lr", "lr_multiplier"))
 STEP_SECONDS, SKIPPED, MODEL = (AT[name] for name in ("step_seconds", "skipped", "model"))
-NUM_OBJECTIVES = AT["num_objectives"]
+NUM_OBJECTIVES, FINGERPRINT = AT["num_objectives"], AT["fingerprint"]
 FIRST_SAMPLED = AT[SAMPLED_COLUMNS[0]]
 LOWEST_COUNTS = frozenset({"layer_ratio", "first_norm", "update_ratio", "changed_share", "active_units", "kl_per_dim"})
 """Sampled columns of which the lowest rank's value is the run's; of the others, the highest."""
@@ -72,6 +73,8 @@ class RunWindows:
         self.model = 0
         """Which model in a row the run trains; a new one opens a segment."""
         self.step_seconds: float | None = None
+        self.repeats: Repeats | None = None
+        """How long each rank has had the same batch, with this model; None while no batch was seen."""
         self.skipped = False
         self.bad_loss: tuple[int, ...] = ()
         """Ranks whose own loss is non-finite at this step."""
@@ -226,7 +229,11 @@ class RunWindows:
         model = int(one[MODEL]) if seen[MODEL] else self.model
         if model != self.model:
             self.model = model
+            self.repeats = None
             self.restart()
+        if sent[:, FINGERPRINT].any():
+            self.repeats = self.repeats or Repeats(len(values))
+            self.repeats.take(self.step, values[:, FINGERPRINT])
         self.looked = bool(finite[:, FIRST_SAMPLED:].any())
         if self.looked:
             self._look(values[:, FIRST_SAMPLED:], finite[:, FIRST_SAMPLED:])
