@@ -171,7 +171,7 @@ class DetectorOverride:
 class MetricRule:
     """One of ``[[detect.rules]]``: an incident of the user's own kind, from a metric that the script logs.
 
-    Exactly one of ``above``, ``below``, ``jump`` and ``flat`` is given.
+    Exactly one of ``above``, ``below``, ``jump`` and ``flat`` is given. NaN is sick by any of them.
     """
 
     name: str

@@ -16,7 +16,7 @@ from sosa_stream.config import DetectSettings
 from sosa_stream.decide.commands import CommandRecord
 from sosa_stream.decide.policy import RunPolicy
 from sosa_stream.decide.repairs import Repairs
-from sosa_stream.detect.alignment import Alignment, Block, Logged, Row
+from sosa_stream.detect.alignment import AT, Alignment, Block, Logged, Row
 from sosa_stream.detect.detectors import ALL, Detector, DetectorState, On
 from sosa_stream.detect.incidents import Incident
 from sosa_stream.detect.rules import rule_detectors
@@ -39,6 +39,8 @@ from sosa_stream.protocol.messages import (
 
 LOST_AFTER_SECONDS = 15.0
 """Silence after which a rank counts as lost; heartbeats come every second."""
+ALWAYS_NUMBERS = frozenset({"loss", "grad_norm"})
+"""Step columns in which NaN is a value that a rule must see; in others it says that there is none."""
 MAX_WORLD_SIZE = 1 << 16
 """Ranks that tables are made for: a header that claims more is not believed."""
 
@@ -94,6 +96,11 @@ class Engine:
         self._effects: list[Effect] = []
         self._detectors: tuple[Detector, ...] = ()
         self.reconfigure(self._settings)
+
+    @property
+    def detectors(self) -> tuple[Detector, ...]:
+        """Those that are switched on, the settings' own rules among them."""
+        return self._detectors
 
     @property
     def has_commands_in_flight(self) -> bool:
@@ -293,9 +300,10 @@ class Engine:
         self._detect()
         for name in self._windows.step_metrics:
             values = self._windows.over_ranks(name)
-            values = values[np.isfinite(values)]
-            if len(values):
-                self._log((Logged(name=name, step=row.step, value=float(values.mean())),))
+            finite = values[np.isfinite(values)]
+            if len(finite) or (name in ALWAYS_NUMBERS and row.sent[:, AT[name]].any()):
+                value = float(finite.mean()) if len(finite) else math.nan
+                self._log((Logged(name=name, step=row.step, value=value),))
         self._tracker.pass_step(self._windows, self._repairs.kept_open)
         self._repairs.step(self._windows)
         self._flush()
@@ -336,4 +344,6 @@ class Engine:
         self._effects += self._repairs.effects()
 
     def _detector_state(self, detector: Detector) -> DetectorState:
-        return detector.state(self._windows, self._firing.get(detector.kind) == self._windows.step)
+        """``firing`` while its incident is open, or where it has joined another's at this step."""
+        is_open = any(known.incident.kind == detector.kind for known in self._tracker.open)
+        return detector.state(self._windows, is_open or self._firing.get(detector.kind) == self._windows.step)

@@ -65,6 +65,37 @@ def test_rule_on_a_step_column_sees_every_step() -> None:
     assert (incident.first_step, incident.detected_step) == (60, 64)
 
 
+@pytest.mark.parametrize("condition", [{"above": 1e9}, {"below": -1e9}, {"jump": 8.0}, {"flat": True}])
+def test_what_is_not_a_number_breaks_any_rule(condition: dict[str, object]) -> None:
+    rule = _rule(**condition, for_points=2)
+    usual = list(np.random.default_rng(0).standard_normal(12))
+    assert _incidents(rule, [*usual, np.nan, 0.5, np.nan, 0.4]) == ()
+    (incident,) = _incidents(rule, [*usual, np.nan, np.nan])
+    assert incident.detected_step == 139
+    assert incident.evidence["value"] is None
+    assert "reward is nan" in incident.message
+
+
+def test_rule_on_the_loss_sees_that_it_is_no_number() -> None:
+    rule = MetricRule(name="high_loss", metric="loss", above=5.0, for_points=3)
+    engine = Engine("run", DetectSettings(rules=(rule,)))
+    feed(engine, [hello(), frame(np.where(np.arange(60) >= 40, np.nan, 2.0))])
+    assert [i.detected_step for i in engine.view().incidents if i.kind == "high_loss"] == [42]
+
+
+def test_the_state_of_a_rule_is_shown_like_any_other() -> None:
+    rule = _rule(jump=8.0, for_points=2)
+    engine = Engine("run", DetectSettings(rules=(rule,)))
+    feed(engine, [hello()])
+    states = []
+    for i, value in enumerate([*np.random.default_rng(0).standard_normal(12), 99.0, 99.0, 0.0]):
+        feed(engine, [frame(np.full(30, 2.0), first_step=30 * i), _logged("log/reward", 30 * i + 29, value)])
+        states.append(dict(engine.view().detectors)["reward_rule"])
+    assert list(dict.fromkeys(states)) == ["warming", "watching", "firing"]
+    feed(engine, [frame(np.full(30, 2.0), first_step=450)])
+    assert dict(engine.view().detectors)["reward_rule"] == "watching"
+
+
 def test_rule_without_its_metric_is_blind() -> None:
     engine = Engine("run", DetectSettings(rules=(_rule(below=1.0),)))
     feed(engine, [hello(), frame(np.full(20, 2.0))])

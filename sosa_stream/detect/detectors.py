@@ -52,6 +52,8 @@ class Detector:
     warms: bool = True
     """Whether it needs a band, so that it warms after the start of a segment."""
     on: tuple[On, ...] = (On.STEP,)
+    ready: Callable[[RunWindows], bool] | None = None
+    """Whether there is enough to judge by, for a kind that needs no band but something else."""
     disturbs: bool = False
     """Whether it takes the loss and the norm out of their bands: they are kept as they were before, and the incident is
     over when the loss is back in them."""
@@ -68,7 +70,8 @@ class Detector:
             return DetectorState.FIRING
         if not windows.columns.issuperset(self.requires):
             return DetectorState.BLIND
-        if self.warms and windows.num_steps <= windows.settings.warmup_steps:
+        no_band = self.warms and windows.num_steps <= windows.settings.warmup_steps
+        if no_band or (self.ready is not None and not self.ready(windows)):
             return DetectorState.WARMING
         return DetectorState.WATCHING
 
