@@ -1,6 +1,7 @@
 """Metrics of Transformers' and Lightning's trainers reach us without a line in the script.
 
-The libraries are no dependency of ours: without them these tests are skipped, and the wrapping is not shown to work.
+The libraries are no dependency of ours, only of `make test`: without them these tests are skipped, and the wrapping is
+not shown to work.
 """
 
 from __future__ import annotations
