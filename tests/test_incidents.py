@@ -21,6 +21,7 @@ def _finding(
     first: int | None = None,
     severity: Severity = Severity.WARNING,
     ranks: tuple[int, ...] = (),
+    cap: Severity = Severity.CRITICAL,
 ) -> Finding:
     return Finding(
         kind=kind,
@@ -30,6 +31,7 @@ def _finding(
         ranks=ranks,
         message=f"{kind} at {step}",
         evidence={"step": step},
+        cap=cap,
     )
 
 
@@ -88,6 +90,34 @@ def test_severity_rises_and_never_falls() -> None:
         [_finding("nan_loss", 2, severity=Severity.WARNING)],
     )
     assert _only(tracker).severity is Severity.CRITICAL
+
+
+def _capped(kind: str, step: int, *, first: int | None = None) -> Finding:
+    return _finding(kind, step, first=first, severity=Severity.INFO, cap=Severity.INFO)
+
+
+def test_what_joins_a_capped_incident_does_not_make_it_worse_but_is_told_by_itself() -> None:
+    critical = _finding("loss_divergence", 5, severity=Severity.CRITICAL)
+    jump, divergence = _track([_capped("lr_jump", 0)], [], [], [], [], [critical], [_capped("lr_jump", 6)]).incidents
+    assert (jump.kind, jump.severity, jump.symptoms) == ("lr_jump", Severity.INFO, ())
+    assert (divergence.kind, divergence.severity) == ("loss_divergence", Severity.CRITICAL)
+
+
+def test_a_capped_finding_does_not_give_its_name_to_what_is_worse() -> None:
+    incident = _only(_track([_finding("loss_spike", 0)], [_capped("lr_jump", 1, first=0)]))
+    assert (incident.kind, incident.severity, incident.symptoms) == ("loss_spike", Severity.WARNING, ("lr_jump",))
+
+
+def test_a_capped_incident_that_is_named_anew_is_capped_no_more() -> None:
+    incident = _only(_track([_capped("loss_spike", 0)], [_finding("lr_jump", 1, first=0, severity=Severity.CRITICAL)]))
+    assert (incident.kind, incident.severity, incident.symptoms) == ("lr_jump", Severity.CRITICAL, ("loss_spike",))
+
+
+def test_a_consequence_does_not_lift_a_capped_incident_of_another_group() -> None:
+    warned = [_finding("overfitting", 0), _finding("exploding_gradient", 0)]
+    capped = _finding("input_anomaly", 1, severity=Severity.WARNING, cap=Severity.WARNING)
+    found = _track(warned, [capped], [_finding("loss_divergence", 2, severity=Severity.CRITICAL)]).incidents
+    assert {i.kind: i.severity for i in found if i.kind == "input_anomaly"} == {"input_anomaly": Severity.WARNING}
 
 
 def test_unrelated_groups_stay_apart() -> None:

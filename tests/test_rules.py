@@ -136,6 +136,17 @@ def test_override_switches_a_kind_off_or_caps_it() -> None:
     assert [incident.severity for incident in _with_spike(capped, 2.0)] == [Severity.INFO]
 
 
+def test_a_cap_holds_though_other_findings_join() -> None:
+    losses = np.concatenate([2.0 + 0.1 * np.random.default_rng(3).standard_normal(300), np.full(60, 9.0)])
+    norms = np.where(np.arange(360) >= 300, 500.0, 1.0)
+    settings = DetectSettings(overrides={"exploding_gradient": DetectorOverride(severity_cap=SeverityName.INFO)})
+    engine = Engine("run", settings)
+    feed(engine, [hello(), frame(losses, grad_norm=norms)])
+    found = {incident.kind: incident.severity for incident in engine.view().incidents}
+    assert found["exploding_gradient"] is Severity.INFO
+    assert found["loss_divergence"] is Severity.CRITICAL
+
+
 def test_new_settings_hold_from_the_next_step() -> None:
     losses = 2.0 + 0.1 * np.random.default_rng(3).standard_normal(400)
     losses[200:202] += 1.0

@@ -52,6 +52,8 @@ class Finding:
     causes: tuple[str, ...] = ()
     level: Level | None = None
     """Where the loss was before, if its band has gone along since."""
+    cap: Severity = Severity.CRITICAL
+    """The worst that an incident of this name may become, whatever joins it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -129,9 +129,11 @@ def _exploded(
     windows: RunWindows, severity: Severity, first_step: int, usual: float, ratio: float, evidence: dict[str, float]
 ) -> Finding:
     lr = "" if windows.lr is None else f" ({windows.lr:.3g})"
+    cap = Severity.INFO if windows.is_young else Severity.CRITICAL
     return Finding(
         kind="exploding_gradient",
-        severity=Severity.INFO if windows.is_young else severity,
+        severity=min(severity, cap),
+        cap=cap,
         step=windows.step,
         first_step=first_step,
         message=f"gradient norm {number(windows.grad_norm)} is {times(ratio)} its median {usual:.3g}",

@@ -33,5 +33,5 @@ def admit(finding: Finding, settings: DetectSettings) -> Finding | None:
             return None
     if override is not None and override.severity_cap is not None:
         cap = Severity[override.severity_cap.upper()]
-        finding = replace(finding, severity=min(finding.severity, cap))
+        finding = replace(finding, severity=min(finding.severity, cap), cap=min(finding.cap, cap))
     return finding

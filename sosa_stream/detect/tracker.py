@@ -91,6 +91,8 @@ class OpenIncident:
 
     detector: Detector
     """The one that names it."""
+    cap: Severity
+    """The worst that it may become under this name."""
 
     @property
     def holds_band(self) -> bool:
@@ -207,11 +209,12 @@ class Tracker:
 
     def _cause_of(self, finding: Finding) -> OpenIncident | None:
         """The open incident that explains a finding: the same kind, one that brings it about, or its own effect."""
-        fits = [known for known in self.open if _belongs(finding, known.incident)]
+        fits = [known for known in self.open if _belongs(finding, known.incident) and _keeps_cap(finding, known)]
         if not fits and finding.kind in _CONSEQUENCES:
             warned = [known for known in self.open if known.incident.severity >= Severity.WARNING]
             groups = {known.incident.group for known in warned}
-            if len(groups) >= MOST_GROUPS and self.detectors[finding.kind].group not in groups:
+            is_third = len(groups) >= MOST_GROUPS and self.detectors[finding.kind].group not in groups
+            if is_third and _keeps_cap(finding, warned[-1]):
                 return warned[-1]
         return min(fits, key=lambda known: (_precedence(known.incident.kind), known.incident.first_step), default=None)
 
@@ -241,6 +244,7 @@ class Tracker:
         self._open[incident.id] = OpenIncident(
             incident=incident,
             detector=detector,
+            cap=finding.cap,
             loss_level=level,
             norm_high=None if log_high is None else math.exp(log_high),
             last_found_step=finding.step,
@@ -253,6 +257,7 @@ class Tracker:
         if _only_saw_it(finding, incident):
             return
         if finding.kind == incident.kind:
+            known.cap = finding.cap
             cause = bool(incident.evidence.get("lost_peer")) and not finding.evidence.get("lost_peer")
             ranks = finding.ranks if cause else tuple(sorted({*incident.ranks, *finding.ranks}))
             worse = cause or finding.severity > incident.severity
@@ -266,7 +271,7 @@ class Tracker:
                 causes=finding.causes if cause else incident.causes,
             )
         elif _names(finding, incident):
-            known.detector = self.detectors[finding.kind]
+            known.detector, known.cap = self.detectors[finding.kind], finding.cap
             symptoms = tuple(kind for kind in (*incident.symptoms, incident.kind) if kind != finding.kind)
             incident = replace(
                 incident,
@@ -331,7 +336,16 @@ def _only_saw_it(finding: Finding, incident: Incident) -> bool:
 
 def _names(finding: Finding, incident: Incident) -> bool:
     began_first = finding.first_step <= incident.first_step + TOGETHER_STEPS
-    return began_first and _precedence(finding.kind) < _precedence(incident.kind)
+    nearer = began_first and _precedence(finding.kind) < _precedence(incident.kind)
+    return nearer and incident.severity <= finding.cap
+
+
+def _keeps_cap(finding: Finding, known: OpenIncident) -> bool:
+    """Whether a finding can join without making worse what is capped; else it is told by itself."""
+    incident = known.incident
+    if finding.kind == incident.kind or _names(finding, incident) or _only_saw_it(finding, incident):
+        return True
+    return finding.severity <= known.cap
 
 
 def _precedence(kind: str) -> int:
