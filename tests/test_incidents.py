@@ -5,7 +5,7 @@ from __future__ import annotations
 from sosa_stream.config import DetectSettings
 from sosa_stream.detect.detectors import BY_KIND
 from sosa_stream.detect.incidents import Finding, Incident, IncidentState, Severity
-from sosa_stream.detect.outlook import CLEARS, WORSENS
+from sosa_stream.detect.outlook import CLEARS, WORSENS, WORST
 from sosa_stream.detect.tracker import Tracker, make_id
 from sosa_stream.detect.windows import RunWindows
 
@@ -184,6 +184,16 @@ def test_public_keys_of_an_incident_are_frozen() -> None:
 def test_every_kind_says_what_makes_it_worse() -> None:
     assert set(WORSENS) == set(BY_KIND)
     assert set(CLEARS) <= set(BY_KIND)
+
+
+def test_what_is_as_bad_as_it_can_be_says_what_comes_next_and_not_what_would_make_it_critical() -> None:
+    for kind in WORSENS:
+        text = _only(_track([_finding(kind, 0, severity=Severity.CRITICAL)])).worsens
+        assert "critical" not in text, kind
+    assert "third step" in _only(_track([_finding("nan_loss", 0)])).worsens
+    escalated = _only(_track([_finding("nan_loss", 0)], [_finding("nan_loss", 1, severity=Severity.CRITICAL)]))
+    assert escalated.worsens == WORST["nan_loss"]
+    assert _only(_track([_capped("nan_loss", 0)])).worsens == "nothing: it is held at info"
 
 
 def test_incident_says_what_it_waits_for() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sosa_stream.detect.detectors import Detector
+from sosa_stream.detect.incidents import Severity
 from sosa_stream.detect.statistics import Level
 
 WORSENS: Mapping[str, str] = {
@@ -29,6 +30,14 @@ WORSENS: Mapping[str, str] = {
     "exception": "the rank has ended; its peers wait for it",
     "rank_desync": "every further step takes the replicas further apart",
 }
+WORST: Mapping[str, str] = {
+    "nan_loss": "weights that are not finite stay so: every further step is lost",
+    "nonfinite_gradient": "while it lasts no update is taken, or a bad one: every further step is lost",
+    "lr_jump": "every further step at this rate takes the weights further from where a rollback finds them",
+    "loss_divergence": "weights that far off seldom come back, and every further step takes them further",
+    "exploding_gradient": "the next such step may end in a loss that is not finite",
+}
+"""Instead, where the incident is as severe as it can be: what comes next."""
 CLEARS: Mapping[str, str] = {
     "loss_plateau": "the loss falls by 6% of where it stood",
     "overfitting": "the validation loss is back within 5% of its best",
@@ -40,9 +49,12 @@ CLEARS: Mapping[str, str] = {
 """Where it is not a stretch of points without a finding."""
 
 
-def worsens(kind: str) -> str:
+def worsens(kind: str, severity: Severity, cap: Severity = Severity.CRITICAL) -> str:
     """What would make it worse; a user's own rule says nothing of that."""
-    return WORSENS.get(kind, "it lasts")
+    text = WORSENS.get(kind, "it lasts")
+    if severity < cap:
+        return text
+    return WORST.get(kind, text) if cap is Severity.CRITICAL else f"nothing: it is held at {cap}"
 
 
 def clears(detector: Detector, level: Level | None) -> str:

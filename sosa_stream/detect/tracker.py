@@ -237,7 +237,7 @@ class Tracker:
             evidence=finding.evidence,
             message=finding.message,
             causes=finding.causes,
-            worsens=worsens(finding.kind),
+            worsens=worsens(finding.kind, finding.severity, finding.cap),
             clears=clears(detector, level),
         )
         log_high = windows.log_norms.band.upper_quantile(0.9)
@@ -284,7 +284,6 @@ class Tracker:
                 evidence=finding.evidence,
                 message=finding.message,
                 causes=finding.causes,
-                worsens=worsens(finding.kind),
                 clears=clears(known.detector, known.loss_level),
                 symptoms=symptoms,
             )
@@ -295,7 +294,7 @@ class Tracker:
                 severity=max(incident.severity, finding.severity),
                 symptoms=(*incident.symptoms, finding.kind) if new else incident.symptoms,
             )
-        self._put(incident)
+        self._put(replace(incident, worsens=worsens(incident.kind, incident.severity, known.cap)))
 
     def _resolve(self, known: OpenIncident, step: int) -> None:
         del self._open[known.incident.id]
