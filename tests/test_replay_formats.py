@@ -102,7 +102,7 @@ def test_how_the_bytes_are_packed_does_not_matter(sample: Sample, disguise: obje
 def test_a_log_read_in_small_pieces_gives_the_same_rows(
     sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sosa_stream.replay.sources._READ_BYTES", 7)
+    monkeypatch.setattr("sosa_stream.replay.lines._READ_BYTES", 7)
     _, listener = fed(written(tmp_path, sample))
     for column, expected in sample.points.items():
         assert same(listener.points.get(column, []), expected)

@@ -117,7 +117,7 @@ FAMILIES: tuple[Family, ...] = (
     _family(
         "plain text",
         r"\b(?:cost|loss)\s+(?:after|at)\s+(?:iteration|epoch|step)\s*<step:d>\s*[:=]\s*<loss>",
-        r"^(?!.*\d/\d+ (?:\[[=>.]|━))(?=.*(?:loss|cost)\b)(?:(?=.*?\bepochs?\s*[:=#]?\s*[\[(]?\s*<epoch:d>)|)"
+        r"^(?!.*\d/\d+ (?:\[[=>.]|\[\d+:\d|━))(?=.*(?:loss|cost)\b)(?:(?=.*?\bepochs?\s*[:=#]?\s*[\[(]?\s*<epoch:d>)|)"
         r"(?:(?=.*?\b(?:global_?step|steps?|iter(?:ation)?s?|batch(?:es)?|updates?)\s*[:=#]?\s*[\[(]?\s*"
         r"<batch:d>(?:\s*/\s*<num_batches:d>)?)|)(?P<rest>.*)",
         r"^\W*epoch\W{0,4}<epoch:d>(?:\s*/\s*\d+)?\W*$",
