@@ -2,7 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from sosa_stream.cli import main
+
+RNG = np.random.default_rng(0)
+LOSSES = (1.8 + 2.7 * np.exp(-np.arange(200) / 60) + 0.03 * RNG.standard_normal(200)).tolist()
+"""A healthy run's."""
+
+
+def code_of(*arguments: str) -> int:
+    """How ``sosa replay`` ends."""
+    try:
+        return main(["replay", *arguments])
+    except SystemExit as end:  # argparse's way
+        return int(end.code or 0)
+
+
+def csv_of(losses: Sequence[float], first_step: int = 0, name: str = "loss") -> str:
+    """A log with a step and a loss in each row."""
+    return f"step,{name}\n" + "".join(f"{first_step + i},{loss!r}\n" for i, loss in enumerate(losses))
+
+
+def sick(losses: Sequence[float] = LOSSES, at: int = 150) -> list[float]:
+    """Losses that are NaN from some point on."""
+    return [*losses[:at], *[float("nan")] * (len(losses) - at)]
+
+
+def write(name: str, text: str) -> str:
+    """A file below the working directory; its name again."""
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text(text, encoding="utf-8")
+    return name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

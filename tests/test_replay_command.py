@@ -5,28 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from replay_samples import LOSSES, code_of, csv_of, sick, write
 
-from sosa_stream.cli import main
-from sosa_stream.cli import replay as command
-from sosa_stream.protocol.codec import encode
-from sosa_stream.protocol.recording import Recorder
-from sosa_stream.replay.feed import LogFeed
-from sosa_stream.replay.recordings import RecordingFeed, follow_recording
-from sosa_stream.replay.sources import follow_log
 from sosa_stream.replay.sparkline import BLOCKS, sparkline
-from sosa_stream.testing import NOW, SimulatedJob
-
-RNG = np.random.default_rng(0)
-LOSSES = (1.8 + 2.7 * np.exp(-np.arange(200) / 60) + 0.03 * RNG.standard_normal(200)).tolist()
 
 
 @pytest.fixture(autouse=True)
@@ -34,27 +19,6 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     for variable in [name for name in os.environ if name.startswith("SOSA_")]:
         monkeypatch.delenv(variable)
     monkeypatch.chdir(tmp_path)
-
-
-def code_of(*arguments: str) -> int:
-    try:
-        return main(["replay", *arguments])
-    except SystemExit as end:  # argparse's way
-        return int(end.code or 0)
-
-
-def csv_of(losses: list[float], first_step: int = 0, name: str = "loss") -> str:
-    return f"step,{name}\n" + "".join(f"{first_step + i},{loss!r}\n" for i, loss in enumerate(losses))
-
-
-def sick(losses: list[float] = LOSSES, at: int = 150) -> list[float]:
-    return [*losses[:at], *[float("nan")] * (len(losses) - at)]
-
-
-def write(name: str, text: str) -> str:
-    Path(name).parent.mkdir(parents=True, exist_ok=True)
-    Path(name).write_text(text, encoding="utf-8")
-    return name
 
 
 def test_a_log_is_understood_drawn_and_judged(capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,12 +132,7 @@ def test_rules_on_the_users_metrics_see_those_of_a_log(
         ("log.csv", b"step,loss\n1,2\n", ["--format", "tensorboard"], "no scalars"),
         ("empty/log", None, ["--format", "tensorboard"], "no TensorBoard event files"),
         ("log.csv", b"step,loss\n1,2\n", ["--format", "csv", "--pattern", "(?P<a>b)"], "--pattern is for text"),
-        (
-            "state.json",
-            b'{"log_history": [{"loss": 1.0, "step": 1}]}',
-            ["--follow", "--format", "hf"],
-            "--follow reads",
-        ),
+        ("logs/events.out.tfevents.1", b"brain.Event:2", ["--follow", "--format", "tensorboard"], "--follow reads"),
         ("long.txt", b"x" * (1 << 24) + b"yy", [], "a line of more than"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -203,159 +162,6 @@ def test_twenty_points_are_enough_to_see_a_nan() -> None:
     assert code_of(write("log.csv", csv_of([*LOSSES[:19], float("nan")])), "--fail-on", "warning") == 3
 
 
-def growing(path: Path, *parts: str) -> Callable[[], bool]:
-    """A wait that appends the next part each time, and ends the following when there is none."""
-    rest = list(parts)
-
-    def wait() -> bool:
-        if not rest:
-            return False
-        with path.open("a", encoding="utf-8") as file:
-            file.write(rest.pop(0))
-        return True
-
-    return wait
-
-
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "text"])
-@pytest.mark.parametrize("size", [1, 17, 1000])
-def test_a_log_that_is_followed_gives_what_it_gives_when_whole(kind: str, size: int, tmp_path: Path) -> None:
-    losses = sick()
-    whole = {
-        "csv": csv_of(losses),
-        "jsonl": "".join(json.dumps({"step": i, "loss": loss}) + "\n" for i, loss in enumerate(losses)),
-        "text": "".join(f"iter {i}: loss {loss:.4f}, time 1.0ms\n" for i, loss in enumerate(losses)),
-    }[kind]
-    path = tmp_path / "log"
-    path.touch()
-    if size == 1:
-        whole = "\n".join(whole.split("\n")[:30]) + "\n"
-    parts = [whole[i : i + size] for i in range(0, len(whole), size)]
-    live = LogFeed("log")
-    for log in follow_log(path, "auto", None, growing(path, *parts)):
-        live.take(log)
-    live.finish()
-    replayed = LogFeed("log")
-    for log in follow_log(path, "auto", None, lambda: False):
-        replayed.take(log)
-    replayed.finish()
-    assert live.tally == replayed.tally
-    assert live.tally.num_steps == (len(losses) if size > 1 else len(whole.splitlines()) - (kind == "csv"))
-    assert live.engine.view().incidents == replayed.engine.view().incidents
-
-
-def test_what_comes_up_later_in_a_followed_log_is_taken_up(tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
-    path.write_text("".join(f'{{"step": {i}, "loss": 2.0}}\n' for i in range(5)), encoding="utf-8")
-    feed = LogFeed("log")
-    for log in follow_log(path, "auto", None, growing(path, '{"step": 5, "val_loss": 3.0, "lr": 0.1}\n')):
-        feed.take(log)
-    assert feed.guess is not None
-    assert feed.guess.columns == {"loss": ("loss",), "eval_loss": ("val_loss",), "lr": ("lr",)}
-
-
-def test_a_mapped_column_may_come_later_in_a_followed_log(tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
-    path.write_text("".join(f'{{"n": {i}, "loss": 9.0, "mine": 2.0}}\n' for i in range(5)), encoding="utf-8")
-    mapping = {"loss": "mine", "eval_loss": "held_out", "step": "n"}
-    feed = LogFeed("log", mapping=mapping)
-    for log in follow_log(path, "auto", None, growing(path, '{"n": 5, "mine": 2.0, "held_out": 3.0}\n')):
-        feed.take(log)
-    feed.finish()
-    assert feed.guess is not None
-    assert feed.guess.columns == {"loss": ("mine",), "eval_loss": ("held_out",)}
-    assert (feed.tally.num_steps, feed.tally.last_step) == (6, 5)
-
-
-def test_a_followed_log_that_is_begun_anew_is_read_from_its_start(tmp_path: Path) -> None:
-    path = tmp_path / "log.csv"
-    path.write_text(csv_of(LOSSES), encoding="utf-8")
-    waits = iter([True, False])
-
-    def wait() -> bool:
-        if next(waits):
-            path.write_text(csv_of(LOSSES[:50]), encoding="utf-8")
-            return True
-        return False
-
-    feed = LogFeed("log")
-    for log in follow_log(path, "csv", None, wait):
-        feed.take(log)
-    assert feed.tally.num_generations == 2
-    assert feed.tally.num_steps == len(LOSSES) + 50
-
-
-def test_a_recording_may_be_followed_too(tmp_path: Path) -> None:
-    path = tmp_path / "run.sosa"
-    simulation = SimulatedJob(seed=1, num_steps=200, nan_at={120: 1}).run()
-    recorder = Recorder(path)
-    for index, event in enumerate(simulation.events):
-        recorder.append(NOW + 0.01 * index, encode(event))  # type: ignore[arg-type]
-    recorder.close()
-    data = path.read_bytes()
-    path.write_bytes(data[:1000])
-    parts = [data[i : i + 5000] for i in range(1000, len(data), 5000)]
-
-    def wait() -> bool:
-        if not parts:
-            return False
-        with path.open("ab") as file:
-            file.write(parts.pop(0))
-        return True
-
-    feed = RecordingFeed()
-    for received_at, payload in follow_recording(path, wait):
-        feed.take(received_at, payload)
-    assert feed.engine is not None
-    assert feed.engine.view().incidents == simulation.incidents
-
-
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
-def test_following_tells_an_incident_when_it_opens_and_ends_when_asked(ending: signal.Signals, tmp_path: Path) -> None:
-    path = tmp_path / "log.csv"
-    path.write_text(csv_of(LOSSES[:100]), encoding="utf-8")
-    flags = ["--follow", "--json", "--fail-on", "critical"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "sosa_stream.cli", "replay", str(path), *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(csv_of([float("nan")] * 5, 100).splitlines(keepends=True)[1:])
-        incident = json.loads(process.stdout.readline())
-        assert (incident["kind"], incident["detected_step"], incident["state"]) == ("nan_loss", 100, "open")
-        process.send_signal(ending)
-        _, err = process.communicate(timeout=30)
-    assert process.returncode == 3
-    assert "105 rows, step 0…104" in err
-    assert "Traceback" not in err
-
-
-def test_following_takes_one_path(capsys: pytest.CaptureFixture[str]) -> None:
-    assert code_of("a.csv", "b.csv", "--follow") == 2
-    assert "one path" in capsys.readouterr().err
-
-
-def test_followed_changes_are_told_once_in_words(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    path = tmp_path / "log.csv"
-    path.write_text(csv_of([*LOSSES[:150], float("nan"), *LOSSES[150:]]), encoding="utf-8")
-
-    def interrupted() -> bool:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(command, "_wait", interrupted)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    assert code_of(str(path), "--follow") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("step 150: ")
-    assert " nan_loss " in lines[0]
-    assert len(lines) == len(set(lines))
-
-
 def test_a_curve_in_one_line() -> None:
     curve, marks = sparkline(np.linspace(1.0, 0.0, 600), [0, 599], width=10)
     assert curve == "██▇▆▅▄▃▃▂▁"
@@ -367,14 +173,3 @@ def test_a_curve_in_one_line() -> None:
     blown_up, _ = sparkline(np.concatenate([np.linspace(5.0, 1.0, 59), [1e9]]), width=60)
     assert blown_up[0] in BLOCKS[-2:], "one blow-up leaves the rest readable"
     assert blown_up[29] in BLOCKS[2:5]
-
-
-def test_a_hundred_thousand_rows_are_read_in_a_moment(tmp_path: Path) -> None:
-    path = tmp_path / "log.csv"
-    path.write_text(csv_of((LOSSES * 500)[:100_000]), encoding="utf-8")
-    start = time.process_time()
-    feed = LogFeed("log")
-    for log in follow_log(path, "csv", None, lambda: False):
-        feed.take(log)
-    assert feed.tally.num_steps == 100_000
-    assert time.process_time() - start < 5.0

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import zip_longest
 
-from sosa_stream.replay.log import EMPTY, Log, from_cells, number
+from sosa_stream.replay.log import EMPTY, Log, from_cells
+from sosa_stream.replay.numerals import number
 
 DELIMITERS = ",\t;"
 _SAMPLE = 20
@@ -18,17 +20,17 @@ def delimiter_of(lines: Sequence[str]) -> str | None:
     A table's lines have one number of cells, and numbers or nothing in most cells below the first line.
     """
     head, *body = [line for line in lines if line.strip()][: _SAMPLE + 1] or [""]
-    delimiter = max(DELIMITERS, key=head.count)
-    names = _split(head, delimiter)
+    delimiter = _delimiter(head)
+    (names,) = _cells([head], delimiter)
     width = len(names)
-    cells = [_split(line, delimiter) for line in body]
+    cells = _cells(body, delimiter)
     numbered = [_number(name, delimiter) is not None for name in names]
     if any(numbered) and not all(numbered):
         return None
     if width == 1:  # a name above a list of numbers is a table of one column
         one = [row[0] for row in cells if row]
         return delimiter if one and not numbered[0] and all(number(cell) is not None for cell in one) else None
-    even = [row for row in cells if len(row) == width]
+    even = [row[:width] for row in cells if len(row) >= width and not any(map(str.strip, row[width:]))]
     texts = [cell for row in even for cell in row if cell.strip()]
     numbers = sum(_number(cell, delimiter) is not None for cell in texts)
     return None if len(even) < 0.8 * len(cells) or 2 * numbers < len(texts) else delimiter
@@ -39,15 +41,16 @@ class DelimitedReader:
 
     name = "csv"
 
-    def __init__(self, delimiter: str) -> None:
-        self._delimiter = delimiter
+    def __init__(self) -> None:
+        self._delimiter = DELIMITERS[0]
         self._header: list[str] = []
 
     def take(self, lines: Sequence[str]) -> Log:
         """The rows of whole lines. A cell beyond the header is dropped, a missing one was not logged."""
         lines = [line for line in lines if line and not line.isspace()]
         if not self._header and lines:
-            first = _split(lines[0].removeprefix("#"), self._delimiter)
+            self._delimiter = _delimiter(lines[0])
+            (first,) = _cells([lines[0].removeprefix("#")], self._delimiter)
             if all(number(cell) is not None for cell in first):
                 self._header = [f"column{i + 1}" for i in range(len(first))]
             else:
@@ -59,33 +62,44 @@ class DelimitedReader:
         if '"' not in text and all(line.count(self._delimiter) == width - 1 for line in lines):
             cells = text.split(self._delimiter)  # as csv would, in a third of the time
             columns = [cells[i::width] for i in range(width)]
-            num_rows = len(lines)
         else:
-            rows = list(csv.reader(lines, delimiter=self._delimiter))
-            columns = [list(cells) for cells in zip_longest(self._header, *rows, fillvalue="")][:width]
-            columns = [cells[1:] for cells in columns]
-            num_rows = len(rows)
-        return from_cells(
-            {name: self._numbers(texts) for name, texts in zip(self._header, columns, strict=True)}, num_rows
-        )
+            rows = _cells(lines, self._delimiter)
+            columns = [list(cells[1:]) for cells in zip_longest(self._header, *rows, fillvalue="")][:width]
+        named = zip(self._header, columns, strict=True)
+        return from_cells({name: self._numbers(texts) for name, texts in named}, len(lines))
 
     def finish(self, rest: str) -> Log:
         """The last line, where no line end has come: without its last cells it is cut off, and left out."""
-        cut = len(_split(rest, self._delimiter)) < len(self._header)
+        cut = len(_cells([rest], self._delimiter)[0]) < len(self._header)
         return EMPTY if cut or not rest.strip() else self.take([rest])
 
     def _numbers(self, texts: list[str]) -> list[str | None]:
-        if self._delimiter == ";" and any("," in text for text in texts[:_SAMPLE]):
-            texts = [text.replace(",", ".") for text in texts]
+        if self._delimiter == ";" and any("," in text for text in texts):
+            texts = [_with_point(text) if "," in text else text for text in texts]
         return [text or None for text in texts]
 
 
+def _delimiter(head: str) -> str:
+    return max(DELIMITERS, key=head.count)
+
+
+def _with_point(cell: str) -> str:
+    """Between semicolons a comma is decimal, and a point before it groups thousands."""
+    return cell.replace(".", "").replace(",", ".")
+
+
 def _number(cell: str, delimiter: str) -> float | None:
-    return number(cell.replace(",", ".") if delimiter == ";" else cell)
+    return number(cell, decimal_comma=delimiter == ";")
 
 
-def _split(line: str, delimiter: str) -> list[str]:
-    return next(csv.reader([line], delimiter=delimiter), [""])
+def _cells(lines: Sequence[str], delimiter: str) -> list[list[str]]:
+    """The cells of each line. Where quotes do not pair they mean nothing, so that no line swallows the next."""
+    lines = [line if line.count('"') % 2 == 0 else line.replace('"', "") for line in lines]
+    with suppress(csv.Error):
+        rows = list(csv.reader(lines, delimiter=delimiter))
+        if len(rows) == len(lines):
+            return [row or [""] for row in rows]
+    return [line.replace('"', "").split(delimiter) for line in lines]
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

@@ -10,7 +10,9 @@ from posixpath import commonpath, dirname
 from typing import Any
 
 from sosa_stream.errors import UsageError
-from sosa_stream.replay.log import Log, flat, from_cells, from_rows, number
+from sosa_stream.replay.lines import MAX_LINE_CHARS
+from sosa_stream.replay.log import Log, flat, from_cells, from_rows
+from sosa_stream.replay.numerals import number
 
 
 def read_document(text: str) -> Log:
@@ -44,6 +46,8 @@ def _parse(text: str) -> Any:
                 return ast.literal_eval(re.sub(r"\b(nan|inf)\b", r"'\1'", text.strip()))
             except (ValueError, SyntaxError, MemoryError):
                 pass
+        if str(error).startswith("Extra data"):
+            raise UsageError(f"neither one JSON document nor lines of at most {MAX_LINE_CHARS} characters") from None
         raise UsageError(f"not complete JSON: {error}") from None
 
 

@@ -9,18 +9,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sosa_stream.config import DetectSettings
-from sosa_stream.detect.detectors import ALL
 from sosa_stream.detect.incidents import Incident
 from sosa_stream.effects import Effect, IncidentChanged
 from sosa_stream.engine import Engine
 from sosa_stream.errors import UsageError
 from sosa_stream.protocol.columns import COLUMNS
 from sosa_stream.protocol.messages import AgentMessage, Bye, Header, Hello, MetricFrame
+from sosa_stream.replay.gaps import Gaps
 from sosa_stream.replay.guess import STEP, Guess, guess_columns, known_columns
 from sosa_stream.replay.log import Column, Log, joined
+from sosa_stream.replay.runs import is_newest_first
 from sosa_stream.replay.steps import Points, Stepper, Tally
 
 MAX_FRAME_ROWS = 4096
+_LARGEST = 1e100
+"""What is larger is fed as this, which can be squared and added up."""
 _SECONDS_PER_MESSAGE = 1e-3
 """The Engine's clock here. It only has to move, by less than the silence after which a rank is lost."""
 
@@ -51,11 +54,14 @@ class LogFeed:
     ) -> None:
         self.engine = Engine(run, settings)
         self.guess: Guess | None = None
+        self._is_guessed = False
         self.curve: list[Stretch] = []
+        self.was_reversed = False
+        """Whether the log's newest row came first."""
         self._mapping = mapping or {}
         self._wanted = wanted
         self._waiting: list[Log] = []
-        self._fillers: set[str] = set()
+        self._gaps = Gaps()
         self._seen: dict[str, None] = {}
         """The log's columns, in their order."""
         self._fed: set[str] = set()
@@ -75,22 +81,34 @@ class LogFeed:
         counter = guess_columns(log, mapping=self._mapping).counter or ""
         return float(np.nanmin(log.columns[counter].values)) if counter in log.columns else np.inf
 
+    def take_whole(self, log: Log) -> list[Effect]:
+        """Feed a whole log, its oldest row first."""
+        if is_newest_first(log, guess_columns(log, mapping=self._mapping).counter):
+            self.was_reversed = True
+            log = log.part(slice(None, None, -1))
+        return self.take(log)
+
+    def begin_anew(self) -> None:
+        """What comes next is another log of the same run: a generation of its own, its columns yet to be guessed."""
+        self._is_guessed = False
+        self._waiting.clear()
+        self._gaps = Gaps()
+        self._stepper.begin_anew()
+
     def take(self, log: Log) -> list[Effect]:
         """Feed the next rows; they wait until a loss has been seen, and what the mapping calls the step."""
-        if self.guess is None:
-            self._waiting.append(log)
-            log = joined(self._waiting)
-            guess = guess_columns(log, mapping=self._mapping, wanted=self._wanted)
-            if not guess.has_loss or self._mapping.get(STEP, guess.counter) not in {None, *log.columns}:
-                return []
-            self.guess = guess
-            self._waiting.clear()
-            self._fillers = {name for name, column in log.columns.items() if _is_filler(column)}
-        else:
-            self.guess = self.guess.extended(guess_columns(log, mapping=self._mapping, wanted=self._wanted))
+        log = joined([*self._waiting, log])
+        guess = guess_columns(log, mapping=self._mapping, wanted=self._wanted)
+        if self.guess is not None and self._is_guessed:
+            guess = self.guess.extended(guess)
+        elif not guess.has_loss or self._mapping.get(STEP, guess.counter) not in {None, *log.columns}:
+            self._waiting = [log]
+            return []
+        self.guess, self._is_guessed = guess, True
+        self._waiting.clear()
         self._seen |= dict.fromkeys(log.columns)
         effects: list[Effect] = []
-        for points in self._stepper.take(_without_fillers(log, self._fillers), self.guess):
+        for points in self._stepper.take(self._gaps.take(log, guess), guess):
             for message in self._messages(points):
                 effects += self._handle(message)
         return effects
@@ -110,12 +128,17 @@ class LogFeed:
             raise UsageError(f"no loss found in it; {known}; --map loss=NAME says which column it is")
         return self._handle(Bye(header=self._next_header(), reason="end", exit_code=0, dropped=0))
 
+    @property
+    def incidents(self) -> tuple[Incident, ...]:
+        """What was found so far. A log has no ranks: the one that its rows were fed as is not named."""
+        return tuple(map(_without_ranks, self.engine.view().incidents))
+
     def blind(self) -> dict[str, tuple[str, ...]]:
         """Detectors that lack an input, and which columns they lack."""
         blind = {kind for kind, state in self.engine.view().detectors if state == "blind"}
         return {
             detector.kind: tuple(name for name in detector.requires if name not in self._fed)
-            for detector in ALL
+            for detector in self.engine.detectors
             if detector.kind in blind
         }
 
@@ -134,10 +157,12 @@ class LogFeed:
         return last
 
     def _handle(self, message: AgentMessage) -> list[Effect]:
-        effects = self.engine.handle(message, self._seq * _SECONDS_PER_MESSAGE)
-        for effect in effects:
+        effects: list[Effect] = []
+        for effect in self.engine.handle(message, self._seq * _SECONDS_PER_MESSAGE):
             if isinstance(effect, IncidentChanged):
                 self._opened.setdefault(effect.incident.id, self._generation)
+                effect = replace(effect, incident=_without_ranks(effect.incident))
+            effects.append(effect)
         return effects
 
     def _next_header(self) -> Header:
@@ -149,13 +174,14 @@ class LogFeed:
             self._generation = points.generation
             header, policy = self._next_header(), {"mode": "observe"}
             yield Hello(header=header, pid=0, device="", versions={}, parameters=(), policy=policy)
-        self._fed.update(ours for ours, column in points.columns.items() if column.present.any())
-        loss = points.columns.get("loss")
+        columns = {ours: _in_reach(column) for ours, column in points.columns.items()}
+        self._fed.update(ours for ours, column in columns.items() if column.present.any())
+        loss = columns.get("loss")
         if loss is not None and loss.present.any():
             steps, losses = points.steps[loss.present], loss.values[loss.present]
             self.curve.append(Stretch(generation=points.generation, steps=steps, losses=losses))
-        of_steps = {ours: column for ours, column in points.columns.items() if ours in COLUMNS}
-        logged = {ours: column for ours, column in points.columns.items() if ours not in COLUMNS}
+        of_steps = {ours: column for ours, column in columns.items() if ours in COLUMNS}
+        logged = {ours: column for ours, column in columns.items() if ours not in COLUMNS}
         # A frame ends where other columns are present, and before and after what was logged.
         kinds = sum((column.present << i for i, column in enumerate(of_steps.values())), np.zeros_like(points.steps))
         tells = sum((column.present for column in logged.values()), np.zeros_like(points.is_step))
@@ -178,17 +204,14 @@ class LogFeed:
         )
 
 
-def _is_filler(column: Column) -> bool:
-    """Whether NaN stands for "not logged": most of the values, and numbers follow it again and again."""
-    nan = np.isnan(column.values[column.present])
-    return bool(2 * nan.sum() >= len(nan) and np.count_nonzero(nan[:-1] & ~nan[1:]) >= 3)
+def _in_reach(column: Column) -> Column:
+    values = column.values
+    too_large = np.isfinite(values) & (np.abs(values) > _LARGEST)
+    if not too_large.any():
+        return column
+    return Column(values=np.where(too_large, np.copysign(_LARGEST, values), values), present=column.present)
 
 
-def _without_fillers(log: Log, fillers: set[str]) -> Log:
-    columns = {
-        name: Column(values=column.values, present=column.present & ~np.isnan(column.values))
-        if name in fillers
-        else column
-        for name, column in log.columns.items()
-    }
-    return Log(num_rows=log.num_rows, columns=columns)
+def _without_ranks(incident: Incident) -> Incident:
+    evidence = {name: value for name, value in incident.evidence.items() if name not in ("ranks", "num_ranks")}
+    return replace(incident, ranks=(), hosts=(), evidence=evidence)

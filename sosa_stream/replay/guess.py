@@ -11,6 +11,7 @@ import numpy as np
 from sosa_stream.errors import UsageError
 from sosa_stream.protocol.columns import ALIASES, COLUMNS, EVAL_LOSS, LOG_PREFIX, plain
 from sosa_stream.replay.log import Log
+from sosa_stream.replay.visible import visible
 
 STEP = "step"
 STEP_NAMES = (
@@ -20,8 +21,13 @@ STEP_NAMES = (
 )
 """Names of what counts steps, as `plain` gives them, in order of preference."""
 
-_EVAL = re.compile(r"(?:^|_)(?:val|valid|validation|eval|evaluation|test|dev|heldout)(?:_|$)")
+EVAL = re.compile(r"(?:^|_)(?:val|valid|validation|eval|evaluation|test|dev|heldout)(?:_|$)")
+"""What of validation is called by, as `plain` gives it."""
 _NO_LOSS = re.compile(r"(?:^|_)(?:loss_scale|lossscale|loss_weight|loss_lr)")
+SCALARS = {"wall_time", "step", "value"}
+"""The columns of TensorBoard's CSV export, which names the tag only in the name of the file."""
+_FEW = 0.05
+"""A column still counts steps if this share of its cells says something else."""
 _LOSS = re.compile(r"loss|(?:^|_)(?:cost|nll|objective|mse|elbo)(?:_|$)")
 
 
@@ -57,13 +63,15 @@ def parse_map(text: str) -> dict[str, str]:
     Raises:
         UsageError: it is not of that form, or names what we do not know.
     """
-    mapping = {}
+    mapping: dict[str, str] = {}
     for pair in filter(None, (part.strip() for part in text.split(","))):
         ours, equals, theirs = (side.strip() for side in pair.partition("="))
         if not (ours and equals and theirs):
             raise UsageError(f"--map wants OURS=THEIRS, such as loss=train/loss, not {pair!r}")
         if ours not in (STEP, EVAL_LOSS, *COLUMNS):
             raise UsageError(f"--map knows {', '.join((STEP, *ALIASES))}, not {ours!r}")
+        if ours in mapping:
+            raise UsageError(f"--map names {ours} twice: {mapping[ours]!r} and {theirs!r}")
         mapping[ours] = theirs
     return mapping
 
@@ -75,10 +83,10 @@ def guess_columns(log: Log, *, mapping: Mapping[str, str] | None = None, wanted:
     metrics to carry besides, as ``log/<name>``.
     """
     mapping = mapping or {}
-    counts = log.counts()
     columns: dict[str, tuple[str, ...]] = {
-        ours: (theirs,) for ours, theirs in mapping.items() if ours != STEP and theirs in counts
+        ours: (theirs,) for ours, theirs in mapping.items() if ours != STEP and theirs in log.columns
     }
+    counts = {name: count for name, count in log.counts().items() if bounded(name) not in log.columns}
     doubts = []
     for ours, find in _FINDERS.items():
         if ours in mapping:
@@ -96,9 +104,14 @@ def guess_columns(log: Log, *, mapping: Mapping[str, str] | None = None, wanted:
     return Guess(columns=columns, counter=counter, epoch=epoch if epoch != counter else None, doubts=tuple(doubts))
 
 
+def bounded(name: str) -> str | None:
+    """``X`` for ``X__MIN`` and ``X__MAX``, as Weights & Biases' export calls the range behind a point."""
+    return name[: -len("__MIN")] if name.endswith(("__MIN", "__MAX")) else None
+
+
 def known_columns(columns: Iterable[str]) -> str:
     """The columns of a log in words."""
-    names = list(columns)
+    names = list(map(visible, columns))
     return f"columns are {', '.join(names[:40])}{', …' if len(names) > 40 else ''}" if names else "it has no numbers"
 
 
@@ -111,14 +124,16 @@ def _named(counts: Mapping[str, int], ours: str) -> tuple[str, ...]:
 def _loss(counts: Mapping[str, int]) -> tuple[tuple[str, ...], bool]:
     if named := _named(counts, "loss"):
         return named, True
-    losses = [name for name in counts if _is_loss(name) and not _EVAL.search(plain(name))]
+    if {plain(name) for name in counts} == SCALARS:
+        return tuple(name for name in counts if plain(name) == "value"), False
+    losses = [name for name in counts if is_loss(name) and not EVAL.search(plain(name))]
     return _parts([name for name in losses if plain(name).startswith("train")] or losses, counts)
 
 
 def _eval_loss(counts: Mapping[str, int]) -> tuple[tuple[str, ...], bool]:
     if named := _named(counts, EVAL_LOSS):
         return named, True
-    losses = [name for name in counts if _is_loss(name) and _EVAL.search(plain(name))]
+    losses = [name for name in counts if is_loss(name) and EVAL.search(plain(name))]
     return _parts([name for name in losses if not re.search("test|train", plain(name))] or losses, counts)
 
 
@@ -150,7 +165,8 @@ _FINDERS = {
 }
 
 
-def _is_loss(name: str) -> bool:
+def is_loss(name: str) -> bool:
+    """Whether a name is one of a loss, of training or of validation."""
     return bool(_LOSS.search(plain(name))) and not _NO_LOSS.search(plain(name))
 
 
@@ -173,8 +189,8 @@ def _counter(log: Log, columns: Mapping[str, tuple[str, ...]]) -> str | None:
         for name in (name for name in log.columns if plain(name) == alias):
             column = log.columns[name]
             here = column.values[rows & column.present]
-            whole = np.isfinite(here).all() and (here == np.floor(here)).all()
-            if not whole or 2 * len(here) < rows.sum():
+            whole = here[np.isfinite(here) & (here == np.floor(here))]
+            if len(whole) < (1 - _FEW) * len(here) or 2 * len(whole) < rows.sum():
                 continue
             if len(here) < 2 or 2 * np.count_nonzero(np.diff(here)) >= len(here) - 1:
                 return name

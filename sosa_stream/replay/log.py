@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_WRAPPED = re.compile(r"(?:tensor|(?:np\.|numpy\.)?float\d*)\(\s*([^\s,()]+).*\)|(\S+?)\s*%")
-"""Numbers as scripts print them by accident: ``tensor(0.5, device='cuda:0')``, ``np.float32(0.5)``, ``12 %``."""
+from sosa_stream.protocol.columns import plain
+from sosa_stream.replay.numerals import has_decimal_comma, number
+
 _NOT_LOGGED = frozenset({"", "-", "--", "none", "null", "n/a", "na"})
+RUN_NAMES = frozenset({"run", "run_id", "run_name", "trial", "trial_id", "trial_name"})
+"""Names, as `plain` gives them, of the column that tells apart the runs in one log."""
 _GLANCE = 64
 """Cells looked at before a column of words is given up."""
 
@@ -34,10 +36,23 @@ class Log:
 
     num_rows: int
     columns: Mapping[str, Column]
+    runs: Sequence[str] | None = None
+    """The name of each row's run, where a column says so."""
 
     def counts(self) -> dict[str, int]:
         """How many rows have each column."""
         return {name: int(column.present.sum()) for name, column in self.columns.items()}
+
+    def part(self, rows: slice | NDArray[np.int64]) -> Log:
+        """These rows, in this order; columns that none of them has are left out."""
+        indices = np.arange(self.num_rows)[rows]
+        columns = {
+            name: Column(values=column.values[rows], present=column.present[rows])
+            for name, column in self.columns.items()
+            if column.present[rows].any()
+        }
+        runs = [self.runs[i] for i in indices.tolist()] if self.runs is not None else None
+        return Log(num_rows=len(indices), columns=columns, runs=runs)
 
 
 EMPTY = Log(num_rows=0, columns={})
@@ -46,17 +61,6 @@ EMPTY = Log(num_rows=0, columns={})
 def nothing(num_rows: int) -> Column:
     """A column that no row has."""
     return Column(values=np.full(num_rows, np.nan), present=np.zeros(num_rows, dtype=np.bool_))
-
-
-def number(cell: Any) -> float | None:
-    """What a cell says, or None where it says no number."""
-    if isinstance(cell, str):
-        wrapped = _WRAPPED.fullmatch(cell.strip())
-        cell = (wrapped[1] or wrapped[2]) if wrapped else cell
-    try:
-        return float(cell)
-    except (TypeError, ValueError, OverflowError):
-        return None
 
 
 def column(cells: Sequence[Any]) -> Column | None:
@@ -68,7 +72,8 @@ def column(cells: Sequence[Any]) -> Column | None:
         glance = [cell for cell, _ in zip(told, range(_GLANCE), strict=False)]
         if all(number(cell) is None for cell in glance):
             return None
-        cells = [number(cell) for cell in cells]
+        comma = has_decimal_comma(cells)
+        cells = [number(cell, decimal_comma=comma) for cell in cells]
         values = np.array(cells, dtype=np.float64)
     present = ~np.isnan(values)
     if not present.all():
@@ -79,7 +84,11 @@ def column(cells: Sequence[Any]) -> Column | None:
 def from_cells(cells: Mapping[str, Sequence[Any]], num_rows: int) -> Log:
     """A log from whole columns of ``num_rows`` cells each; those without a number are left out."""
     columns = {name: column(texts) for name, texts in cells.items()}
-    return Log(num_rows=num_rows, columns={name: found for name, found in columns.items() if found is not None})
+    found = {name: told for name, told in columns.items() if told is not None}
+    naming = next((texts for name, texts in cells.items() if plain(name) in RUN_NAMES), ())
+    # Text that a program printed is not asked: its numbers are floats.
+    runs = [str(cell or "") for cell in naming] if any(isinstance(cell, str | int) for cell in naming) else None
+    return Log(num_rows=num_rows, columns=found, runs=runs)
 
 
 def from_rows(rows: Sequence[Mapping[str, Any]]) -> Log:
@@ -111,4 +120,5 @@ def joined(logs: Iterable[Log]) -> Log:
             values=np.concatenate([piece.values for piece in pieces]),
             present=np.concatenate([piece.present for piece in pieces]),
         )
-    return Log(num_rows=sum(log.num_rows for log in parts), columns=columns)
+    runs = [run for log in parts for run in log.runs or [""] * log.num_rows] if any(log.runs for log in parts) else None
+    return Log(num_rows=sum(log.num_rows for log in parts), columns=columns, runs=runs)

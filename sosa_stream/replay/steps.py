@@ -48,6 +48,8 @@ class Tally:
     num_generations: int = 0
     num_epochs: int = 1
     """Times that the counter began again within a generation, and one."""
+    num_shifted: int = 0
+    """What was added to the steps of a log that begins below 0."""
     first_step: int | None = None
     last_step: int = 0
 
@@ -59,12 +61,17 @@ class Stepper:
         self.tally = Tally()
         self._states: dict[str, float] = {}
         self._generation = -1
+        self._begins = True
         self._first = self._top = self._base = 0
         """Of the present stretch: the lowest and highest number told, and what is added to it."""
         self._num_in_stretch = 0
         self._epoch = self._num_batches = float("nan")
         self._begin: list[float] = []
         self._recent: list[float] = []
+
+    def begin_anew(self) -> None:
+        """The next row begins a generation, whatever its number is."""
+        self._begins = True
 
     def take(self, log: Log, guess: Guess) -> list[Points]:
         """The next rows of the log, cut where a generation begins."""
@@ -104,17 +111,17 @@ class Stepper:
             return found.values[rows] if found is not None else np.full(len(rows), np.nan)
 
         numbers = told(guess.counter)
-        numbers[~((numbers >= 0) & (numbers < _MAX_STEP))] = np.nan
+        numbers[~(np.abs(numbers) < _MAX_STEP) | (numbers != np.floor(numbers))] = np.nan
         epochs = told(guess.epoch)
-        losses = columns["loss"].values if "loss" in columns else np.full(len(rows), np.nan)
+        losses = _pick(columns.get("loss", nothing(len(rows))), is_step)
         if guess.counter is None:
             numbers[is_step] = self._count(epochs[is_step])
-        past = None if self._generation < 0 else (self._generation, self._top + self._base, self._base)
+        past = None if self._begins else (self._generation, self._top + self._base, self._base)
         labels = self._follow(
-            numbers[is_step].tolist(), epochs[is_step].tolist(), told("num_batches")[is_step].tolist(), losses[is_step]
+            numbers[is_step].tolist(), epochs[is_step].tolist(), told("num_batches")[is_step].tolist(), losses
         )
         # A row that is no step belongs to the step before it, or to a later one that it names, up to the next.
-        first = past or (labels[0] if len(labels) else (0, 0, 0))
+        first = past or (labels[0] if len(labels) else (self._generation + 1, 0, 0))
         labels = np.vstack([first, labels])
         at = np.cumsum(is_step)
         following = np.minimum(at + 1, len(labels) - 1)
@@ -126,7 +133,7 @@ class Stepper:
         steps = np.where(limited, np.minimum(steps, labels[following, 1]), steps)
         return (
             np.where(is_step, labels[at, 0], generations[at]),
-            np.where(is_step, labels[at, 1], steps).astype(np.int64),
+            np.maximum(np.where(is_step, labels[at, 1], steps), 0).astype(np.int64),
         )
 
     def _count(self, epochs: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -134,18 +141,22 @@ class Stepper:
         index = np.arange(1, len(epochs) + 1)
         if not len(epochs):
             return index.astype(np.float64)
-        falls = np.concatenate(([epochs[0] < self._epoch], np.diff(epochs) < 0))
+        falls = np.concatenate(([self._begins or epochs[0] < self._epoch], np.diff(epochs) < 0))
         start = np.maximum.accumulate(np.where(falls, index - 1, 0))
         return np.where(start > 0, index - start, index + (0 if falls[0] else self._top)).astype(np.float64)
 
     def _follow(
-        self, numbers: list[float], epochs: list[float], totals: list[float], losses: NDArray[np.float64]
+        self, numbers: list[float], epochs: list[float], totals: list[float], loss: Column
     ) -> NDArray[np.int64]:
         """Generation (-1: late), step, and what was added to the step's number, of each step: shape (n, 3)."""
         labels = []
+        losses, has_loss = loss.values, loss.present.tolist()
         for i, told in enumerate(numbers):
-            number = int(told) if told == told else self._top
-            if number < self._top or self._generation < 0:
+            if told >= min(self._top, 0) or (self._begins and told == told):
+                number = int(told)
+            else:  # None, or -1 for none. A loss is a step further, anything else belongs to the step before it.
+                number = 0 if self._begins else self._top + has_loss[i]
+            if number < self._top or self._begins:
                 recent = [*self._recent, *losses[max(i - _LEVEL_POINTS, 0) : i]][-_LEVEL_POINTS:]
                 if not self._accept(number, epochs[i], recent, losses[i : i + _LEVEL_POINTS]):
                     self.tally.num_repeated += 1
@@ -164,8 +175,8 @@ class Stepper:
         """Take in the first number of all, or one that fell back; False: it only came late."""
         stride = max(1, (self._top - self._first) // max(self._num_in_stretch - 1, 1))
         at_start = number <= self._first + stride
-        if self._generation < 0 or epoch < self._epoch:
-            self._begin_generation()
+        if self._begins or epoch < self._epoch:
+            self._begin_generation(number)
         elif epoch > self._epoch:
             self._begin_epoch(number, stride)
         elif not at_start and self._top - _LATE_POINTS * stride < number:
@@ -173,14 +184,16 @@ class Stepper:
         elif at_start and _goes_on(self._begin, recent, ahead):
             self._begin_epoch(number, stride)
         else:
-            self._begin_generation()
+            self._begin_generation(number)
         self._first, self._num_in_stretch = number, 0
         return True
 
-    def _begin_generation(self) -> None:
+    def _begin_generation(self, number: int) -> None:
         self._generation += 1
         self.tally.num_generations += 1
-        self._base = 0
+        self._base = max(-number, 0)
+        self.tally.num_shifted = max(self._base, self.tally.num_shifted)
+        self._begins = False
         self._begin.clear()
 
     def _begin_epoch(self, number: int, stride: int) -> None:
