@@ -1,21 +1,26 @@
-"""What the README tells people to type works as it stands there."""
+"""What the README and the pages beside it tell people to type works as it stands there."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from sosa_stream.config import load_settings
+from sosa_stream.cli import parser
+from sosa_stream.config import FUTURE_ACTIONS, Settings, load_settings
 from sosa_stream.detect.detectors import ALL, BY_KIND
 from sosa_stream.engine import Engine
 from sosa_stream.protocol.messages import MetricFrame
 from sosa_stream.testing import feed, frame, header, hello
 
 README = Path(__file__).parent.parent / "README.md"
+DOCS = README.parent / "docs"
 
 
 def test_the_snippet_in_the_readme_runs_and_reports(tmp_path: Path) -> None:
@@ -33,8 +38,8 @@ def test_the_snippet_in_the_readme_runs_and_reports(tmp_path: Path) -> None:
     assert re.search(r"steps +200\b", done.stdout)
 
 
-def test_the_settings_in_the_readme_load_and_their_rule_speaks(tmp_path: Path) -> None:
-    (snippet,) = re.findall(r"```toml\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+def test_the_settings_in_the_pages_load_and_their_rule_speaks(tmp_path: Path) -> None:
+    (snippet,) = re.findall(r"```toml\n(.*?)```", (DOCS / "settings.md").read_text("utf-8"), re.DOTALL)
     path = tmp_path / "sosa.toml"
     path.write_text(snippet, encoding="utf-8")
     detect = load_settings(path=path).detect
@@ -59,11 +64,31 @@ def test_the_readme_names_every_kind_that_is_detected_and_no_other() -> None:
     assert sorted(named) == sorted(detector.kind for detector in ALL)
 
 
-def test_every_file_that_the_readme_points_to_is_there() -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", README.read_text("utf-8"))
-    missing = [link for link in links if "://" not in link and not (README.parent / link).exists()]
-    assert links
-    assert missing == []
+@pytest.mark.parametrize("page", [README, *sorted(DOCS.rglob("*.md"))], ids=lambda page: page.name)
+def test_every_file_that_a_page_points_to_is_there(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text("utf-8"))
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+def test_every_command_that_the_pages_name_exists_and_replays_flags_are_all_there() -> None:
+    pages = "".join(page.read_text("utf-8") for page in (README, *DOCS.glob("*.md")))
+    (commands,) = (each.choices for each in parser()._actions if isinstance(each, argparse._SubParsersAction))
+    named = set(re.findall(r"(?:^ {4}|`)sosa ([a-z]+)", pages, re.MULTILINE))
+    assert {"replay", "incidents", "approve"} <= named
+    assert named - set(commands) == set()
+    flags = {flag for action in commands["replay"]._actions for flag in action.option_strings}
+    documented = set(re.findall(r"^\| `(--[a-z-]+)", (DOCS / "replay.md").read_text("utf-8"), re.MULTILINE))
+    assert documented == flags - {"-h", "--help"}
+
+
+def test_the_defaults_that_the_pages_name_are_the_settings_own() -> None:
+    settings, page = Settings(), (DOCS / "settings.md").read_text("utf-8")
+    assert f"`warmup_steps` ({settings.detect.warmup_steps})" in page
+    assert f"`window_steps` ({settings.detect.window_steps})" in page
+    assert f"default `{settings.home}`" in page
+    assert f"`{json.dumps(settings.auto.allow)}`" in page
+    assert [name for name in settings.auto.allow if name not in FUTURE_ACTIONS] == ["skip_step"]
+    assert "by default `skip_step` alone" in README.read_text("utf-8")
 
 
 def test_every_make_target_that_the_readme_names_exists() -> None:
