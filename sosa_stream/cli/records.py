@@ -90,7 +90,7 @@ def _marks(record: dict[str, Any]) -> str | None:
     return ",".join(mark for mark, is_set in marks.items() if is_set) or None
 
 
-def incident_table(records: list[dict[str, Any]]) -> str:
+def incident_table(records: list[dict[str, Any]], *, with_ranks: bool = True) -> str:
     """A row per incident; with a column of marks if people could have said something of them."""
     marked = any("ack" in record for record in records)
     rows = [
@@ -102,13 +102,14 @@ def incident_table(records: list[dict[str, Any]]) -> str:
             record["state"],
             *([_marks(record)] if marked else []),
             record["detected_step"],
-            ",".join(map(str, record["ranks"])) or "all",
+            *([",".join(map(str, record["ranks"])) or "all"] if with_ranks else []),
             record["message"],
         )
         for record in records
     ]
     marks = ("MARKS",) if marked else ()
-    return table(("ID", "RUN", "KIND", "SEVERITY", "STATE", *marks, "STEP", "RANKS", "MESSAGE"), rows)
+    ranks = ("RANKS",) if with_ranks else ()
+    return table(("ID", "RUN", "KIND", "SEVERITY", "STATE", *marks, "STEP", *ranks, "MESSAGE"), rows)
 
 
 def command_table(records: list[dict[str, Any]]) -> str:
