@@ -8,7 +8,7 @@ import numpy as np
 
 from sosa_stream.detect.incidents import Finding, Severity
 from sosa_stream.detect.windows import RunWindows
-from sosa_stream.detect.wording import name_ranks, number, times
+from sosa_stream.detect.wording import number, on_ranks, times
 
 EXPLODED_RATIO = 5.0
 """A gradient norm this far above its median has exploded, if it is above its band."""
@@ -35,7 +35,7 @@ def nan_loss(windows: RunWindows) -> Finding | None:
         step=windows.step,
         first_step=windows.step,
         ranks=windows.bad_loss,
-        message=f"non-finite loss on {name_ranks(windows.bad_loss)} at step {windows.step}"
+        message=f"non-finite loss{on_ranks(windows.bad_loss, windows.num_ranks)} at step {windows.step}"
         + (", update skipped" if windows.skipped else ""),
         evidence={
             "value": None,
@@ -46,7 +46,7 @@ def nan_loss(windows: RunWindows) -> Finding | None:
             "loss_of_others": windows.loss,
         },
         causes=(
-            f"a non-finite or extreme input in the batch of {name_ranks(windows.bad_loss)}",
+            f"a non-finite or extreme input in the batch{on_ranks(windows.bad_loss, windows.num_ranks)}",
             "an operation outside its domain: log(0), division by 0, sqrt of a negative",
             "overflow in half precision",
         ),
@@ -69,7 +69,7 @@ def nonfinite_gradient(windows: RunWindows) -> Finding | None:
         step=windows.step,
         first_step=windows.step,
         ranks=windows.bad_grad,
-        message=f"non-finite gradient on {name_ranks(windows.bad_grad)} at step {windows.step}"
+        message=f"non-finite gradient{on_ranks(windows.bad_grad, windows.num_ranks)} at step {windows.step}"
         + (", update skipped" if windows.skipped else ""),
         evidence={
             "value": None,

@@ -9,6 +9,11 @@ def name_ranks(ranks: tuple[int, ...]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
 
 
+def on_ranks(ranks: tuple[int, ...], num_ranks: int) -> str:
+    """`` on rank 1``; nothing in a run of one process, or in a log."""
+    return f" on {name_ranks(ranks)}" if num_ranks > 1 else ""
+
+
 def times(ratio: float) -> str:
     """``×3.16`` or ``×1000``: three digits, never an exponent for what can be read out."""
     return f"×{ratio:.3g}" if ratio < 100 or ratio >= 1e6 else f"×{ratio:.0f}"
