@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from sosa_stream.cli import main
 from sosa_stream.config import DetectorOverride, DetectSettings, MetricRule, Sensitivity, SeverityName
 from sosa_stream.detect.incidents import Incident, IncidentState, Severity
 from sosa_stream.effects import Reconfigured
@@ -100,6 +103,17 @@ def test_rule_without_its_metric_is_blind() -> None:
     engine = Engine("run", DetectSettings(rules=(_rule(below=1.0),)))
     feed(engine, [hello(), frame(np.full(20, 2.0))])
     assert dict(engine.view().detectors)["reward_rule"] == "blind"
+
+
+def test_rule_without_its_metric_in_a_log_is_named_among_the_blind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, log = tmp_path / "sosa.toml", tmp_path / "log.csv"
+    settings.write_text('[[detect.rules]]\nname = "poor"\nmetric = "reward"\nbelow = 1\n', encoding="utf-8")
+    log.write_text("step,loss\n" + "".join(f"{i},{2 - i / 100}\n" for i in range(40)), encoding="utf-8")
+    monkeypatch.setenv("SOSA_CONFIG", str(settings))
+    assert main(["replay", str(log)]) == 0
+    assert "poor (no reward in it)" in capsys.readouterr().out
 
 
 def _with_spike(settings: DetectSettings, height: float) -> tuple[Incident, ...]:
