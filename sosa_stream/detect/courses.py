@@ -141,7 +141,7 @@ def _stuck(windows: RunWindows) -> Finding | None:
         evidence={
             "value": windows.loss,
             "baseline": early,
-            "score": abs(early - late) / late,
+            "change": abs(early - late) / late,
             "threshold": STUCK_SHARE,
             "window": num_points,
             "lr": windows.lr,

@@ -10,8 +10,10 @@ from sosa_stream.detect.statistics import Channel
 from sosa_stream.detect.windows import RunWindows
 from sosa_stream.detect.wording import name_ranks, number
 
+WINDOW, FARTHEST_SCORE = 64, 4.0
+"""The rank's recent batches, and the score of the farthest of them (`agent.baseline`)."""
 UNUSUAL_SCORE = 12.0
-"""Three times as far as anything in the rank's recent batches (`agent.baseline`)."""
+"""Three times as far."""
 BATCH_MOVED, BATCH_STIRRED = 1.0, 0.4
 """Half of all features moved by this many standard deviations, or spread by e to its power: another kind of data, and
 less than what is scored at all."""
@@ -58,7 +60,15 @@ def _unlike(windows: RunWindows) -> Finding | None:
         ranks=ranks,
         message=f"the batch of {name_ranks(ranks)} at step {windows.step} is unlike those before it, most of all in"
         f" feature {evidence['feature']} (mean {number(evidence['mean'])}, std {number(evidence['std'])} over all)",
-        evidence=evidence | {"value": float(scores[worst]), "threshold": UNUSUAL_SCORE, "change": change},
+        evidence={
+            "value": float(scores[worst]),
+            "baseline": FARTHEST_SCORE,
+            "score": float(scores[worst]),
+            "threshold": UNUSUAL_SCORE,
+            "window": WINDOW,
+            "change": change,
+            **evidence,
+        },
         causes=(
             "a batch that is scaled, normalised or decoded differently",
             "an empty or constant batch" if evidence["std"] == 0.0 else "a shard of other data",
@@ -107,7 +117,7 @@ def _nonfinite(windows: RunWindows, ranks: tuple[int, ...]) -> Finding:
         ranks=ranks,
         message=f"{count} non-finite values in the inputs of {name_ranks(ranks)} at step {windows.step}, the first in"
         f" feature {evidence['feature']}",
-        evidence=evidence | {"value": count},
+        evidence={"value": count, "baseline": 0, "window": 1, **evidence},
         causes=("damaged or missing data", "a normalisation that divides by zero"),
     )
 

@@ -20,6 +20,8 @@ SATURATED_SHARE = 0.8
 COLLAPSE_HALVINGS = 8
 """Halvings without growth in between; calibration from 65536 is over by then, or has been seen before."""
 CALIBRATION_POINTS = 64
+LOOKS = 3
+"""Looks in a row that show weights which stay as they are."""
 MOST_NAMED = 8
 """Parameters that an incident names."""
 
@@ -70,8 +72,8 @@ def saturated_activations(windows: RunWindows) -> Finding | None:
 
     There its slope is below 4% of the largest, and the gradient with it [Glorot and Bengio, AISTATS 2010, 3].
     """
-    looks = windows.looks["saturated_share"].last(2)
-    if not looked_at(windows, "saturated_share") or len(looks) < 2 or (looks < SATURATED_SHARE).any():
+    looks = windows.looks["saturated_share"].last()
+    if not looked_at(windows, "saturated_share") or len(looks) < 2 or (looks[-2:] < SATURATED_SHARE).any():
         return None
     return Finding(
         kind="saturated_activations",
@@ -79,7 +81,12 @@ def saturated_activations(windows: RunWindows) -> Finding | None:
         step=windows.step,
         first_step=windows.step,
         message=f"{looks[-1]:.0%} of a hidden layer's activations are saturated",
-        evidence={"value": float(looks[-1]), "threshold": SATURATED_SHARE, "window": 2},
+        evidence={
+            "value": float(looks[-1]),
+            "baseline": float(np.median(looks[:-2])) if len(looks) > 2 else None,
+            "threshold": SATURATED_SHARE,
+            "window": 2,
+        },
         causes=("weights or inputs too large before tanh or sigmoid", "no normalisation layer in front of them"),
     )
 
@@ -137,7 +144,7 @@ def weights_unchanged(windows: RunWindows) -> Finding | None:
         return None
     message, causes = cause
     zero_since = windows.schedule.zero_since
-    changed, zeros = windows.looks["changed_share"].last(1), windows.looks["zero_grad_share"].last(1)
+    looks, zeros = windows.looks["changed_share"].last(), windows.looks["zero_grad_share"].last(1)
     orphans, stale = windows.looks["orphan_parameters"].last(1), windows.looks["stale_parameters"].last(1)
     return Finding(
         kind="weights_unchanged",
@@ -146,8 +153,9 @@ def weights_unchanged(windows: RunWindows) -> Finding | None:
         first_step=windows.step if zero_since is None else zero_since,
         message=message,
         evidence={
-            "value": float(changed[0]) if len(changed) else None,
-            "baseline": 1.0,
+            "value": float(looks[-1]) if len(looks) else None,
+            "baseline": float(np.median(looks[:-LOOKS])) if len(looks) > LOOKS else None,
+            "window": LOOKS,
             "zero_grad_share": float(zeros[0]) if len(zeros) else None,
             "orphan_parameters": int(orphans[0]) if len(orphans) else None,
             "stale_parameters": int(stale[0]) if len(stale) else None,
@@ -172,9 +180,9 @@ def _owners(windows: RunWindows) -> tuple[str, tuple[str, ...]] | None:
 
 def _cut_off(windows: RunWindows) -> tuple[str, tuple[str, ...]] | None:
     stale = windows.looks["stale_parameters"].last()
-    if not looked_at(windows, "stale_parameters") or len(stale) < 5 or np.ptp(stale[:-3]) > 0.0:
+    if not looked_at(windows, "stale_parameters") or len(stale) < 5 or np.ptp(stale[:-LOOKS]) > 0.0:
         return None
-    if stale[-3:].min() <= stale[0]:
+    if stale[-LOOKS:].min() <= stale[0]:
         return None
     return (
         f"{stale[-1] - stale[0]:.0f} parameters of the optimizer do not get a gradient any more",
@@ -188,9 +196,9 @@ def _cut_off(windows: RunWindows) -> tuple[str, tuple[str, ...]] | None:
 
 def _no_rate(windows: RunWindows) -> tuple[str, tuple[str, ...]] | None:
     changed, since = windows.looks["changed_share"].last(), windows.schedule.zero_since
-    if since is None or not looked_at(windows, "changed_share") or len(changed) < 4:
+    if since is None or not looked_at(windows, "changed_share") or len(changed) <= LOOKS:
         return None
-    if changed[-3:].any() or not changed[:-3].any():
+    if changed[-LOOKS:].any() or not changed[:-LOOKS].any():
         return None
     return (
         f"the learning rate has been 0 for {windows.step + 1 - since} steps",
@@ -212,9 +220,9 @@ def _unchanged(windows: RunWindows) -> tuple[str, tuple[str, ...]] | None:
             f"the gradients are clipped to zero (norm before clipping {number(windows.grad_norm)})",
             ("a bound of 0 in clip_grad_norm_ or clip_grad_value_",),
         )
-    if len(changed) < 3:
+    if len(changed) < LOOKS:
         return None
-    if windows.grad_norm and (changed[-3:] == 0.0).all():
+    if windows.grad_norm and (changed[-LOOKS:] == 0.0).all():
         return (
             f"no weight has changed in three looks, with a gradient of norm {number(windows.grad_norm)}",
             (
@@ -223,8 +231,8 @@ def _unchanged(windows: RunWindows) -> tuple[str, tuple[str, ...]] | None:
                 "the optimizer steps other parameters than the model's",
             ),
         )
-    usual = float(np.median(changed[:-3])) if len(changed) >= 5 else 0.0
-    if usual > 0.0 and (changed[-3:] <= 0.5 * usual).all():
+    usual = float(np.median(changed[:-LOOKS])) if len(changed) >= 5 else 0.0
+    if usual > 0.0 and (changed[-LOOKS:] <= 0.5 * usual).all():
         return (
             f"only {changed[-1]:.0%} of the parameters still change",
             ("parameters were frozen (requires_grad) in mid-run", "parts of the model no longer reach the loss"),

@@ -16,6 +16,10 @@ FAR_RATIO = 20.0
 """This far it is worth a look even where the loss does not suffer."""
 LOST_RATIO = 100.0
 """This far, and the loss with it, the run may be lost."""
+USUAL_POINTS = 8
+"""Points of whose finite values the median is shown beside one that is not finite."""
+BURST_POINTS, DRIFT_POINTS = 4, 8
+"""Points that a burst and a drift are judged by."""
 CALIBRATION_POINTS = 16
 """AMP's scale starts at 2^16, and 16 halvings bring it to 1."""
 
@@ -39,10 +43,12 @@ def nan_loss(windows: RunWindows) -> Finding | None:
         + (", update skipped" if windows.skipped else ""),
         evidence={
             "value": None,
+            "baseline": _finite(windows.losses.smoothed(USUAL_POINTS)),
+            "score": None,
+            "window": windows.num_bad_loss,
             "ranks": list(windows.bad_loss),
             "num_ranks": windows.num_ranks,
             "skipped": windows.skipped,
-            "steps_in_a_row": windows.num_bad_loss,
             "loss_of_others": windows.loss,
         },
         causes=(
@@ -73,10 +79,12 @@ def nonfinite_gradient(windows: RunWindows) -> Finding | None:
         + (", update skipped" if windows.skipped else ""),
         evidence={
             "value": None,
+            "baseline": _finite(math.exp(windows.log_norms.smoothed(USUAL_POINTS))),
+            "score": None,
+            "window": windows.num_bad_grad,
             "ranks": list(windows.bad_grad),
             "num_ranks": windows.num_ranks,
             "skipped": windows.skipped,
-            "steps_in_a_row": windows.num_bad_grad,
         },
         causes=("overflow in half precision", "a backward formula without a finite value at this point"),
     )
@@ -89,8 +97,8 @@ def exploding_gradient(windows: RunWindows) -> Finding | None:
     as the threshold. Relative to the run's own window: an absolute bound would call AMP-scaled norms a fault. Healthy
     runs have gradients that rise for a while (a warm-up) or for a step: ``info`` below `FAR_RATIO`, unless the loss
     suffers.
-    Drift: the median of the last 8 norms against the median of the run's course, which a slow rise does not carry along
-    [OPT: gradient norms drift before the loss diverges].
+    Drift: the median of the last `DRIFT_POINTS` norms against the median of the run's course, which a slow rise does
+    not carry along [OPT: gradient norms drift before the loss diverges].
     """
     return _burst(windows) or _drift(windows)
 
@@ -104,13 +112,13 @@ def _burst(windows: RunWindows) -> Finding | None:
         return None
     suffers = windows.losses.above
     alone = norms.score > 2.0 * level.threshold and ratio > LOST_RATIO
-    if norms.num_above(4) < 3 and not suffers and not alone:
+    if norms.num_above(BURST_POINTS) < 3 and not suffers and not alone:
         return None
     if suffers:
         severity = Severity.CRITICAL if ratio > LOST_RATIO else Severity.WARNING
     else:
         severity = Severity.WARNING if ratio >= FAR_RATIO else Severity.INFO
-    evidence = {"score": norms.score, "threshold": level.threshold}
+    evidence = {"score": norms.score, "threshold": level.threshold, "window": BURST_POINTS}
     return _exploded(windows, severity, norms.excursion.first_step, math.exp(level.center), ratio, evidence)
 
 
@@ -119,10 +127,11 @@ def _drift(windows: RunWindows) -> Finding | None:
     if not windows.pulse or windows.log_norms.value is None or len(course.blocks) < course.MOST // 2:
         return None
     center = float(np.median(course.blocks))
-    ratio = math.exp(min(windows.log_norms.smoothed(8) - center, 700.0))
+    ratio = math.exp(min(windows.log_norms.smoothed(DRIFT_POINTS) - center, 700.0))
     if ratio < LOST_RATIO:
         return None
-    return _exploded(windows, Severity.WARNING, windows.step, math.exp(center), ratio, {})
+    evidence = {"score": ratio, "threshold": LOST_RATIO, "window": DRIFT_POINTS}
+    return _exploded(windows, Severity.WARNING, windows.step, math.exp(center), ratio, evidence)
 
 
 def _exploded(
@@ -140,3 +149,7 @@ def _exploded(
         evidence={"value": windows.grad_norm, "baseline": usual, "ratio": ratio, "lr": windows.lr, **evidence},
         causes=("a batch with extreme values", "no gradient clipping", f"the learning rate{lr} is too high"),
     )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -46,8 +46,9 @@ def _check(rule: MetricRule, windows: RunWindows) -> Finding | None:
     series = windows.logged[column]
     value, steps = float(series.values[-1]), series.steps[-rule.for_points :]
     before = _before(rule, series.values)
-    center, scale = center_and_scale(before) if len(before) else (None, None)
+    center, scale = center_and_scale(before) if len(before) else (None, 1.0)
     finite = math.isfinite(value)
+    score = (value - center) / scale if finite and center is not None else None
     return Finding(
         kind=rule.name,
         severity=Severity[rule.severity.upper()],
@@ -58,12 +59,12 @@ def _check(rule: MetricRule, windows: RunWindows) -> Finding | None:
         evidence={
             "value": value if finite else None,
             "baseline": center,
-            "score": (value - center) / scale if rule.jump is not None and finite and center and scale else None,
             "limit": next((limit for _, limit in _limits(rule)), None),
             "metric": rule.metric,
             "rule": _words(rule),
             "window": rule.for_points,
-        },
+        }
+        | ({} if rule.jump is None else {"score": score}),
         causes=("your own rule in sosa.toml",),
     )
 

@@ -75,6 +75,7 @@ def _inside(windows: RunWindows) -> Finding | None:
     (first, low), (last, high) = stretch[0], stretch[-1]
     evidence = {
         "value": low / high,
+        "baseline": None,
         "threshold": SMALL_RATIO,
         "first_norm": low,
         "parameters": [name for name, _ in stretch][:MOST_NAMED],
