@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             incidents += _replay(paths, name, options)
         except UsageError as error:  # the other logs are still worth a look
-            print(f"sosa: {error}", file=sys.stderr)
+            print(visible(f"sosa: {error}"), file=sys.stderr)
             failed = True
     return 2 if failed else options.exit_code(incidents)
 
@@ -159,7 +159,7 @@ def _replay_recording(path: Path, options: Options) -> list[Incident]:
             print(json_line(incident.as_dict()))
         return list(replay.incidents)
     view = replay.view
-    print(f"run {replay.run}: {len(view.ranks)} ranks, up to step {view.step}")
+    print(f"run {visible(replay.run)}: {len(view.ranks)} ranks, up to step {view.step}")
     print(table_of(replay.incidents))
     if replay.commands:
         print(command_table([command.as_dict() for command in replay.commands]))
