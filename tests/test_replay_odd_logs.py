@@ -200,7 +200,7 @@ def test_one_run_in_its_column_is_named_after_its_log(capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("size", [100_000, 20_000_000])
 def test_a_first_line_of_any_length_is_read_or_refused_in_words(size: int, capsys: pytest.CaptureFixture[str]) -> None:
-    first = json.dumps({"step": 0, "loss": 2.0, "config": "x" * size})
+    first = json.dumps({"step": 0, "loss": LOSSES[0], "config": "x" * size})
     rows = [json.dumps({"step": i, "loss": loss}) for i, loss in enumerate(sick()) if i]
     code = code_of(write("log.jsonl", "\n".join([first, *rows])), "--json")
     out, err = capsys.readouterr()
