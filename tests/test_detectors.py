@@ -303,6 +303,16 @@ def test_loss_that_rises_in_a_game_is_worth_knowing_and_no_more() -> None:
     assert play(2.0) == []
 
 
+@pytest.mark.parametrize("num", [300, 3000])
+@pytest.mark.parametrize("shape", [1.0, 2.0])
+def test_rise_over_half_of_a_run_is_a_divergence(num: int, shape: float) -> None:
+    at = np.arange(num) / num
+    rise = 2.0 * np.maximum(0.0, 2.0 * at - 1.0) ** shape
+    losses = 2.0 + 2.0 * np.exp(-20.0 * at) + rise + 0.04 * np.random.default_rng(0).standard_normal(num)
+    (found,) = _alarms(incidents_of(losses))
+    assert found == "loss_divergence"
+
+
 def test_slow_divergence_stays_one_incident() -> None:
     course = np.concatenate([np.linspace(4, 1, 5000), np.linspace(1, 4, 5000)])
     incidents = incidents_of(course + 0.05 * np.random.default_rng(0).standard_normal(10_000))

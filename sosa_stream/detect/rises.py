@@ -6,16 +6,17 @@ All judge the loss by affine-invariant statistics: it may be near zero, negative
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from sosa_stream.detect.incidents import Finding, Severity
 from sosa_stream.detect.numerical import EXPLODED_RATIO
 from sosa_stream.detect.schedule import LR_SUFFER_STEPS
+from sosa_stream.detect.sensitivity import strictness
 from sosa_stream.detect.statistics import Level
 from sosa_stream.detect.windows import RunWindows
-from sosa_stream.detect.wording import number, times
+from sosa_stream.detect.wording import number, share_of, times
 
 SPIKE_SHARE = 0.01
 """A spike takes back at least this share of the progress: below it, nobody needs to look."""
@@ -27,8 +28,12 @@ DIVERGED_POINTS = 12
 """Points out of the band without coming back that make a spike a divergence."""
 DIVERGED_SHARE, LOST_SHARE = 0.2, 0.5
 """Shares of the progress undone that make it one, and that make it critical."""
-RISE_SCORE = 5.0
-"""A slow rise counts from this many times what steps at random would add up to."""
+STAYS_SHARE = 0.7
+"""A rise is on its way down once it has less than this share of its height left."""
+RISE_SHARE, RISE_RECOVERED = 0.3, 3.0
+"""A slow rise undoes this share of the progress, and is this many times any that the run has come back from before."""
+RISE_WALKS, RISE_SHAKES = 2.5, 8.0
+"""It is this many times what steps at random would add up to, and this many times the noise of one block."""
 
 
 def lr_jump(windows: RunWindows) -> Finding | None:
@@ -53,9 +58,10 @@ def lr_jump(windows: RunWindows) -> Finding | None:
         return None
     level = windows.loss_level()
     ratio = jump.after / jump.before if jump.before > 0 else math.inf
+    severity = Severity.CRITICAL if nonfinite or share >= LOST_SHARE else Severity.WARNING
     return Finding(
         kind="lr_jump",
-        severity=Severity.CRITICAL if nonfinite or share >= 0.5 else Severity.WARNING,
+        severity=severity,
         step=windows.step,
         first_step=jump.step,
         message=f"learning rate rose {times(ratio)} at step {jump.step} ({jump.before:.3g} to {jump.after:.3g})"
@@ -65,9 +71,10 @@ def lr_jump(windows: RunWindows) -> Finding | None:
             "lr_after": jump.after,
             "lr_ratio": ratio if math.isfinite(ratio) else None,
             "jump_step": jump.step,
-            "loss_before": level.center if level else None,
             "value": windows.loss,
+            "baseline": level.center if level else None,
             "score": losses.score,
+            "window": level.window if level else None,
             "share_undone": share,
         },
         causes=(
@@ -93,13 +100,24 @@ def loss_spike(windows: RunWindows) -> Finding | None:
     share = windows.undone(windows.loss)
     if share < SPIKE_SHARE:
         return None
+    cap = _cap(windows)
     return Finding(
         kind="loss_spike",
-        severity=Severity.WARNING if windows.rises_matter else Severity.INFO,
+        severity=min(Severity.WARNING, cap),
+        cap=cap,
         step=windows.step,
         first_step=excursion.first_step,
         message=f"loss spiked from {level.center:.4g} to {windows.loss:.4g} at step {excursion.first_step}",
-        evidence=_loss_evidence(windows, share),
+        evidence={
+            "value": windows.loss,
+            "baseline": level.center,
+            "scale": level.scale,
+            "score": losses.score,
+            "threshold": level.threshold,
+            "window": level.window,
+            "share_undone": share,
+            "lr": windows.lr,
+        },
         causes=("a batch unlike the others", "the learning rate is near the edge of stability"),
     )
 
@@ -109,10 +127,11 @@ def loss_divergence(windows: RunWindows) -> Finding | None:
 
     Fast: `DIVERGED_POINTS` points after leaving the band, the median of the last 8 is still above it, has undone
     `DIVERGED_SHARE` of (start - best), and is not on its way down: more than 0.7 of the height that the last 16 have.
-    Slow: over the k blocks of the run's course since its lowest, most neighbours rise, the last three lie above the
-    lowest by R > `RISE_SCORE` · s · sqrt(k), s the robust scale of a step between neighbours, and R undoes 0.3 of the
-    progress. The score of a random walk is of the order of 1. R must be twice any rise that the run has come back from
-    before: a game's swings are not news.
+    Slow: the run's course has a lowest block, and k after it. With R the height of the last three above it, s the
+    scale of a step between neighbours beside the drift of either side (`Course.restlessness`) and e that of a block's
+    own noise (`Course.shake`): R > `RISE_WALKS` · s · sqrt(k), twice that where the fall to the lowest was no clearer
+    than a walk, and R > `RISE_SHAKES` · e. R undoes `RISE_SHARE` of the progress, is at least `STAYS_SHARE` of the
+    highest since, and `RISE_RECOVERED` times any rise that the run has come back from: a game's swings are not news.
     """
     return _fast_divergence(windows) or _slow_divergence(windows)
 
@@ -124,63 +143,65 @@ def _fast_divergence(windows: RunWindows) -> Finding | None:
         return None
     level, now = excursion.level, losses.smoothed(8)
     share = windows.undone(now)
-    high = now - level.center > 0.7 * (losses.smoothed(16) - level.center)
-    if excursion.num_above < DIVERGED_POINTS // 2 or level.holds(now) or share < DIVERGED_SHARE or not high:
+    stays = now - level.center > STAYS_SHARE * (losses.smoothed(16) - level.center)
+    if excursion.num_above < DIVERGED_POINTS // 2 or level.holds(now) or share < DIVERGED_SHARE or not stays:
         return None
     severity = Severity.CRITICAL if share >= LOST_SHARE else Severity.WARNING
-    return _divergence(windows, severity, excursion.first_step, share, level.score(now))
+    score, window = level.score(now), excursion.num_points
+    evidence = {"score": score, "threshold": level.threshold, "window": window, "share_undone": share}
+    return _divergence(windows, severity, excursion.first_step, level, evidence)
 
 
 def _slow_divergence(windows: RunWindows) -> Finding | None:
     course = windows.course
-    if not windows.closed or len(course.blocks) < 16 or windows.loss_level() is None:
+    if not windows.closed or len(course.blocks) < 20 or windows.loss_level() is None:
         return None
     blocks = np.array(course.blocks)
     lowest = int(np.argmin(blocks))
     since = len(blocks) - 1 - lowest
-    if since < 4 or since * course.length < 8:
+    if since < 6 or since * course.length < 8:
         return None
-    after = blocks[lowest:]
-    rise = float(np.median(after[-3:]) - after[0])
-    score = rise / (course.restlessness() * math.sqrt(since))
+    before, after = blocks[: lowest + 1], blocks[lowest:]
+    heights = np.median(sliding_window_view(after, 3), axis=1) - after[0]
+    rise = float(heights[-1])
     share = rise / max(windows.progress, 1e-300)
-    rising = float((np.diff(after) > 0).mean())
-    before = blocks[: lowest + 1]
     recovered = float((before - np.minimum.accumulate(before)).max())
-    if score < RISE_SCORE or share < 0.3 or rising < 0.6 or rise < 2.0 * recovered:
+    if share < RISE_SHARE or rise < RISE_RECOVERED * recovered or rise < STAYS_SHARE * heights.max():
+        return None
+    factor, step = strictness(windows.settings), course.restlessness(lowest)
+    # the drawups of a random walk are small while it falls, and then it rises: only what has learned can unlearn
+    has_learned = float(before[0] - before[-1]) > 2.0 * RISE_WALKS * step * math.sqrt(lowest)
+    walk, shake = rise / (step * math.sqrt(since)), rise / course.shake()
+    if walk < factor * RISE_WALKS * (1 if has_learned else 2) or shake < factor * RISE_SHAKES:
         return None
     severity = Severity.CRITICAL if share >= LOST_SHARE else Severity.WARNING
     lr = course.lrs[lowest]
     if lr is not None and windows.lr is not None and windows.lr > 1.05 * lr and share < 1.0:
         severity = Severity.INFO  # a warm-up: the schedule itself is shaking the weights
-    finding = _divergence(windows, severity, course.steps[lowest], share, score)
-    return replace(finding, level=Level(center=float(after[0]), scale=0.1 * rise, threshold=5.0))
+    level = Level(center=float(after[0]), scale=0.1 * rise, threshold=5.0, window=course.length)
+    window = since * course.length
+    evidence = {"score": shake, "threshold": factor * RISE_SHAKES, "window": window, "share_undone": share}
+    return _divergence(windows, severity, course.steps[lowest], level, evidence)
 
 
-def _divergence(windows: RunWindows, severity: Severity, first_step: int, share: float, score: float) -> Finding:
-    level = windows.loss_level()
-    before = level.center if level else None
+def _divergence(
+    windows: RunWindows, severity: Severity, first_step: int, level: Level, evidence: dict[str, float]
+) -> Finding:
+    """``level``: where the loss was before."""
+    cap = _cap(windows)
     return Finding(
         kind="loss_divergence",
-        severity=severity if windows.rises_matter else Severity.INFO,
+        severity=min(severity, cap),
+        cap=cap,
         step=windows.step,
         first_step=first_step,
-        message=f"loss diverges since step {first_step}: {number(before)} to {number(windows.loss)},"
-        f" {min(share, 99.0):.0%} of the progress undone",
-        evidence={**_loss_evidence(windows, share), "score": score},
+        message=f"loss diverges since step {first_step}: {number(level.center)} to {number(windows.loss)},"
+        f" {share_of(evidence['share_undone'])} the progress undone",
+        evidence={"value": windows.loss, "baseline": level.center, "lr": windows.lr, **evidence},
         causes=("the learning rate is too high", "the weights were damaged by an earlier step"),
+        level=level,
     )
 
 
-def _loss_evidence(windows: RunWindows, share: float) -> dict[str, float | None]:
-    level = windows.loss_level()
-    assert level is not None
-    return {
-        "value": windows.loss,
-        "baseline": level.center,
-        "scale": level.scale,
-        "score": windows.losses.score,
-        "threshold": level.threshold,
-        "share_undone": share,
-        "lr": windows.lr,
-    }
+def _cap(windows: RunWindows) -> Severity:
+    return Severity.CRITICAL if windows.rises_matter else Severity.INFO

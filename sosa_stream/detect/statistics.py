@@ -97,6 +97,8 @@ class Level:
     center: float
     scale: float
     threshold: float
+    window: int = 0
+    """Values that it was taken from."""
 
     def score(self, value: float) -> float:
         """Robust z: (value - center) / scale."""
@@ -202,6 +204,7 @@ class Band:
             center=center,
             scale=scale,
             threshold=self.strictness * self._threshold(),
+            window=window,
         )
 
     def upper_quantile(self, share: float) -> float | None:
@@ -235,6 +238,10 @@ def _median_of_sorted(ordered: NDArray[np.float64]) -> float:
     # a third of the cost of np.median, which checks for NaN and axes that these windows cannot have
     num = len(ordered)
     return float(ordered[num // 2]) if num % 2 else 0.5 * float(ordered[num // 2 - 1] + ordered[num // 2])
+
+
+def _scale_about_zero(values: NDArray[np.float64]) -> float:
+    return 1.4826 * _median_of_sorted(np.sort(np.abs(values)))
 
 
 class Course:
@@ -285,13 +292,29 @@ class Course:
         self._sum = float(np.add.accumulate(np.concatenate(([self._sum], values)))[-1])
         self._count += len(values)
 
-    def restlessness(self) -> float:
-        """Robust scale of the steps from block to block: 1.4826 · MAD of the first differences."""
+    def restlessness(self, turn: int = 0) -> float:
+        """Robust scale of the steps from block to block: 1.4826 · MAD of the first differences.
+
+        Those before block ``turn`` and those after it are each taken about their own median: a drift is no noise.
+        """
         if len(self.blocks) < 4:
             return math.inf
         steps = np.diff(np.array(self.blocks))
-        mad = _median_of_sorted(np.sort(np.abs(steps - _median_of_sorted(np.sort(steps)))))
-        return max(1.4826 * mad, FLOAT_RESOLUTION * max(abs(self.blocks[0]), abs(self.blocks[-1])) + 1e-300)
+        sides = [side - _median_of_sorted(np.sort(side)) for side in (steps[:turn], steps[turn:]) if len(side)]
+        return max(_scale_about_zero(np.concatenate(sides)), self._resolution)
+
+    def shake(self) -> float:
+        """Robust scale of a block's own noise: 1.4826 · median of absolute second differences / sqrt(6).
+
+        Second differences know neither drift nor, nearly, a walk; of white noise of scale s they have sqrt(6) s.
+        """
+        if len(self.blocks) < 4:
+            return math.inf
+        return max(_scale_about_zero(np.diff(np.array(self.blocks), 2)) / math.sqrt(6.0), self._resolution)
+
+    @property
+    def _resolution(self) -> float:
+        return FLOAT_RESOLUTION * max(abs(self.blocks[0]), abs(self.blocks[-1])) + 1e-300
 
 
 @dataclass(slots=True, kw_only=True)
@@ -365,9 +388,10 @@ class Channel:
         above = False
         self.clipped = value
         if level is not None:
-            self.score = level.score(value)
             self.clipped = min(max(value, level.low), level.high)
-            above = self.score > level.threshold
+            judge = self._judge(level)
+            self.score = judge.score(value)
+            above = self.score > judge.threshold
             if above or self.excursion is not None:
                 self._follow(step, value, level)
         self.recent_above = (self.recent_above << 1 | above) & 0xFF
@@ -398,6 +422,14 @@ class Channel:
         self.num_held = 0
         self.band.extend(values, scores)
         return clipped
+
+    def _judge(self, level: Level) -> Level:
+        """The band that a value is judged by: early in an excursion, that of the time before it.
+
+        A window of 16 values has taken the first of a burst in before the last of them comes.
+        """
+        excursion = self.excursion
+        return level if excursion is None or excursion.num_points >= self.CALM_STEPS else excursion.level
 
     def _follow(self, step: int, value: float, level: Level) -> None:
         excursion = self.excursion

@@ -22,3 +22,8 @@ def times(ratio: float) -> str:
 def number(value: float | None) -> str:
     """Four digits, or ``unknown``."""
     return "unknown" if value is None else f"{value:.4g}"
+
+
+def share_of(share: float) -> str:
+    """``40% of``, or ``12 times``: what a share is followed by is its whole."""
+    return f"{share:.0%} of" if share < 10.0 else f"{number(share)} times"
