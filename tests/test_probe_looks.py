@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -12,13 +13,15 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.modules import module as torch_module
 from torch.optim import SGD, AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sosa_stream.agent import log, observe_posterior
 from sosa_stream.agent.activations import Activations
 from sosa_stream.agent.looks import WEIGHTS_EVERY
 from sosa_stream.agent.metrics import columns_of
+from sosa_stream.agent.outbox import Outbox, Wakeup
 from sosa_stream.agent.posterior import Posterior
-from sosa_stream.agent.weights import census
+from sosa_stream.agent.weights import MAX_ELEMENTS, Weights, census
 
 
 def _activations() -> Activations:
@@ -203,6 +206,65 @@ def test_a_frozen_parameter_no_longer_counts_as_changed_and_a_skipped_step_is_no
     assert shares[WEIGHTS_EVERY] == pytest.approx(1 / 6)
     assert watch.rows[-1]["skipped"] == 1.0
     assert shares[-1] is None
+
+
+def test_the_training_thread_copies_and_counts_nothing() -> None:
+    """What the probe adds to a step in torch operations; the arithmetic is for the thread that encodes frames."""
+
+    class Operations(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: Counter[str] = Counter()
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names[function._schema.name.removeprefix("aten::")] += 1
+            return function(*args, **(kwargs or {}))
+
+    def operations(num_steps: int) -> list[Counter[str]]:
+        model, seen = toy(), []
+        optimizer = SGD(model.parameters(), lr=0.1)
+        for batch in batches(num_steps):
+            with Operations() as during:
+                train(model, optimizer, [batch])
+            seen.append(during.names)
+        return seen
+
+    outbox = Outbox(64, Wakeup())
+    with Watch().installed() as watch:
+        watch.outbox.add_row = outbox.add_row  # type: ignore[method-assign]
+        ours = operations(WEIGHTS_EVERY + 2)
+    added = [watched - plain for watched, plain in zip(ours, operations(WEIGHTS_EVERY + 2), strict=True)]
+    norm = Counter({"_foreach_norm": 1, "stack": 1, "linalg_vector_norm": 1})
+    usual = norm + Counter({"clone": 1, "_local_scalar_dense": 2})  # the batch; loss and norm
+    assert added[WEIGHTS_EVERY + 1] == added[1] == usual
+    # Parameters, their gradients, parameters again; the ends of the network, which are two scalars more.
+    num_parameters = len(list(toy().parameters()))
+    update = Counter({"cat": 3, "view": 3 * num_parameters, "div": 1, "_local_scalar_dense": 2})
+    assert added[WEIGHTS_EVERY] == usual + update
+
+
+def test_an_update_is_seen_as_it_was_whatever_the_script_does_to_its_weights_afterwards() -> None:
+    weights, parameter = Weights(), nn.Parameter(torch.full((4,), 2.0))
+    optimizer = SGD([parameter], lr=0.1)
+    parameter.sum().backward()
+    weights.before(optimizer, [])
+    optimizer.step()
+    update = weights.after()
+    optimizer.zero_grad(set_to_none=False)
+    parameter.data.zero_()
+    assert update is not None
+    assert update.read() == pytest.approx({"zero_grad_share": 0.0, "update_ratio": 0.05, "changed_share": 1.0})
+
+
+@pytest.mark.parametrize("shape", [(3, 100_000), (100_000,), (700, 700), (64, 3, 32, 32)])
+def test_of_a_large_parameter_a_bounded_sample_is_looked_at(shape: tuple[int, ...]) -> None:
+    weights, parameter = Weights(), nn.Parameter(torch.ones(shape))
+    parameter.sum().backward()
+    weights.before(SGD([parameter], lr=0.1), [])
+    update = weights.after()
+    assert update is not None
+    assert MAX_ELEMENTS / 2 <= update.sizes[0] <= MAX_ELEMENTS
+    assert update.read() == {"zero_grad_share": 0.0, "update_ratio": 0.0, "changed_share": 0.0}
 
 
 def test_embeddings_do_not_count_among_zero_gradients() -> None:

@@ -31,6 +31,9 @@ class Forward:
         self._activations = Activations(self._fail)
         self._looking = False
         self._outermost: Any = None
+        self._hooks: dict[int, Any] = {}
+        """Torch's own, of all modules."""
+        self._hook: Any = None
         self._keywords: Any = None
         self._last_root: Callable[[], nn.Module | None] = lambda: None
 
@@ -44,8 +47,9 @@ class Forward:
             return
         if inputs and self._outermost is None:
             self._outermost = register_module_forward_pre_hook(self._see_outermost)
+            self._hooks, self._hook = self._outermost.hooks_dict_ref(), self._see_outermost
         elif inputs:  # put back under the handle that there is: a new one at every step costs more than the hook does
-            self._outermost.hooks_dict_ref()[self._outermost.id] = self._see_outermost
+            self._hooks[self._outermost.id] = self._hook
         if activations and not any(_is_compiled(root) for root in self.roots):
             self._activations.install()
             self._looking = True
@@ -91,7 +95,7 @@ class Forward:
     def _see_outermost(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if torch.compiler.is_compiling() or not module.training or not torch.is_grad_enabled():
             return
-        self._outermost.remove()
+        self._hooks.pop(self._outermost.id, None)
         self.see(module, args)
         if self.inputs is None:  # a global hook is not shown keywords; one of the module's own, after the call, is
             self._keywords = module.register_forward_hook(self._see_keywords, with_kwargs=True)

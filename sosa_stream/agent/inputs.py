@@ -1,8 +1,8 @@
-"""What goes into the model: a sample of it on the way to the host, where it is summed up.
+"""What goes into the model: a copy of it on the way to the host, where a sample of it is summed up.
 
-On the training thread there is a copy of at most `MOST_ELEMENTS` elements of the largest floating-point tensor, spread
-over samples and places, and where that is not all of it, the extremes of the whole. The thread that encodes frames
-makes the columns of it. Integers (token ids) have a fingerprint only.
+On the training thread there is one copy of the largest floating-point tensor. Of a larger one than `WHOLE_BYTES` it is
+the sample alone, at most `MOST_ELEMENTS` elements spread over samples and places, and beside it the extremes of the
+whole. The thread that encodes frames makes the columns of it. Integers (token ids) have a fingerprint only.
 """
 
 from __future__ import annotations
@@ -26,20 +26,36 @@ INPUT_COLUMNS = (
 MAX_FEATURES = 1024
 """An input with more is looked at as a whole."""
 MOST_SAMPLES, MOST_ELEMENTS = 64, 1 << 14
+WHOLE_BYTES = 1 << 17
+"""Up to this size one copy of all costs less than picking places and looking for the extremes."""
 MOST_SEARCHED = 1 << 22
 """Elements among which the extremes are looked for."""
 MAX_DEPTH, MAX_TENSORS = 3, 8
 
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+@dataclass(slots=True)
+class Part:
+    """A copy of a tensor, and where its sample lies in it; None: the copy is the sample."""
+
+    copy: Vector
+    places: tuple[slice, ...] | None
+
+    def sample(self) -> NDArray[np.generic]:
+        whole = self.copy.read()
+        return whole if self.places is None else np.ascontiguousarray(whole[self.places])
+
 
 @dataclass(slots=True)
 class Inputs:
-    """One batch. ``floats`` and ``integers`` are samples of the largest tensor of each kind, in their own shape."""
+    """One batch: the largest tensor of each kind, in their own shape."""
 
     module: int
-    floats: Vector | None
-    integers: Vector | None
+    floats: Part | None
+    integers: Part | None
     ends: Scalars | None
-    """Lowest and highest of all elements, where ``floats`` is a part of them."""
+    """Lowest and highest of all elements, where the copy in ``floats`` does not hold them."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -47,17 +63,18 @@ class Inputs:
 
     def ready(self) -> bool:
         """Whether `read` needs no waiting. Never blocks."""
-        return all(part is None or part.ready() for part in (self.floats, self.integers, self.ends))
+        copies = (part.copy for part in (self.floats, self.integers) if part is not None)
+        return all(copy.ready() for copy in copies) and (self.ends is None or self.ends.ready())
 
     def read(self, baseline: InputBaseline) -> tuple[float, ...]:
         """The values of `names`."""
-        marks = [part.read() for part in (self.integers, self.floats) if part is not None]
+        marks = [part.sample() for part in (self.integers, self.floats) if part is not None]
         if self.floats is None:
             return (fingerprint(*marks),)
         sample = marks[-1]
         with np.errstate(invalid="ignore", over="ignore"):  # a batch with NaN or Inf in it is no error of ours
             values = _by_feature(sample.astype(np.float64))
-            low, high = (float(sample.min()), float(sample.max())) if self.ends is None else self.ends.read()
+            low, high = _ends(self.floats.copy.read()) if self.ends is None else self.ends.read()
             num_nonfinite = 0
             if not (math.isfinite(low) and math.isfinite(high)):  # perhaps outside the sample
                 num_nonfinite = max(1, values.size - int(np.count_nonzero(np.isfinite(values))))
@@ -73,34 +90,42 @@ class Inputs:
 
 
 def look(module: object, *arguments: object) -> Inputs | None:
-    """Copy a sample of the tensors among ``arguments``, which go into ``module``; None where there are none."""
+    """Copy the tensors among ``arguments``, which go into ``module``, or samples of them; None where there are none."""
     floats: torch.Tensor | None = None
     integers: torch.Tensor | None = None
     for tensor in _tensors(arguments, MAX_DEPTH):
-        if tensor.is_floating_point():
+        if tensor.dtype.is_floating_point:
             floats = tensor if floats is None or tensor.numel() > floats.numel() else floats
         else:
             integers = tensor if integers is None or tensor.numel() > integers.numel() else integers
-    mark = None if integers is None else _copy(integers, _places(integers.shape, 1024, MOST_SAMPLES))
+    mark = None if integers is None else _copy(integers, 1024)
     if floats is None:
         return None if mark is None else Inputs(id(module), None, mark, None)
     if floats.requires_grad:
         floats = floats.detach()
-    places = _places(floats.shape, MOST_ELEMENTS, MOST_SAMPLES)
-    return Inputs(id(module), _copy(floats, places), mark, None if places is None else _ends(floats))
+    ends = None if _is_small(floats) else fetch(torch.aminmax(_searched(floats)))
+    return Inputs(id(module), _copy(floats, MOST_ELEMENTS), mark, ends)
 
 
-def _copy(tensor: torch.Tensor, places: tuple[slice, ...] | None) -> Vector:
-    if tensor.is_cpu and tensor.dtype is not torch.bfloat16:  # numpy's copies cost half of torch's
-        array = tensor.numpy()
-        return Vector(array.copy() if places is None else array[places].copy())
-    return fetch_vector(tensor if places is None else tensor[places])
+def _copy(tensor: torch.Tensor, most: int) -> Part:
+    places = _places(tensor.shape, most, MOST_SAMPLES)
+    if places is None or _is_small(tensor):
+        return Part(fetch_vector(tensor), places)
+    return Part(fetch_vector(tensor[places]), None)
 
 
-def _ends(tensor: torch.Tensor) -> Scalars:
-    """Lowest and highest element; NaN where there is one."""
+def _is_small(tensor: torch.Tensor) -> bool:
+    return tensor.numel() * max(4, tensor.itemsize) <= WHOLE_BYTES  # a half is widened before it is looked at
+
+
+def _searched(tensor: torch.Tensor) -> torch.Tensor:
     places = _places(tensor.shape, MOST_SEARCHED, tensor.shape[0])
-    return fetch(torch.aminmax(tensor if places is None else tensor[places]))
+    return tensor if places is None else tensor[places]
+
+
+def _ends(whole: NDArray[np.generic]) -> tuple[float, float]:
+    """Lowest and highest element; NaN where there is one."""
+    return float(whole.min()), float(whole.max())
 
 
 @functools.lru_cache(maxsize=256)
@@ -137,12 +162,12 @@ def _by_feature(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor has values of its own: not one of a trace, of ``torch.func``, or sharded."""
     plain = type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter
-    return plain and not tensor.is_meta and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return plain and not tensor.is_meta and not _is_wrapped(tensor)
 
 
 def _tensors(value: object, depth: int) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
-        if is_plain(value) and value.numel() and value.layout is torch.strided and not value.is_complex():
+        if is_plain(value) and value.numel() and value.layout is torch.strided and not value.dtype.is_complex:
             yield value
     elif depth and isinstance(value, (tuple, list)):
         for item in value[:MAX_TENSORS]:

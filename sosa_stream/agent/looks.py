@@ -1,8 +1,8 @@
 """What is looked at beside loss and norm, on which steps, and under which column it leaves.
 
-Nothing here synchronises host and device: every look ends in 0-d tensors, which leave with the step's row. A schedule
-is a function of the step alone. A column is sent where there is a value for it: what was never seen
-makes its detectors blind.
+Nothing here synchronises host and device: every look ends in 0-d tensors, or in copies that the thread which encodes
+frames reckons with, and these leave with the step's row. A schedule is a function of the step alone. A column is sent
+where there is a value for it: what was never seen makes its detectors blind.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sosa_stream.agent.forward import Forward
 from sosa_stream.agent.inputs import Inputs
 from sosa_stream.agent.posterior import Posterior
 from sosa_stream.agent.scalars import Scalars, fetch
-from sosa_stream.agent.weights import Weights, census, num_stale
+from sosa_stream.agent.weights import Update, Weights, census, num_stale
 
 LAYERS_EVERY = 8
 """Steps between two looks at the ends of the network, and at the posterior."""
@@ -85,7 +85,7 @@ class Looks:
         """With the step's gradients at hand, of whole (not sharded) parameters; ``norms`` where they are known."""
         self._columns |= _ends(optimizer, parameters, local, norms)
         if step % WEIGHTS_EVERY == 0:
-            self._columns |= self._weights.before(optimizer, self.forward.roots)
+            self._weights.before(optimizer, self.forward.roots)
         if step % OWNERS_EVERY == OWNERS_EVERY // 2 - LAYERS_EVERY and self.forward.roots:
             self._take_census(step, optimizer)
         if step % OWNERS_EVERY == OWNERS_EVERY // 2:  # their names are there by now
@@ -106,22 +106,24 @@ class Looks:
         values = [math.nan if each.parameter.grad is None else next(known) for each in shown]
         self._census = Census(step=step, names=tuple(e.name for e in shown), norms=fetch(values), orphans=orphans)
 
-    def forget_update(self) -> None:
+    def skip_update(self) -> None:
         """The update is kept from the weights: nothing to compare."""
-        self._weights.forget()
+        self._weights.skip()
 
-    def take(self, step: int) -> tuple[Columns, Inputs | None]:
-        """After the update of ``step``: its columns and its inputs."""
+    def take(self, step: int) -> tuple[Columns, Inputs | None, Update | None]:
+        """After the update of ``step``: its columns, its inputs, and what it did to the weights."""
         if self._census is not None and self._census.norms.ready() and self.tell_layers is not None:
             self.tell_layers(self._census)
             self._census = None
+        update = None
         if self.are_due(step):
-            self._columns |= self._weights.after() | self.forward.take_activations() | self.posterior.take()
+            update = self._weights.after()
+            self._columns |= self.forward.take_activations() | self.posterior.take()
         columns, inputs = self._columns, self.forward.inputs
         self.forward.inputs = None
         if columns:
             self._columns = {}
-        return columns, inputs
+        return columns, inputs, update
 
     def remove(self) -> None:
         """Take every hook away."""

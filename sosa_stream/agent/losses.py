@@ -47,6 +47,8 @@ class Losses:
 
         The loss is None where no backward was seen, or none with a scalar.
         """
+        if len(self._waiting) == 1 and ANYONE in self._waiting:  # the usual case, at every step
+            return self._waiting.pop(ANYONE), True
         mine = [r for r in self._waiting if optimizer is None or not r or id(optimizer) in r]
         losses = [loss for reached in mine if (loss := self._waiting.pop(reached)) is not None]
         return (sum(losses[1:], losses[0]) if losses else None), bool(mine)

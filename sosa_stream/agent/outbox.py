@@ -18,12 +18,13 @@ import torch
 from sosa_stream.agent.baseline import InputBaseline
 from sosa_stream.agent.inputs import Inputs
 from sosa_stream.agent.scalars import Scalars, fetch
+from sosa_stream.agent.weights import Update
 from sosa_stream.protocol.codec import encode
 from sosa_stream.protocol.messages import AgentMessage, Header, Heartbeat, MetricFrame, Phase
 
 MAX_ROWS_PER_FRAME = 512
 MAX_WAITING_ROWS = 65536
-MAX_WAITING_INPUTS = 512
+MAX_WAITING_INPUTS = 256
 SUDDEN_RATIO = 3.0
 USUAL_SMOOTHING = 0.1
 
@@ -48,9 +49,11 @@ class Row:
     sampled: tuple[str, ...] = ()
     """Sampled columns that this step was looked at for; a frame has NaN where another of its rows has one."""
     inputs: Inputs | None = None
+    update: Update | None = None
+    """What the step did to the weights, where it was looked at: more sampled columns."""
 
     def ready(self) -> bool:
-        return self.scalars.ready() and (self.inputs is None or self.inputs.ready())
+        return self.scalars.ready() and all(part is None or part.ready() for part in (self.inputs, self.update))
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -64,8 +67,9 @@ class Row:
         return values if self.inputs is None else values + self.inputs.read(baseline)
 
     def looks(self) -> dict[str, float]:
-        """The values of ``sampled``."""
-        return dict(zip(self.sampled, self.scalars.read()[len(self.names) :], strict=True))
+        """The values of ``sampled``, and those of ``update``."""
+        values = dict(zip(self.sampled, self.scalars.read()[len(self.names) :], strict=True))
+        return values if self.update is None else values | self.update.read()
 
 
 class Wakeup:

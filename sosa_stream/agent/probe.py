@@ -307,7 +307,7 @@ class Probe:
         try:
             self.looks.before_update(self.step, optimizer, parameters, local, norms)
             if skip:
-                self.looks.forget_update()
+                self.looks.skip_update()
         except Exception as error:
             self._lose_sight(error)
 
@@ -394,7 +394,7 @@ class Probe:
         self._last_step_at = now
         lr = optimizer.param_groups[0].get("lr", 0.0)
         norm = self._norm
-        sampled, inputs = self.looks.take(step)
+        sampled, inputs, update = self.looks.take(step)
         if (scale := self._taps.loss_scale) is not None:
             sampled["loss_scale"] = scale
         self.looks.begin(self.step)
@@ -407,6 +407,7 @@ class Probe:
                 fetch(values),
                 tuple(sampled),
                 inputs,
+                update,
             )
         )
         self._num_objectives = 0

@@ -40,18 +40,16 @@ class Scalars:
 class Vector:
     """A tensor of any shape on its way to the host; see `Scalars`."""
 
-    host: torch.Tensor | NDArray[np.generic]
+    host: torch.Tensor
     event: torch.cuda.Event | None = None
 
     def ready(self) -> bool:
         return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
 
     def read(self) -> NDArray[np.generic]:
-        """The values; bfloat16, which numpy does not know, as float32."""
-        host = self.host
-        if isinstance(host, torch.Tensor):
-            host = (host.float() if host.dtype is torch.bfloat16 else host).numpy()
-        return host
+        """The values; halves as float32: numpy does not know one kind, and is slow with the other."""
+        host = self.host.float() if self.host.dtype in (torch.bfloat16, torch.float16) else self.host
+        return host.numpy()
 
 
 def fetch(values: Sequence[torch.Tensor | float]) -> Scalars:
@@ -79,10 +77,10 @@ def _fetch_away(values: Sequence[torch.Tensor | float]) -> Scalars:
     return Scalars(known=known, places=places, host=host, event=event)
 
 
-def fetch_vector(values: torch.Tensor) -> Vector:
-    """Start bringing a copy of a tensor to the host; whoever else holds it may change it afterwards."""
+def fetch_vector(values: torch.Tensor, *, shared: bool = True) -> Vector:
+    """Start bringing a tensor to the host; of a ``shared`` one a copy, for whoever else holds it may change it."""
     if values.is_cpu:
-        return Vector(values.clone(memory_format=torch.contiguous_format))
+        return Vector(values.clone(memory_format=torch.contiguous_format) if shared else values)
     return Vector(*_to_host(values))
 
 

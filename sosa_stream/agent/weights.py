@@ -1,4 +1,4 @@
-"""What an update does to the weights, from a few of them: copied before the step, compared after it."""
+"""What an update does to the weights, from a few of them: copied before the step and after it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,46 @@ import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-MAX_PARAMETERS, MAX_ELEMENTS = 16, 1 << 14
+from sosa_stream.agent.scalars import Vector, fetch_vector
+
+MAX_PARAMETERS, MAX_ELEMENTS = 16, 1 << 12
 """Parameters that are looked at, spread over the depth, and elements of each: every k-th row of a larger one."""
+
+
+@dataclass(slots=True)
+class Update:
+    """What one step did to the sample, copied on the training thread and reckoned by the one that encodes frames."""
+
+    sizes: list[int]
+    """Elements of each parameter."""
+    before: Vector | None
+    """None where the update was kept from the weights."""
+    after: Vector | None = None
+    gradients: Vector | None = None
+
+    def ready(self) -> bool:
+        """Whether `read` needs no waiting. Never blocks."""
+        return all(copy is None or copy.ready() for copy in (self.before, self.after, self.gradients))
+
+    def read(self) -> dict[str, float]:
+        """The sampled columns."""
+        seen: dict[str, float] = {}
+        if self.gradients is not None:
+            gradients = self.gradients.read()
+            seen["zero_grad_share"] = 1.0 - np.count_nonzero(gradients) / gradients.size
+        if self.before is not None and self.after is not None:
+            before, after = (copy.read().astype(np.float64) for copy in (self.before, self.after))
+            starts = np.cumsum([0, *self.sizes[:-1]])
+            with np.errstate(invalid="ignore", over="ignore"):  # weights that are not finite are no error of ours
+                moved, size = (np.sqrt(np.add.reduceat(part * part, starts)) for part in (after - before, before))
+                ratios = np.sort(moved / (size + 1e-12))
+            seen |= {"update_ratio": float(ratios[len(ratios) // 2]), "changed_share": float((moved != 0).mean())}
+        return seen
 
 
 class Weights:
@@ -23,38 +57,37 @@ class Weights:
 
     def __init__(self) -> None:
         self._samples: weakref.WeakKeyDictionary[Optimizer, list[torch.Tensor]] = weakref.WeakKeyDictionary()
-        self._before: tuple[list[torch.Tensor], torch.Tensor] | None = None
+        self._looking: tuple[list[torch.Tensor], Update] | None = None
 
-    def before(self, optimizer: Optimizer, roots: Iterable[nn.Module]) -> dict[str, torch.Tensor]:
-        """Copy the sample; the share of exact zeros among its gradients."""
+    def before(self, optimizer: Optimizer, roots: Iterable[nn.Module]) -> None:
+        """Copy the sample and its gradients."""
         sample = self._samples.get(optimizer)
         if sample is None:
             sample = _choose(optimizer, _embeddings(roots))
             if sample:
                 self._samples[optimizer] = sample
-        if not sample:
-            return {}
-        self._before = sample, _flat(sample)
-        grads = [g for parameter in sample if (g := parameter.grad) is not None and not g.is_sparse]
-        if not grads:
-            return {}
-        flat = _flat(grads)
-        return {"zero_grad_share": 1.0 - torch.count_nonzero(flat) / flat.numel()}
+        if sample:
+            grads = [g for parameter in sample if (g := parameter.grad) is not None and not g.is_sparse]
+            before, sizes = _copy(sample)
+            self._looking = sample, Update(sizes, before, gradients=_copy(grads)[0] if grads else None)
 
-    def after(self) -> dict[str, torch.Tensor]:
-        """How much the step changed the sample; nothing where `before` copied none."""
-        if self._before is None:
-            return {}
-        (sample, before), self._before = self._before, None
-        sizes = [_rows(parameter).numel() for parameter in sample]
-        moved = torch.stack(torch._foreach_norm(torch.split(_flat(sample) - before, sizes)))
-        size = torch.stack(torch._foreach_norm(torch.split(before, sizes)))
-        ratios = (moved / (size + 1e-12)).sort().values
-        return {"update_ratio": ratios[len(ratios) // 2], "changed_share": (moved != 0).float().mean()}
+    def after(self) -> Update | None:
+        """The step that `before` was called for, on its way; None where it was not."""
+        if self._looking is None:
+            return None
+        (sample, update), self._looking = self._looking, None
+        if update.before is not None:
+            update.after, _ = _copy(sample)
+        return update
+
+    def skip(self) -> None:
+        """This step takes no update: there is nothing to compare."""
+        if self._looking is not None:
+            self._looking[1].before = None
 
     def forget(self) -> None:
-        """This step takes no update: there is nothing to compare."""
-        self._before = None
+        """Nobody will ask for what `before` has copied."""
+        self._looking = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,11 +145,14 @@ def _embeddings(roots: Iterable[nn.Module]) -> set[int]:
     }
 
 
-def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([_rows(tensor.detach()).reshape(-1) for tensor in tensors])
-
-
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.numel() <= MAX_ELEMENTS or tensor.dim() == 0:
-        return tensor
-    return tensor[:: -(-tensor.numel() // MAX_ELEMENTS)]
+@torch.no_grad()
+def _copy(tensors: list[torch.Tensor]) -> tuple[Vector, list[int]]:
+    """Of each tensor every k-th row, at most `MAX_ELEMENTS` elements, one after the other; and how many of each."""
+    parts = []
+    for tensor in tensors:
+        num = tensor.numel()
+        if num > MAX_ELEMENTS:
+            parts.append(tensor[:: -(-num // MAX_ELEMENTS)].reshape(-1)[:MAX_ELEMENTS])
+        else:
+            parts.append(tensor.reshape(-1))
+    return fetch_vector(torch.cat(parts), shared=False), [len(part) for part in parts]
