@@ -313,6 +313,15 @@ def test_rise_over_half_of_a_run_is_a_divergence(num: int, shape: float) -> None
     assert found == "loss_divergence"
 
 
+@pytest.mark.parametrize("noise", [0.3, 0.6, 1.0])
+@pytest.mark.parametrize("factor", [1.0, 1e-3, 1e3])
+def test_last_digit_that_flips_is_no_news(noise: float, factor: float) -> None:
+    """Losses printed with two digits, on a level whose noise is ``noise`` steps of the print."""
+    for seed in range(5):
+        shaken = 0.8 * np.exp(-T / 50) + 0.01 * noise * np.random.default_rng(seed).standard_normal(N)
+        assert _alarms(incidents_of(factor * np.round(1.2 + shaken, 2))) == []
+
+
 def test_slow_divergence_stays_one_incident() -> None:
     course = np.concatenate([np.linspace(4, 1, 5000), np.linspace(1, 4, 5000)])
     incidents = incidents_of(course + 0.05 * np.random.default_rng(0).standard_normal(10_000))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sosa_stream.config import DetectSettings
 from sosa_stream.detect.alignment import HORIZON_STEPS, Alignment, Row
-from sosa_stream.detect.statistics import Band, Channel, Ring, center_and_scale
+from sosa_stream.detect.statistics import Band, Channel, Grain, Ring, center_and_scale
 from sosa_stream.detect.windows import LOSS, RunWindows
 from sosa_stream.protocol.messages import MetricFrame
 from sosa_stream.testing import frame, header
@@ -113,6 +113,26 @@ def test_center_and_scale_follow_an_affine_map(values: list[float], factor: floa
     mapped_center, mapped_scale = center_and_scale(factor * np.array(values) + shift)
     assert mapped_center == pytest.approx(factor * center + shift, abs=1e-6 * factor + 1e-6)
     assert mapped_scale == pytest.approx(factor * scale, rel=1e-3, abs=1e-4 * factor + 1e-6 * abs(shift))
+
+
+@given(st.lists(st.sampled_from([1.2, 1.3, 1.4]), min_size=2, max_size=60), st.integers(1, 59))
+def test_grain_is_the_same_however_values_come(values: list[float], cut: int) -> None:
+    one, many = Grain(), Grain()
+    for value in values:
+        one.push(value)
+    for part in (values[:cut], values[cut:]):
+        if part:
+            many.extend(np.array(part))
+    assert one.size == many.size
+
+
+def test_grain_is_known_from_what_repeats() -> None:
+    rounded, smooth = Grain(), Grain()
+    noise = np.random.default_rng(0).standard_normal(400)
+    rounded.extend(0.1 * np.round(4.0 * noise))
+    smooth.extend(noise)
+    assert rounded.size == pytest.approx(0.1)
+    assert smooth.size == 0.0
 
 
 def test_one_outlier_of_any_size_leaves_the_band_where_it_was() -> None:

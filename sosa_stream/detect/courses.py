@@ -103,12 +103,13 @@ def _stuck(windows: RunWindows) -> Finding | None:
     """The loss stays where it began, but for its first few points.
 
     With m(a, b) the median of the run's course from share a to b: m(.25, .5) and m(.75, 1) differ by at most
-    `FLAT_SHARE`, m(.05, .25) and m(.75, 1) by at most `STUCK_SHARE` of m(.75, 1), and neither the first eight losses
-    nor m(0, .05) were 1.5 times as high (`LEARNED_SHARE`): a run that has converged looks the same later on, and is
-    healthy. A bad initialisation may have fallen further, to where the model guesses: the cross-entropy of few classes,
-    ln k. Many a run learns nothing for a while and then does, so that before its end this is said only where m(.25, .5)
-    and m(.75, 1) differ by less than three standard errors, and is ``info`` until `LONG_PLATEAU_POINTS`. Shares of the
-    loss itself: exempt from the shift test; silent for losses that are not positive.
+    `FLAT_SHARE`, m(.05, .25) and m(.75, 1) by at most `STUCK_SHARE` of m(.75, 1), or by a step of their print. Neither
+    the first eight losses nor m(0, .05) were 1.5 times as high (`LEARNED_SHARE`): a run that has converged looks the
+    same later on, and is healthy. A bad initialisation may have fallen further, to where the model guesses: the
+    cross-entropy of few classes, ln k. Many a run learns nothing for a while and then does, so that before its end this
+    is said only where m(.25, .5) and m(.75, 1) differ by less than three standard errors, and is ``info`` until
+    `LONG_PLATEAU_POINTS`. Shares of the loss itself: exempt from the shift test; silent for losses that are not
+    positive.
     """
     course = windows.course
     at_doubling = windows.closed and len(course.blocks) == course.MOST // 2 and course.length >= 16
@@ -122,7 +123,8 @@ def _stuck(windows: RunWindows) -> Finding | None:
         float(np.median(blocks[int(a * num) : max(int(b * num), int(a * num) + 1)]))
         for a, b in ((0.0, 0.05), (0.05, 0.25), (0.25, 0.5), (0.75, 1.0))
     )
-    if abs(middle - late) > FLAT_SHARE * late or abs(early - late) > STUCK_SHARE * late:
+    grain = windows.losses.band.grain
+    if abs(middle - late) > max(FLAT_SHARE * late, grain) or abs(early - late) > max(STUCK_SHARE * late, grain):
         return None
     first = max(first, windows.start or 0.0)
     guesses = _chance(late)

@@ -171,7 +171,7 @@ def _slow_divergence(windows: RunWindows) -> Finding | None:
     factor, step = strictness(windows.settings), course.restlessness(lowest)
     # the drawups of a random walk are small while it falls, and then it rises: only what has learned can unlearn
     has_learned = float(before[0] - before[-1]) > 2.0 * RISE_WALKS * step * math.sqrt(lowest)
-    walk, shake = rise / (step * math.sqrt(since)), rise / course.shake()
+    walk, shake = rise / (step * math.sqrt(since)), rise / course.shake(windows.losses.band.grain)
     if walk < factor * RISE_WALKS * (1 if has_learned else 2) or shake < factor * RISE_SHAKES:
         return None
     severity = Severity.CRITICAL if share >= LOST_SHARE else Severity.WARNING

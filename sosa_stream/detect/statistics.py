@@ -6,7 +6,9 @@ scale is the largest of three robust estimates and a floor of float resolution:
 
 * 1.4826 · MAD (Huber, *Robust Statistics*, 1981, section 5.1),
 * (q90 - median) / 1.2816, which sees a long upper tail that the MAD of a skewed series misses,
-* 1.4826 · median(abs(x[i] - x[i-1])) / sqrt(2), which does not collapse on a series of plateaus.
+* 1.4826 · median(abs(x[i] - x[i-1])) / sqrt(2), which does not collapse on a series of plateaus,
+
+and at least one step of its print, where values often repeat: a last digit that flips is no news.
 
 How far above the band is too far depends on the run: the scores that exceeded `TAIL_FROM` are fitted with a Pareto tail
 (Hill, *Annals of Statistics* 3, 1975), and the threshold is the score that this tail exceeds with a probability that
@@ -48,6 +50,47 @@ MAX_FIRST_THRESHOLD = 12.0
 # The tail before the run has shown its own: about one score in 200 beyond 3, index 0.2, worth 10 exceedances. It
 # starts the threshold near 9, which lognormal noise of sigma 0.55 passes once in 10^4 steps.
 PRIOR_EXCEEDED, PRIOR_SEEN, PRIOR_INDEX, PRIOR_WEIGHT = 1.0, 200.0, 0.2, 20.0
+
+
+class Grain:
+    """The step in which a series is written down: its smallest change, if one value in `TIES` equals the one before.
+
+    A loss that was printed with two digits moves by 0.01 or not at all. Known from what repeats, not from decimals, so
+    that a series which was scaled or shifted afterwards has the same.
+    """
+
+    TIES = 16
+
+    __slots__ = ("_last", "_num", "_num_ties", "_smallest")
+
+    def __init__(self) -> None:
+        self._last = math.nan
+        self._num = self._num_ties = 0
+        self._smallest = math.inf
+
+    def push(self, value: float) -> None:
+        change = abs(value - self._last)
+        self._last = value
+        self._num += 1
+        if change == 0.0:
+            self._num_ties += 1
+        elif change < self._smallest:
+            self._smallest = change
+
+    def extend(self, values: NDArray[np.float64]) -> None:
+        """As `push` of each."""
+        changes = np.abs(np.diff(values, prepend=self._last))
+        self._last = float(values[-1])
+        self._num += len(values)
+        moved = changes[changes > 0.0]
+        self._num_ties += int(np.count_nonzero(changes == 0.0))
+        self._smallest = min(self._smallest, float(moved.min(initial=math.inf)))
+
+    @property
+    def size(self) -> float:
+        """0 for a series that hardly ever repeats itself, or never moves."""
+        repeats = self._num_ties * self.TIES >= self._num
+        return self._smallest if repeats and math.isfinite(self._smallest) else 0.0
 
 
 class Ring:
@@ -132,6 +175,7 @@ class Band:
 
     __slots__ = (
         "_exceeded",
+        "_grain",
         "_log_excess",
         "_record",
         "_scores",
@@ -147,6 +191,7 @@ class Band:
         self._values = Ring((LAG_SHARE + 1) * LONGEST_WINDOWS * size // LAG_SHARE)
         self._size = size
         self._warmup = warmup
+        self._grain = Grain()
         self.strictness = strictness
         self._scores = 0
         self._exceeded = 0
@@ -164,6 +209,7 @@ class Band:
     def push(self, value: float) -> None:
         """Take a finite value in, clipped when it is an outlier."""
         level = self.level
+        self._grain.push(value)
         if level is not None:
             score = level.score(value)
             self._scores += 1
@@ -183,6 +229,7 @@ class Band:
         self._scores += len(values)
         for score in scores[scores > TAIL_FROM].tolist():
             self._note_tail(score, level)
+        self._grain.extend(values)
         self._values.extend(np.minimum(np.maximum(values, level.low), level.high))
         self._until_refresh -= len(values)
         if not self._until_refresh:
@@ -202,10 +249,15 @@ class Band:
         center, scale = center_and_scale(self._values.last(window + lag)[:window])
         self.level = Level(
             center=center,
-            scale=scale,
+            scale=max(scale, self.grain),
             threshold=self.strictness * self._threshold(),
             window=window,
         )
+
+    @property
+    def grain(self) -> float:
+        """The step in which the series is written down; see `Grain`."""
+        return self._grain.size
 
     def upper_quantile(self, share: float) -> float | None:
         """A quantile of the window, None when it is empty."""
@@ -303,14 +355,16 @@ class Course:
         sides = [side - _median_of_sorted(np.sort(side)) for side in (steps[:turn], steps[turn:]) if len(side)]
         return max(_scale_about_zero(np.concatenate(sides)), self._resolution)
 
-    def shake(self) -> float:
+    def shake(self, grain: float) -> float:
         """Robust scale of a block's own noise: 1.4826 · median of absolute second differences / sqrt(6).
 
-        Second differences know neither drift nor, nearly, a walk; of white noise of scale s they have sqrt(6) s.
+        Second differences know neither drift nor, nearly, a walk; of white noise of scale s they have sqrt(6) s. It is
+        at least that of values rounded to ``grain``.
         """
         if len(self.blocks) < 4:
             return math.inf
-        return max(_scale_about_zero(np.diff(np.array(self.blocks), 2)) / math.sqrt(6.0), self._resolution)
+        scale = _scale_about_zero(np.diff(np.array(self.blocks), 2)) / math.sqrt(6.0)
+        return max(scale, grain / math.sqrt(self.length), self._resolution)
 
     @property
     def _resolution(self) -> float:
