@@ -129,7 +129,7 @@ def test_grain_is_the_same_however_values_come(values: list[float], cut: int) ->
 def test_grain_is_known_from_what_repeats() -> None:
     rounded, smooth = Grain(), Grain()
     noise = np.random.default_rng(0).standard_normal(400)
-    rounded.extend(0.1 * np.round(4.0 * noise))
+    rounded.extend(0.1 * np.round(2.0 * noise))
     smooth.extend(noise)
     assert rounded.size == pytest.approx(0.1)
     assert smooth.size == 0.0
