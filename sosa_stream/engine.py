@@ -280,13 +280,24 @@ class Engine:
         """One step after the other; where nothing is open and nothing happens, many at once, to the same end."""
         i = 0
         while i < len(block):
-            calm = self._tracker.is_calm if self._repairs.only_watches else self._tracker.is_empty
-            num = self._windows.take_quiet(block, i) if calm and self._repairs.is_idle else 0
-            if num:
-                self._tracker.pass_quiet(self._windows, block.steps[i : i + num])
-            else:
+            num = self._pass_many(block, i)
+            if not num:
                 self._step(block.row(i))
             i += num or 1
+
+    def _pass_many(self, block: Block, first: int) -> int:
+        """Pass steps at which nothing happens, or nothing new; how many."""
+        if not self._repairs.is_idle or not (self._repairs.only_watches or self._tracker.is_empty):
+            return 0
+        above, last = self._tracker.calm_above, self._windows.step
+        if above is not None and (num := self._windows.take_quiet(block, first, above)):
+            self._tracker.pass_quiet(self._windows, block.steps[first : first + num])
+            return num
+        if num := self._windows.take_dead(block, first):
+            self._tracker.pass_dead(block.steps[first : first + num])
+            self._firing.update({kind: self._windows.step for kind, step in self._firing.items() if step == last})
+            return num
+        return 0
 
     def _step(self, row: Row) -> None:
         segment, model = self._windows.segment, self._windows.model

@@ -92,6 +92,41 @@ def test_how_rows_are_batched_changes_nothing(cuts: tuple[int, ...], seed: int) 
     assert _run(losses, norms, cuts) == _run(losses, norms, tuple(range(900)))
 
 
+def _long_fault(name: str) -> tuple[Series, Series]:
+    rng = np.random.default_rng(3)
+    at = np.arange(2500)
+    losses, norms = 2.0 + 0.1 * rng.standard_normal(2500), np.exp(0.3 * rng.standard_normal(2500))
+    wrong = (at >= 700) & (at < 1900)
+    if name == "NaN":
+        losses[wrong] = np.nan
+    elif name == "NaN, norms too":
+        losses[wrong] = norms[wrong] = np.nan
+    elif name == "risen":
+        losses[wrong] += 5.0
+    elif name == "risen, visits":
+        losses[wrong & (at % 97 > 0)] += 5.0
+    else:
+        losses[wrong] += (-1.0) ** at[wrong]
+    return losses, norms
+
+
+@pytest.mark.parametrize("name", ["NaN", "NaN, norms too", "risen", "risen, visits", "swings"])
+def test_how_rows_of_a_long_fault_are_batched_changes_nothing(name: str) -> None:
+    losses, norms = _long_fault(name)
+    one_by_one = _run(losses, norms, tuple(range(2500)))
+    assert any(each.severity is Severity.CRITICAL or each.kind == "loss_oscillation" for each in one_by_one)
+    assert _run(losses, norms) == one_by_one
+    assert _run(losses, norms, (650, 705, 1400, 1890, 1950)) == one_by_one
+
+
+def test_swings_are_one_incident_however_seldom_they_are_looked_at() -> None:
+    losses = 2.0 + 0.1 * np.random.default_rng(0).standard_normal(60_000)
+    losses[1000:] += (-1.0) ** np.arange(59_000)
+    engine = Engine("run")
+    feed(engine, [hello(), frame(losses)])
+    assert [each.kind for each in engine.view().incidents].count("loss_oscillation") == 1
+
+
 def test_one_nan_is_told_and_then_silence_and_then_a_spike_is_caught() -> None:
     rng = np.random.default_rng(5)
     losses = 2.0 + 2.0 * np.exp(-np.arange(500) / 100) + 0.1 * rng.standard_normal(500)

@@ -66,6 +66,7 @@ def loss_oscillation(windows: RunWindows) -> Finding | None:
             "period": period,
             "window": num,
         },
+        again_in=windows.until_pulse,
         causes=(
             "the learning rate"
             + ("" if windows.lr is None else f" ({windows.lr:.3g})")

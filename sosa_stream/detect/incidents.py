@@ -54,6 +54,8 @@ class Finding:
     """Where the loss was before, if its band has gone along since."""
     cap: Severity = Severity.CRITICAL
     """The worst that an incident of this name may become, whatever joins it."""
+    again_in: int = 0
+    """Points until its detector looks again, if that is not at the next."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

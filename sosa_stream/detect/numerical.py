@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -131,7 +132,8 @@ def _drift(windows: RunWindows) -> Finding | None:
     if ratio < LOST_RATIO:
         return None
     evidence = {"score": ratio, "threshold": LOST_RATIO, "window": DRIFT_POINTS}
-    return _exploded(windows, Severity.WARNING, windows.step, math.exp(center), ratio, evidence)
+    finding = _exploded(windows, Severity.WARNING, windows.step, math.exp(center), ratio, evidence)
+    return replace(finding, again_in=windows.until_pulse)
 
 
 def _exploded(

@@ -88,6 +88,10 @@ class OpenIncident:
     last_found_step: int = -1
     of_past: bool = False
     """Of an earlier generation: nothing joins it and nothing is done about it any more."""
+    is_usual: bool = False
+    """Its level of the loss was learned as the normal one since; it is over once the level before it is back."""
+    again_in: int = 0
+    """Points from the last finding until its detector looked again."""
 
     detector: Detector
     """The one that names it."""
@@ -95,8 +99,17 @@ class OpenIncident:
     """The worst that it may become under this name."""
 
     @property
-    def holds_band(self) -> bool:
+    def patience(self) -> int:
+        """Points without a finding, and well, that close it."""
+        return max(self.detector.quiet_points, self.again_in + 1)
+
+    @property
+    def is_judged_by_level(self) -> bool:
         return self.detector.disturbs and self.incident.severity >= Severity.WARNING
+
+    @property
+    def holds_band(self) -> bool:
+        return self.is_judged_by_level and not self.is_usual
 
 
 class Tracker:
@@ -134,9 +147,18 @@ class Tracker:
         return not self._open
 
     @property
-    def is_calm(self) -> bool:
-        """Whether no open incident depends on the loss of single steps, so that quiet ones can be passed at once."""
-        return all(known.detector.well is not None and not known.holds_band for known in self._open.values())
+    def calm_above(self) -> tuple[Level, ...] | None:
+        """Levels above which losses change nothing for any open incident, so that many can be passed at once.
+
+        None where an incident depends on the loss of single steps.
+        """
+        levels = []
+        for known in self._open.values():
+            if known.is_usual and known.loss_level is not None:
+                levels.append(known.loss_level)
+            elif known.holds_band:
+                return None
+        return tuple(levels)
 
     def take(self, findings: list[Finding], windows: RunWindows, hosts: Mapping[int, str]) -> None:
         """Take the findings of one complete step (or of a report between steps) in."""
@@ -159,23 +181,32 @@ class Tracker:
             if known.of_past:
                 healthy = healthy and not self.hold
             known.num_healthy = known.num_healthy + 1 if healthy else 0
-            if known.num_healthy >= known.detector.quiet_points and known.incident.id not in kept_open:
+            if known.num_healthy >= known.patience and known.incident.id not in kept_open:
                 self._resolve(known, windows.step)
 
     def pass_quiet(self, windows: RunWindows, steps: NDArray[np.int64]) -> None:
-        """As `pass_step` after each of ``steps``, which were quiet: `is_calm`, and nothing was found."""
+        """As `pass_step` after each of ``steps``, which were quiet: above `calm_above`, and nothing was found."""
         for known in tuple(self._open.values()):
             healthy = in_band(known, windows)
-            missing = known.detector.quiet_points - known.num_healthy
+            missing = known.patience - known.num_healthy
             if healthy and missing <= len(steps):
                 self._resolve(known, int(steps[max(missing, 1) - 1]))
             known.num_healthy = known.num_healthy + len(steps) if healthy else 0
 
+    def pass_dead(self, steps: NDArray[np.int64]) -> None:
+        """As `pass_step` after each of ``steps``, whose losses are not finite, as that of the step before was not."""
+        last_found = max((known.last_found_step for known in self._open.values()), default=-1)
+        for known in self._open.values():
+            known.num_nonfinite += len(steps)
+            known.num_healthy = 0
+            if known.last_found_step == last_found:
+                known.last_found_step = int(steps[-1])
+
     def finish(self, step: int) -> None:
         """The run is over: what is back in its band resolves, the rest stays open."""
         for known in tuple(self._open.values()):
-            seldom = known.detector.quiet_points > QUIET_POINTS
-            if known.num_healthy >= (known.detector.quiet_points if seldom else HEALTHY_STEPS_AT_END):
+            seldom = known.patience > QUIET_POINTS
+            if known.num_healthy >= (known.patience if seldom else HEALTHY_STEPS_AT_END):
                 self._resolve(known, step)
 
     def begin_generation(self) -> None:
@@ -195,6 +226,7 @@ class Tracker:
         for known in self._open.values():
             if known.incident.severity < Severity.CRITICAL:
                 known.loss_level = None
+            known.is_usual = known.is_judged_by_level
 
     def set_fixes(self, incident_id: str, fixes: tuple[Mapping[str, Any], ...]) -> None:
         """Show these fixes on an incident, open or not."""
@@ -245,6 +277,7 @@ class Tracker:
             incident=incident,
             detector=detector,
             cap=finding.cap,
+            again_in=finding.again_in,
             loss_level=level,
             norm_high=None if log_high is None else math.exp(log_high),
             last_found_step=finding.step,
@@ -257,7 +290,7 @@ class Tracker:
         if _only_saw_it(finding, incident):
             return
         if finding.kind == incident.kind:
-            known.cap = finding.cap
+            known.cap, known.again_in = finding.cap, finding.again_in
             cause = bool(incident.evidence.get("lost_peer")) and not finding.evidence.get("lost_peer")
             ranks = finding.ranks if cause else tuple(sorted({*incident.ranks, *finding.ranks}))
             worse = cause or finding.severity > incident.severity
@@ -271,7 +304,7 @@ class Tracker:
                 causes=finding.causes if cause else incident.causes,
             )
         elif _names(finding, incident):
-            known.detector, known.cap = self.detectors[finding.kind], finding.cap
+            known.detector, known.cap, known.again_in = self.detectors[finding.kind], finding.cap, finding.again_in
             symptoms = tuple(kind for kind in (*incident.symptoms, incident.kind) if kind != finding.kind)
             incident = replace(
                 incident,
@@ -314,7 +347,7 @@ def in_band(known: OpenIncident, windows: RunWindows) -> bool:
         return known.detector.well(windows)
     if known.loss_level is None or windows.loss is None:
         return True
-    if not known.holds_band:  # the band has gone along with the loss
+    if not known.is_judged_by_level:  # the band has gone along with the loss
         return windows.losses.excursion is None
     return known.loss_level.holds(windows.loss) and windows.losses.smoothed(5) <= known.loss_level.top
 

@@ -32,6 +32,8 @@ PULSE_POINTS = 16
 """Losses between two looks of detectors that look at a stretch of them; more, late in a long run."""
 MIN_QUIET = 4
 """Steps that are worth taking at once."""
+DEAD_POINTS = 3
+"""After so many steps in a row without a finite value, one more says nothing new."""
 ORDINARY = frozenset({"tick", "loss", "grad_norm", "lr", "lr_multiplier", "step_seconds", "skipped", "model"})
 """Step columns of which many steps can be taken at once."""
 
@@ -132,7 +134,8 @@ class RunWindows:
         """Whether this step closed a block of the course."""
         self.pulse = False
         """Whether it is time to look at `recent_losses`."""
-        self._until_pulse = PULSE_POINTS
+        self.until_pulse = PULSE_POINTS
+        """Losses until the next pulse."""
         self._first_losses: list[float] = []
         self.start: float | None = None
         """Median of the first eight losses."""
@@ -304,10 +307,10 @@ class RunWindows:
         if len(self._first_losses) < 8:
             self._first_losses.append(loss)
             self.start = float(np.median(self._first_losses))
-        self._until_pulse -= 1
-        self.pulse = not self._until_pulse
+        self.until_pulse -= 1
+        self.pulse = not self.until_pulse
         if self.pulse:
-            self._until_pulse = max(PULSE_POINTS, self.recent_losses.num_pushed // 256)
+            self.until_pulse = max(PULSE_POINTS, self.recent_losses.num_pushed // 256)
         self.closed = self.course.push(self.losses.clipped, self.step, self.lr)
         if self.closed:
             smoothed = self.losses.smoothed(8)
@@ -315,31 +318,24 @@ class RunWindows:
             if self.losses.band.level is not None:
                 self.calmest = min(self.calmest, self.losses.band.level.scale)
 
-    def take_quiet(self, block: Block, first: int) -> int:
+    def take_quiet(self, block: Block, first: int, above: tuple[Level, ...] = ()) -> int:
         """Take as many steps of ``block`` from ``first`` on as show nothing new, at once; how many, 0 for none.
 
-        They leave the windows exactly as `take` of each would, and no detector has anything to say to them.
+        They leave the windows exactly as `take` of each would, and no detector has anything to say to them. Losses
+        that are back below one of the levels ``above`` are something new.
         """
-        if block.values.shape[1] != 1 or len(block.sent) != 1 or len(block) - first < MIN_QUIET:
-            return 0
-        if self.settings.rules and self.step_metrics:
-            return 0
-        if (
-            self.hold
-            or self.schedule.jump is not None
-            or self.losses.band.level is None
-            or not self._all_ordinary(block)
-        ):
+        if self.hold or self.losses.band.level is None or not self._all_ordinary(block, first):
             return 0
         sent = block.sent[0, 0]
-        room = min(self.course.room, self._until_pulse, *([self.norm_course.room] if sent[GRAD_NORM] else [])) - 1
+        room = min(self.course.room, self.until_pulse, *([self.norm_course.room] if sent[GRAD_NORM] else [])) - 1
         rows = block.values[first : first + room, 0]
         bad = np.flatnonzero(~np.isfinite(rows[:, sent]).all(axis=1))
         rows = rows[: bad[0]] if len(bad) else rows
-        if sent[MODEL] and len(rows) and (rows[:, MODEL] != self.model).any():
+        if not self._is_usual(rows, sent):
             return 0
-        if sent[SKIPPED] and rows[:, SKIPPED].any():
-            return 0
+        for level in above:
+            back = np.flatnonzero((rows[:, LOSS] - level.center) / level.scale <= level.threshold)
+            rows = rows[: back[0]] if len(back) else rows
         num = self.losses.num_quiet(rows[:, LOSS])
         log_norms = None
         if sent[GRAD_NORM]:
@@ -348,46 +344,86 @@ class RunWindows:
             log_norms = np.log(rows[:num, GRAD_NORM])
             num = min(num, self.log_norms.num_quiet(log_norms))
         rows = rows[:num]
-        if num < MIN_QUIET or (sent[LR] and not self._take_quiet_lrs(rows, block.steps[first : first + num], sent)):
+        if num < MIN_QUIET or not self._take_quiet_lrs(rows, block.steps[first : first + num], sent):
             return 0
-        self._take_quiet(rows, sent)
+        self._pass(block, first, num)
+        self.bad_loss = self.bad_grad = ()
+        self.num_bad_loss = self.num_bad_grad = 0
+        losses = rows[:, LOSS]
+        self.loss = float(losses[-1])
+        self.grad_norm = float(rows[-1, GRAD_NORM]) if sent[GRAD_NORM] else None
+        self.recent_losses.extend(losses)
         self.recent_steps.extend(block.steps[first : first + num].astype(np.float64))
-        self.step = int(block.steps[first + num - 1])
-        self.row = block.row(first + num - 1)
+        self.until_pulse -= num
+        self.course.extend(self.losses.extend(losses))
         if log_norms is not None:
             self.norm_course.extend(self.log_norms.extend(log_norms[:num]))
         else:
             self.log_norms.miss_all(num)
         return num
 
-    def _all_ordinary(self, block: Block) -> bool:
+    def take_dead(self, block: Block, first: int) -> int:
+        """As `take_quiet`, for steps without a finite loss or norm after others: each says what the last one said."""
+        if self.num_bad_loss < DEAD_POINTS or not self._all_ordinary(block, first):
+            return 0
+        sent = block.sent[0, 0]
+        rows = block.values[first:, 0]
+        dead = ~np.isfinite(rows[:, LOSS])
+        if sent[GRAD_NORM]:
+            if self.num_bad_grad < DEAD_POINTS:
+                return 0
+            dead &= ~np.isfinite(rows[:, GRAD_NORM])
+        num = len(rows) if dead.all() else int(np.argmin(dead))
+        rows = rows[:num]
+        known = sent.copy()
+        known[[LOSS, GRAD_NORM]] = False
+        if num < MIN_QUIET or not np.isfinite(rows[:, known]).all() or not self._is_usual(rows, sent):
+            return 0
+        if not self._take_quiet_lrs(rows, block.steps[first : first + num], sent):
+            return 0
+        self._pass(block, first, num)
+        self.num_bad_loss += num
+        self.num_bad_grad += num if sent[GRAD_NORM] else 0
+        self.loss = self.grad_norm = None
+        self.losses.miss_all(num)
+        self.log_norms.miss_all(num)
+        return num
+
+    def _all_ordinary(self, block: Block, first: int) -> bool:
+        """Whether the steps of a block come from one rank and hold nothing that needs a look at each."""
+        if block.values.shape[1] != 1 or len(block.sent) != 1 or len(block) - first < MIN_QUIET:
+            return False
+        if self.schedule.jump is not None or (self.settings.rules and self.step_metrics):
+            return False
         names = block.sent[0, 0]
         return bool(names[LOSS] and not (names & ~_ORDINARY).any())
 
-    def _take_quiet(self, rows: NDArray[np.float64], sent: NDArray[np.bool_]) -> None:
-        num, last = len(rows), rows[-1].tolist()
+    def _is_usual(self, rows: NDArray[np.float64], sent: NDArray[np.bool_]) -> bool:
+        """Whether all these rows are of this model and none was skipped."""
+        if sent[MODEL] and (rows[:, MODEL] != self.model).any():
+            return False
+        return not (sent[SKIPPED] and rows[:, SKIPPED].any())
+
+    def _pass(self, block: Block, first: int, num: int) -> None:
+        """Count ``num`` steps whose learning rates were taken."""
+        rows, sent = block.values[first : first + num, 0], block.sent[0, 0]
         self.num_steps += num
         self.num_points += num
         self.num_ranks = 1
         self.newest_logged = None
-        self.bad_loss = self.bad_grad = ()
-        self.num_bad_loss = self.num_bad_grad = 0
         self.skipped = self.looked = self.closed = self.pulse = False
-        self.loss = last[LOSS]
-        self.grad_norm = last[GRAD_NORM] if sent[GRAD_NORM] else None
         if sent[TICK]:
             self.tick = max(self.tick, int(rows[:, TICK].max()))
         if sent[STEP_SECONDS]:
-            self.step_seconds = last[STEP_SECONDS]
-        if not sent[LR]:
-            self.lr, self.lr_multiplier = None, last[LR_MULTIPLIER] if sent[LR_MULTIPLIER] else 1.0
-        losses = rows[:, LOSS]
-        self.recent_losses.extend(losses)
-        self._until_pulse -= num
-        self.course.extend(self.losses.extend(losses))
+            self.step_seconds = float(rows[-1, STEP_SECONDS])
+        self.step = int(block.steps[first + num - 1])
+        self.row = block.row(first + num - 1)
 
     def _take_quiet_lrs(self, rows: NDArray[np.float64], steps: NDArray[np.int64], sent: NDArray[np.bool_]) -> bool:
         multipliers = rows[:, LR_MULTIPLIER] if sent[LR_MULTIPLIER] else np.ones(len(rows))
+        if not sent[LR]:
+            self.lr, self.lr_multiplier = None, float(multipliers[-1])
+            return True
         lrs = rows[:, LR] * multipliers
         if not self.schedule.take_quiet(lrs, multipliers, steps):
             return False
