@@ -251,6 +251,17 @@ def test_collapsed_learning_rate_is_a_plateau_and_a_step_of_a_schedule_is_not() 
     assert _alarms(incidents_of(learning + noise, lr=np.where(np.arange(600) < 300, 1e-3, 1e-4))) == []
 
 
+def test_rate_that_jumps_is_the_cause_in_a_log_of_every_hundredth_step() -> None:
+    at = np.arange(600)
+    losses = 1.0 + 2.0 * np.exp(-at / 50) + 0.02 * np.random.default_rng(0).standard_normal(600)
+    losses[320:] += 3.0  # twenty points after the rate
+    rows = np.column_stack([losses, np.where(at < 300, 1e-3, 1e-2)])
+    engine = Engine("run")
+    feed(engine, [hello(), MetricFrame(header=header(), columns=("loss", "lr"), steps=100 * at, values=rows)])
+    found = [each for each in engine.view().incidents if each.severity >= Severity.WARNING]
+    assert [(each.kind, each.first_step) for each in found] == [("lr_jump", 30_000)]
+
+
 def test_rate_that_is_mended_after_a_long_fault_has_not_collapsed() -> None:
     at, noise = np.arange(800), 0.02 * np.random.default_rng(1).standard_normal(800)
     wrong = (at >= 150) & (at < 450)  # so long that its losses were learned as the new level

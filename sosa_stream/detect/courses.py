@@ -22,6 +22,8 @@ CHANCE_SHARE = 0.02
 """This near to ln k, a loss is that of guessing."""
 FEW_CLASSES = 10
 """Above, the logarithms lie so close that every loss is near one."""
+STALLED_POINTS = 32
+"""Losses after a learning rate collapsed that show whether anything is still learned."""
 FROZEN_SHARE = 0.1
 LONG_PLATEAU_POINTS = 4096
 """A plateau of a running job is worth a look after as many."""
@@ -159,17 +161,17 @@ def _stuck(windows: RunWindows) -> Finding | None:
 
 
 def _stalled(windows: RunWindows) -> Finding | None:
-    """`LR_FALL_RATIO` below what it was in one step, and 64 losses later their second half is no lower than the first.
+    """`LR_FALL_RATIO` below what it was in one step, and 32 losses later their second half is no lower than the first.
 
-    Lower is: by three standard errors of the difference of two medians of 32, 1.2533 · s · sqrt(2 / 32).
+    Lower is: by three standard errors of the difference of two medians of 16, 1.2533 · s · sqrt(2 / 16).
     """
     fall = windows.schedule.fall
-    if fall is None or not windows.pulse or windows.num_points - fall.point < 64:
+    if fall is None or not windows.pulse or windows.num_points - fall.point < STALLED_POINTS:
         return None
-    losses = windows.recent_losses.last(64)
+    losses, half = windows.recent_losses.last(STALLED_POINTS), STALLED_POINTS // 2
     center, scale = center_and_scale(losses)
-    first, second = float(np.median(losses[:32])), float(np.median(losses[32:]))
-    if first - second > 3.0 * 1.2533 * scale * math.sqrt(2.0 / 32.0):
+    first, second = float(np.median(losses[:half])), float(np.median(losses[half:]))
+    if first - second > 3.0 * 1.2533 * scale * math.sqrt(2.0 / half):
         return None
     return Finding(
         kind="loss_plateau",

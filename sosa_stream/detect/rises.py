@@ -12,7 +12,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from sosa_stream.detect.incidents import Finding, Severity
 from sosa_stream.detect.numerical import EXPLODED_RATIO
-from sosa_stream.detect.schedule import LR_SUFFER_STEPS
+from sosa_stream.detect.schedule import LR_SUFFER_POINTS
 from sosa_stream.detect.sensitivity import strictness
 from sosa_stream.detect.statistics import Level
 from sosa_stream.detect.windows import RunWindows
@@ -28,6 +28,8 @@ DIVERGED_POINTS = 12
 """Points out of the band without coming back that make a spike a divergence."""
 DIVERGED_SHARE, LOST_SHARE = 0.2, 0.5
 """Shares of the progress undone that make it one, and that make it critical."""
+SINKS_SHARE = 0.1
+"""A loss that came down by this share of the progress since it rose is learning again: a new task, one large batch."""
 STAYS_SHARE = 0.7
 """A rise is on its way down once it has less than this share of its height left."""
 RISE_SHARE, RISE_RECOVERED = 0.3, 3.0
@@ -46,7 +48,7 @@ def lr_jump(windows: RunWindows) -> Finding | None:
     jump = windows.schedule.jump
     if jump is None:
         return None
-    if windows.step - jump.step > LR_SUFFER_STEPS and not windows.hold:
+    if windows.num_points - jump.point > LR_SUFFER_POINTS and not windows.hold:
         return None
     nonfinite = bool(windows.bad_loss or windows.bad_grad)
     losses, norms = windows.losses, windows.log_norms
@@ -146,7 +148,9 @@ def _fast_divergence(windows: RunWindows) -> Finding | None:
     stays = now - level.center > STAYS_SHARE * (losses.smoothed(16) - level.center)
     if excursion.num_above < DIVERGED_POINTS // 2 or level.holds(now) or share < DIVERGED_SHARE or not stays:
         return None
-    severity = Severity.CRITICAL if share >= LOST_SHARE else Severity.WARNING
+    recent = losses.recent(excursion.num_points)
+    sinks = np.median(recent[:4]) - np.median(recent[-4:]) > SINKS_SHARE * windows.progress
+    severity = Severity.CRITICAL if share >= LOST_SHARE and not sinks else Severity.WARNING
     score, window = level.score(now), excursion.num_points
     evidence = {"score": score, "threshold": level.threshold, "window": window, "share_undone": share}
     return _divergence(windows, severity, excursion.first_step, level, evidence)

@@ -14,7 +14,7 @@ LR_RATIO = 3.0
 """A learning rate this far above the run's own recent schedule is a jump [FAULTS.md]."""
 LR_LAG, LR_WINDOW = 8, 64
 """The recent schedule ends this many steps back, so that a jump in several steps is one too, and is this long."""
-LR_SUFFER_STEPS = 64
+LR_SUFFER_POINTS = 64
 """A jump that the run has borne for this long is its schedule."""
 LR_FALL_RATIO = 100.0
 """A learning rate that falls this far in one step has collapsed: schedules take steps of 10."""
@@ -25,11 +25,13 @@ class LrJump:
     """The effective learning rate left the run's recent schedule upward at ``step``."""
 
     step: int
+    point: int
     before: float
     after: float
     borne: bool
     """The run has already trained at this rate: a schedule's restart rather than a fault."""
     ended: int | None = None
+    """The point at which it was over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,15 +93,15 @@ class Schedule:
         jump = self.jump
         if jump is not None:
             if jump.ended is None and lr <= LR_RATIO * jump.before:
-                jump.ended = step
+                jump.ended = point
             elif jump.ended is None:
                 jump.after = max(jump.after, lr)
-            if step > LR_SUFFER_STEPS + (jump.step if jump.ended is None else jump.ended) and not hold:
+            if point > LR_SUFFER_POINTS + (jump.point if jump.ended is None else jump.ended) and not hold:
                 self.jump = jump = None
         if jump is not None and jump.ended is None:
             return
         if lr > previous:
-            self._look_for_jump(lr)
+            self._look_for_jump(lr, point)
         if self.jump is None:
             self._borne = max(self._borne, lr)
 
@@ -125,7 +127,7 @@ class Schedule:
         elif self.zero_since is None and (self._borne > 0.0 or any(self.before)):
             self.zero_since = step
 
-    def _look_for_jump(self, lr: float) -> None:
+    def _look_for_jump(self, lr: float, point: int) -> None:
         lrs = self._lrs.last()
         if len(lrs) < 2 * LR_LAG:
             return
@@ -135,6 +137,7 @@ class Schedule:
         onset = int(np.argmax(lrs[-LR_LAG:] > LR_RATIO * usual)) - LR_LAG
         self.jump = LrJump(
             step=int(self._steps.last(-onset)[0]),
+            point=point + 1 + onset,
             before=float(lrs[onset - 1]),
             after=lr,
             borne=lr <= 1.1 * self._borne,

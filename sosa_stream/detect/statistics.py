@@ -420,6 +420,10 @@ class Channel:
         """Median of the newest ``num`` (at most 16) values; NaN, which compares with nothing, before the first."""
         return _median_of_sorted(np.sort(self._recent.last(num))) if len(self._recent) else math.nan
 
+    def recent(self, num: int) -> NDArray[np.float64]:
+        """The newest ``num`` values, `RECENT` at most: a view, valid until the next step."""
+        return self._recent.last(num)
+
     def miss(self) -> None:
         """A step without a finite value: nothing is above anything."""
         self.value, self.score = None, 0.0
