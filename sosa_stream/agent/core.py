@@ -18,6 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -276,7 +277,8 @@ class Agent:
                 store = TorchStore.of_job()
                 late = time.monotonic() - started > NO_GROUP_SECONDS and self.probe.tick > 0
                 if store is None and (late or self._closing is not None) and daemon_known:
-                    self.say("no process group was initialised: this rank can only be observed")
+                    self.say("no process group was initialised: each rank is a run of its own, and only observed")
+                    self._go_alone()
                     return bool(address) and self._join_by_channel(self._alone(address), None)
             elif identity.rank == 0:
                 if daemon_known:
@@ -289,6 +291,12 @@ class Agent:
                 if give_up_at and time.monotonic() > give_up_at:
                     return False
             time.sleep(JOIN_SECONDS)
+
+    def _go_alone(self) -> None:
+        """Nobody must wait for ranks that train something else: what one job's ranks share is a process group."""
+        rank = self._identity.rank
+        self._run += f"-rank{rank}" if rank else ""
+        self._identity = replace(self._identity, rank=0, world_size=1)
 
     def _alone(self, address: str) -> Membership:
         return Membership(generation=self._identity.nonce, run=self._run, daemon=address, host=self._identity.host)

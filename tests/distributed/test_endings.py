@@ -101,9 +101,11 @@ def test_a_script_that_ends_with_a_fix_in_flight_ends_at_once_and_the_fix_has_a_
     job.digest()
 
 
-def test_ranks_without_a_process_group_train_on_and_say_so_at_the_end(start: Callable[..., Job]) -> None:
-    job = start("--steps", "60", "--no-group", settings=AUTO)
+def test_ranks_without_a_process_group_train_on_and_the_first_is_watched_alone(start: Callable[..., Job]) -> None:
+    job = start("--steps", "60", "--no-group", inject=("nan_batch@40:rank=0",), settings=AUTO)
     job.ended()
     assert_nothing_is_left(job)
     assert [result["steps"] for result in job.results()] == [60, 60]
-    assert "no process group was initialised" in job.log
+    assert job.log.count("no process group was initialised") == 1
+    (incident,) = job.incidents()
+    assert (incident["kind"], incident["first_step"]) == ("nan_loss", 40)
