@@ -48,6 +48,12 @@ def told(incidents: tuple[Incident, ...]) -> list[tuple[str, str, int]]:
     return [(i.kind, str(i.severity), i.detected_step) for i in incidents if i.severity >= Severity.WARNING]
 
 
+def test_weights_that_stay_under_a_spent_gradient_have_arrived() -> None:
+    stays = looks(lambda step: 0.5 if step >= 320 else 1.0)
+    assert told(seen(changed_share=stays)) == [("weights_unchanged", "warning", 384)]
+    assert told(seen(changed_share=stays, grad_norm=np.exp(-0.05 * np.arange(NUM)))) == []
+
+
 def test_zero_gradients_with_dead_units_are_dead_units_at_the_second_look() -> None:
     after = looks(lambda step: 0.9 if step >= 320 else 0.1)
     assert told(seen(zero_grad_share=after, dead_share=after)) == [("dead_units", "warning", 352)]

@@ -22,6 +22,8 @@ COLLAPSE_HALVINGS = 8
 CALIBRATION_POINTS = 64
 LOOKS = 3
 """Looks in a row that show weights which stay as they are."""
+SPENT_RATIO = 1e-3
+"""Of what it was in the course of the run, a gradient that has nothing left to do."""
 MOST_NAMED = 8
 """Parameters that an incident names."""
 
@@ -134,7 +136,8 @@ def weights_unchanged(windows: RunWindows) -> Finding | None:
 
     Of the sampled parameters: none changed in three looks in a row, with a gradient and a learning rate, or with a rate
     of 0 that was above 0 before (more than 64 steps: schedules touch 0 for a few); or all gradients that the optimizer
-    received are zero while their norm before clipping was not; or at most half as many change as did, for three looks.
+    received are zero while their norm before clipping was not; or at most half as many change as did, for three looks,
+    under a gradient that is not spent.
     Or parameters got a gradient that belong to no optimizer, while the optimizer's own got none; or, for three looks,
     more of the optimizer's got none than in all looks before, which agreed (experts and layers that are left out at
     random do not).
@@ -220,7 +223,7 @@ def _unchanged(windows: RunWindows) -> tuple[str, tuple[str, ...]] | None:
             f"the gradients are clipped to zero (norm before clipping {number(windows.grad_norm)})",
             ("a bound of 0 in clip_grad_norm_ or clip_grad_value_",),
         )
-    if len(changed) < LOOKS:
+    if len(changed) < LOOKS or _is_spent(windows):
         return None
     if windows.grad_norm and (changed[-LOOKS:] == 0.0).all():
         return (
@@ -238,6 +241,12 @@ def _unchanged(windows: RunWindows) -> tuple[str, tuple[str, ...]] | None:
             ("parameters were frozen (requires_grad) in mid-run", "parts of the model no longer reach the loss"),
         )
     return None
+
+
+def _is_spent(windows: RunWindows) -> bool:
+    """Whether the gradient is a `SPENT_RATIO` of what it was: a fit without any error left moves no weight."""
+    usual = windows.norm_course.blocks
+    return bool(usual) and windows.log_norms.smoothed(8) < max(usual) + math.log(SPENT_RATIO)
 
 
 def idle_parameters(windows: RunWindows) -> list[str]:
