@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from sosa_stream.detect import courses, inputs, latent, layers, numerical, reports, rises, validation, vanishing
+from sosa_stream.detect import inputs, latent, layers, numerical, reports, rises, stagnation, validation, vanishing
 from sosa_stream.detect.incidents import Finding, Group
 from sosa_stream.detect.windows import RunWindows
 from sosa_stream.protocol.columns import EVAL_LOSS
@@ -98,15 +98,15 @@ ALL: tuple[Detector, ...] = (
         quiet_points=64,
         group=Group.LEARNING,
         requires=("loss",),
-        check=courses.loss_oscillation,
+        check=stagnation.loss_oscillation,
     ),
     Detector(
         kind="loss_plateau",
         group=Group.LEARNING,
         requires=("loss",),
-        check=courses.loss_plateau,
+        check=stagnation.loss_plateau,
         on=(On.STEP, On.END),
-        well=courses.moves_again,
+        well=stagnation.moves_again,
         ratio=True,
     ),
     Detector(

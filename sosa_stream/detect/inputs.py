@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from sosa_stream.detect.channel import Channel
 from sosa_stream.detect.incidents import Finding, Severity
 from sosa_stream.detect.repeats import MIN_REPEATS
-from sosa_stream.detect.statistics import Channel
 from sosa_stream.detect.windows import RunWindows
 from sosa_stream.detect.wording import name_ranks, number
 

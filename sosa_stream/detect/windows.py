@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 
 from sosa_stream.config import DetectSettings
 from sosa_stream.detect.alignment import AT, Block, Logged, Row
+from sosa_stream.detect.channel import Channel
+from sosa_stream.detect.course import Course
 from sosa_stream.detect.logged import NUM_VALUES, LoggedSeries, column_of
 from sosa_stream.detect.repeats import Repeats
 from sosa_stream.detect.schedule import Schedule
 from sosa_stream.detect.sensitivity import strictness
-from sosa_stream.detect.statistics import Channel, Course, Level, Ring
+from sosa_stream.detect.statistics import Level, Ring
 from sosa_stream.protocol.columns import COLUMNS, EVAL_LOSS, SAMPLED_COLUMNS
 from sosa_stream.protocol.messages import ExceptionReport, Layers
 
