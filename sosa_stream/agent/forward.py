@@ -33,7 +33,6 @@ class Forward:
         self._outermost: Any = None
         self._hooks: dict[int, Any] = {}
         """Torch's own, of all modules."""
-        self._hook: Any = None
         self._keywords: Any = None
         self._last_root: Callable[[], nn.Module | None] = lambda: None
 
@@ -47,9 +46,9 @@ class Forward:
             return
         if inputs and self._outermost is None:
             self._outermost = register_module_forward_pre_hook(self._see_outermost)
-            self._hooks, self._hook = self._outermost.hooks_dict_ref(), self._see_outermost
+            self._hooks = self._outermost.hooks_dict_ref()
         elif inputs:  # put back under the handle that there is: a new one at every step costs more than the hook does
-            self._hooks[self._outermost.id] = self._hook
+            self._hooks[self._outermost.id] = self._see_outermost
         if activations and not any(_is_compiled(root) for root in self.roots):
             self._activations.install()
             self._looking = True
