@@ -185,7 +185,7 @@ class DistantLink(FakeLink):
 @pytest.mark.parametrize(
     ("reached_at", "takes_at", "seconds", "said"),
     [
-        (1e9, 1e9, 1.0, ["the daemon tcp://host:7667 was not reached: nobody has watched this run"]),
+        (1e9, 1e9, 1.0, ["the daemon tcp://host:7667 never answered (address, keys?): nobody watched this run"]),
         (0.0, 1e9, 5.0, ["2 frames were not acknowledged by the daemon before the end"]),
         (0.5, 3.0, 3.0, []),
         (0.0, 0.2, 0.2, []),

@@ -402,7 +402,9 @@ def test_a_daemon_that_cannot_be_reached_is_no_reason_to_fail(here: Path) -> Non
     # Port 9 discards: nobody answers there.
     ours: Any = watched(here, "train.py", env={"SOSA_DAEMON": "tcp://127.0.0.1:9"})
     assert (ours.stdout, ours.returncode) == (plain.stdout, 0)
-    assert ours.stderr == "sosa: the daemon tcp://127.0.0.1:9 was not reached: nobody has watched this run\n"
+    assert ours.stderr == (
+        "sosa: the daemon tcp://127.0.0.1:9 never answered (address, keys?): nobody watched this run\n"
+    )
 
 
 def test_a_webhook_that_cannot_be_reached_is_told_in_one_line_at_the_end(here: Path) -> None:

@@ -169,7 +169,7 @@ class Courier:
             self._outbox.wakeup.clear()
             self.pump()
         if not self._link.connected:
-            self._say(f"the daemon {self._membership.daemon} was not reached: nobody has watched this run")
+            self._say(f"the daemon {self._membership.daemon} never answered (address, keys?): nobody watched this run")
         elif len(self._outbox.ring):
             self._say(f"{len(self._outbox.ring)} frames were not acknowledged by the daemon before the end")
         if self._incidents:

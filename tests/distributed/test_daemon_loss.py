@@ -163,4 +163,4 @@ def test_a_job_with_the_wrong_keys_trains_on_unwatched_and_is_counted(
     job.finish()
     job.digest()
     assert not (home / job.run).exists()
-    assert "not acknowledged by the daemon" in job.log
+    assert "never answered (address, keys?): nobody watched this run" in job.log
