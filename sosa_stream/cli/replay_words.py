@@ -30,8 +30,8 @@ def introduction(head: str, feed: LogFeed) -> str:
 
 
 def ending(head: str, feed: LogFeed) -> str:
-    """How much of a log was followed, in a line."""
-    return f"{head}: {', '.join([*_counted(feed), *_mended(feed)])}"
+    """How much of a log was followed, in a line, and what of its losses could not be read in another."""
+    return "\n".join([f"{head}: {', '.join([*_counted(feed), *_mended(feed)])}", *_unread(feed)])
 
 
 def findings(feed: LogFeed) -> str:
@@ -82,9 +82,16 @@ def _mended(feed: LogFeed) -> Iterator[str]:
 def _doubts(feed: LogFeed) -> Iterator[str]:
     for doubt in feed.guess.doubts if feed.guess is not None else ():
         yield f"  {doubt}"
+    yield from _unread(feed)
     nan = np.isnan(_losses(feed))
     if 2 * np.count_nonzero(nan) >= len(nan) and np.count_nonzero(nan[:-1] & ~nan[1:]) >= 3:
         yield "  loss is NaN in most rows; if that stands for nothing logged, leave these cells empty"
+
+
+def _unread(feed: LogFeed) -> Iterator[str]:
+    if feed.unread:
+        cells = "1 cell" if len(feed.unread) == 1 else f"{len(feed.unread)} cells"
+        yield f"  {cells} of loss left out, being no number: {visible(repr(feed.unread[0][:40]))}"
 
 
 def _curve(feed: LogFeed) -> Iterator[str]:

@@ -56,6 +56,8 @@ class LogFeed:
         self.guess: Guess | None = None
         self._is_guessed = False
         self.curve: list[Stretch] = []
+        self.unread: list[str] = []
+        """What stood in place of a loss but is no number; such cells are left out."""
         self.was_reversed = False
         """Whether the log's newest row came first."""
         self._mapping = mapping or {}
@@ -107,6 +109,9 @@ class LogFeed:
         self.guess, self._is_guessed = guess, True
         self._waiting.clear()
         self._seen |= dict.fromkeys(log.columns)
+        for name in guess.columns.get("loss", ()):  # a header that is repeated in the midst is none of them
+            texts = log.columns[name].unread.values() if name in log.columns else ()
+            self.unread += [text for text in texts if text.strip() != name]
         effects: list[Effect] = []
         for points in self._stepper.take(self._gaps.take(log, guess), guess):
             for message in self._messages(points):

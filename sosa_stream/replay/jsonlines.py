@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from sosa_stream.replay.log import EMPTY, Log, flat, from_rows
+from sosa_stream.replay.numerals import plain_nan
+
+_BARE = re.compile(r"(?<=[:,\[\s])(?:[-+]?(nan)|\+?(-?)inf(?:inity)?)(?=\s*[,}\]])", re.IGNORECASE)
+"""NaN and infinity as other languages than Python write them into JSON, which has none."""
 
 
 class JsonLinesReader:
@@ -34,6 +39,11 @@ class JsonLinesReader:
 def _object(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError):
+    except ValueError:
+        try:
+            row = json.loads(_BARE.sub(lambda told: "NaN" if told[1] else f"{told[2]}Infinity", plain_nan(line)))
+        except (ValueError, RecursionError):
+            return None
+    except RecursionError:
         return None
     return row if isinstance(row, dict) else None

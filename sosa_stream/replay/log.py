@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,13 @@ _GLANCE = 64
 class Column:
     """``values`` float64 and ``present`` bool, both of shape (num_rows,); values are NaN where not present.
 
-    A value that is present may be NaN too: that is what was logged.
+    A value that is present may be NaN too: that is what was logged. ``unread`` are the texts of rows that have
+    something, but no number; they are not present.
     """
 
     values: NDArray[np.float64]
     present: NDArray[np.bool_]
+    unread: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -47,7 +49,7 @@ class Log:
         """These rows, in this order; columns that none of them has are left out."""
         indices = np.arange(self.num_rows)[rows]
         columns = {
-            name: Column(values=column.values[rows], present=column.present[rows])
+            name: Column(values=column.values[rows], present=column.present[rows], unread=_moved(column, indices))
             for name, column in self.columns.items()
             if column.present[rows].any()
         }
@@ -65,20 +67,33 @@ def nothing(num_rows: int) -> Column:
 
 def column(cells: Sequence[Any]) -> Column | None:
     """A column of numbers or of their texts; None in a cell: not logged. None where no cell holds a number."""
+    unread: dict[int, str] = {}
     try:
         values = np.array(cells, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
-        told = (cell for cell in cells if cell is not None and str(cell).strip().lower() not in _NOT_LOGGED)
+        told = (cell for cell in cells if _is_told(cell))
         glance = [cell for cell, _ in zip(told, range(_GLANCE), strict=False)]
         if all(number(cell) is None for cell in glance):
             return None
         comma = has_decimal_comma(cells)
-        cells = [number(cell, decimal_comma=comma) for cell in cells]
+        texts, cells = cells, [number(cell, decimal_comma=comma) for cell in cells]
+        unread = {i: str(texts[i]) for i, cell in enumerate(cells) if cell is None and _is_told(texts[i])}
         values = np.array(cells, dtype=np.float64)
     present = ~np.isnan(values)
     if not present.all():
         present = np.array([cell is not None for cell in cells], dtype=np.bool_)
-    return Column(values=values, present=present) if present.any() else None
+    return Column(values=values, present=present, unread=unread) if present.any() else None
+
+
+def _is_told(cell: Any) -> bool:
+    return cell is not None and str(cell).strip().lower() not in _NOT_LOGGED
+
+
+def _moved(column: Column, rows: NDArray[np.int64]) -> dict[int, str]:
+    """What is unread in these rows, which are numbered anew."""
+    if not column.unread:
+        return {}
+    return {i: column.unread[row] for i, row in enumerate(rows.tolist()) if row in column.unread}
 
 
 def from_cells(cells: Mapping[str, Sequence[Any]], num_rows: int) -> Log:
@@ -114,11 +129,15 @@ def joined(logs: Iterable[Log]) -> Log:
     if len(parts) == 1:
         return parts[0]
     columns: dict[str, Column] = {}
+    starts = np.cumsum([0, *(log.num_rows for log in parts[:-1])]).tolist()
     for name in dict.fromkeys(name for log in parts for name in log.columns):
         pieces = [log.columns.get(name) or nothing(log.num_rows) for log in parts]
         columns[name] = Column(
             values=np.concatenate([piece.values for piece in pieces]),
             present=np.concatenate([piece.present for piece in pieces]),
+            unread={
+                start + i: text for start, piece in zip(starts, pieces, strict=True) for i, text in piece.unread.items()
+            },
         )
     runs = [run for log in parts for run in log.runs or [""] * log.num_rows] if any(log.runs for log in parts) else None
     return Log(num_rows=sum(log.num_rows for log in parts), columns=columns, runs=runs)

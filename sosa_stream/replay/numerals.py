@@ -8,6 +8,8 @@ from typing import Any
 
 _WRAPPED = re.compile(r"(?:tensor|(?:np\.|numpy\.)?float\d*)\(\s*([^\s,()]+).*\)|(\S+?)\s*%")
 """Numbers as scripts print them by accident: ``tensor(0.5, device='cuda:0')``, ``np.float32(0.5)``, ``12 %``."""
+_C_INFINITY = re.compile(r"\b1\.#inf\d*", re.IGNORECASE)
+_C_NAN = re.compile(r"\bnan\(\w*\)|\b1\.#\w+", re.IGNORECASE)
 _SPACED = re.compile(r"[-+]?\d{1,3}(?:[ '\u2019\u00a0\u202f]\d{3})+(?:[.,]\d+)?")
 _GROUPED = re.compile(r"[-+]?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?")
 _DECIMAL_COMMA = re.compile(r"[-+]?(?:\d{1,3}(?:\.\d{3})+|\d*),\d+(?:e[-+]?\d+)?", re.IGNORECASE)
@@ -29,10 +31,19 @@ def number(cell: Any, *, decimal_comma: bool = False) -> float | None:
             cell = cell.replace(",", "")
         elif wrapped := _WRAPPED.fullmatch(cell):
             cell = wrapped[1] or wrapped[2]
+        cell = plain_nan(cell)
     try:
         return float(cell)
     except (TypeError, ValueError, OverflowError):
         return None
+
+
+def plain_nan(text: str) -> str:
+    """A text whose NaN and infinity are as Python reads them, not as C runtimes print them.
+
+    Theirs are ``-nan(ind)`` and ``nan(0x8000)``, on Windows also ``1.#QNAN``, ``-1.#IND00`` and ``1.#INF``.
+    """
+    return _C_NAN.sub("nan", _C_INFINITY.sub("inf", text)) if "#" in text or "(" in text else text
 
 
 def has_decimal_comma(cells: Iterable[Any]) -> bool:

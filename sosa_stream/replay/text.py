@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from sosa_stream.replay.log import EMPTY, Log, from_rows, joined
+from sosa_stream.replay.numerals import plain_nan
 from sosa_stream.replay.patterns import COUNTERS, FAMILIES, Family, Shape, row_of
 
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x08")
@@ -101,4 +102,5 @@ class TextReader:
 def _cleaned(line: str) -> str:
     if "\x1b" in line or "\x08" in line:
         line = _CONTROL.sub("", line)
+    line = plain_nan(line)
     return _WRAPPED.sub(r"\1", line) if "(" in line else line
