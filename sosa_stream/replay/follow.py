@@ -103,7 +103,8 @@ def _told_format(path: Path, wait: Callable[[], bool]) -> str:
     while True:
         head, is_all = head_of(path)
         text = decoded(head)
-        if not is_all or len(split_lines(text)) > 2 or _is_document(text):  # a header alone could be anything
+        lines = [line for line in split_lines(text) if not line.startswith("#")]
+        if not is_all or len(lines) > 2 or _is_document(text):  # a header alone could be anything
             return sniff(head, is_all)
         if not wait():
             return sniff(head, is_all) if text.strip() else ""
