@@ -18,7 +18,9 @@ __all__ = ["SOSATrainingWrapper", "__version__", "wrap_training"]
 def __getattr__(name: str) -> Any:
     # The daemon imports this package without torch; the wrapper is the one name here that needs it.
     if name in ("SOSATrainingWrapper", "wrap_training"):
-        from sosa_stream.agent import wrapper
+        from sosa_stream import extras
 
+        with extras.needed("agent", name):
+            from sosa_stream.agent import wrapper
         return getattr(wrapper, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,6 +15,14 @@ class UsageError(SosaError):
     """The user asked for something that cannot be done as asked."""
 
 
+class MissingExtraError(UsageError, ImportError):
+    """A package that only a part of ours needs is not installed; ``extras``, comma-separated, bring it."""
+
+    def __init__(self, what: str, package: str, extras: str) -> None:
+        # From a clone, as the README installs it: no index is asked for a package of our name.
+        super().__init__(f"{what} needs {package}; in your clone of this repository: pip install '.[{extras}]'")
+
+
 class ConfigError(UsageError):
     """A setting is unknown, has the wrong type, or lies outside its bounds."""
 

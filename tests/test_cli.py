@@ -322,6 +322,30 @@ def test_output_that_nobody_takes_is_no_failure_and_a_full_disk_is_one_in_a_line
     assert (done.returncode, done.stderr) == (1, "sosa: No space left on device\n")
 
 
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; sys.argv[1:] = ['train.py']; "
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code", "extras"),
+    [
+        ("from sosa_stream.agent.runner import main; sys.exit(main())", 2, "agent"),
+        ("from sosa_stream.cli import main; sys.exit(main(['demo']))", 2, "agent,report"),
+        ("from sosa_stream import wrap_training", 1, "agent"),
+    ],
+    ids=["agent", "demo", "wrap_training"],
+)
+def test_where_torch_is_not_installed_a_line_says_what_to_type(
+    code: str, exit_code: int, extras: str, tmp_path: Path
+) -> None:
+    (tmp_path / "train.py").touch()
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH + code], capture_output=True, text=True, check=False)
+    assert done.returncode == exit_code
+    *before, line = done.stderr.splitlines()
+    assert f"needs torch; in your clone of this repository: pip install '.[{extras}]'" in line
+    assert not before or exit_code == 1  # a script's own import fails as imports do
+    assert "During handling" not in done.stderr
+
+
 def test_keys_are_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert code_of("keys", "new", str(tmp_path / "keys")) == 0
     assert (tmp_path / "keys" / "daemon.key").is_file()

@@ -229,7 +229,7 @@ def test_without_the_tensorboard_package_its_logs_are_refused_with_what_to_insta
 ) -> None:
     (tmp_path / "events.out.tfevents.1.host").write_bytes(bytes(12) + b"\x1a\x0dbrain.Event:2")
     monkeypatch.setitem(sys.modules, "tensorboard.backend.event_processing.event_file_loader", None)
-    with pytest.raises(UsageError, match=r"sosa-stream\[replay\]"):
+    with pytest.raises(UsageError, match=r"pip install '\.\[replay\]'"):
         fed(tmp_path)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import CodeType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from sosa_stream import faults
+from sosa_stream import extras, faults
 from sosa_stream.agent.environment import is_disabled, read_settings
 from sosa_stream.errors import UsageError
 
@@ -92,11 +92,14 @@ def main(argv: list[str] | None = None, env: Mapping[str, str] | None = None) ->
         if is_disabled(env):
             return _run(code, module, target, None)
         injected = faults.parse_faults(target.inject)
+        settings, complaint = read_settings(env)
+        if settings is not None or injected:
+            with extras.needed("agent", "watching a training"):
+                import torch  # noqa: F401
     except UsageError as error:
         print(f"sosa: {error}", file=sys.stderr)
         return 2
     rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-    settings, complaint = read_settings(env)
     if complaint and env.get("LOCAL_RANK", "0") == "0":
         print(f"sosa: {complaint}", file=sys.stderr)
     agent = None

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sosa_stream import extras
 from sosa_stream.cli.home import given_path
 from sosa_stream.errors import UsageError
 
@@ -39,11 +40,10 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """The command's exit code: 1 if what the demo promises did not come true."""
-    try:
-        # Not at the top: the rest of the command line works without them.
+    with extras.needed("agent,report", "the demo"):  # not at the top: the rest of the command line works without them
+        import torch  # noqa: F401  # its trainings do: they are processes of their own
+
         from sosa_stream.demo.run import run_demo
-    except ModuleNotFoundError as error:
-        raise UsageError(f"the demo needs {error.name}; install sosa-stream[agent,report]") from None
     if arguments.seed < 0:
         raise UsageError(f"--seed must be a whole number from 0, not {arguments.seed}")
     out = arguments.out.absolute()

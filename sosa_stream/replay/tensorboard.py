@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sosa_stream.errors import UsageError
+from sosa_stream.errors import MissingExtraError, UsageError
 from sosa_stream.replay.log import Log, from_rows
 
 MARK = "tfevents"
@@ -47,8 +47,8 @@ def _scalars(file: Path) -> Iterator[tuple[int, str, float]]:
         from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.util.tensor_util import make_ndarray
-    except ImportError:
-        raise UsageError("TensorBoard logs need the tensorboard package: pip install 'sosa-stream[replay]'") from None
+    except ImportError:  # also where a package that it needs is missing
+        raise MissingExtraError("a TensorBoard log", "tensorboard", "replay") from None
     for payload in RawEventFileLoader(str(file)).Load():  # four times as fast as the loader that also migrates
         event = Event.FromString(payload)
         for value in event.summary.value:
