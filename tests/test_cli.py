@@ -346,6 +346,24 @@ def test_where_torch_is_not_installed_a_line_says_what_to_type(
     assert "During handling" not in done.stderr
 
 
+def test_what_an_encoding_lacks_is_escaped_and_json_stays_json(home: Path) -> None:
+    odd = "learning rate \u00d71000 \U0001f525"
+
+    async def write() -> None:
+        async with Store(home) as store:
+            await store.write(Changes(incidents={"i3": replace(INCIDENT, id="i3", message=odd)}))
+
+    asyncio.run(write())
+    sosa = [sys.executable, "-m", "sosa_stream.cli", "incidents", "--home", str(home)]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run(sosa, check=True, capture_output=True, text=True, env=env).stdout
+    assert "learning rate \\u00d71000" in shown
+    lines = subprocess.run([*sosa, "--json"], check=True, capture_output=True, text=True, env=env).stdout.splitlines()
+    assert json.loads(lines[-1])["message"] == odd
+    failed = subprocess.run([*sosa, "--run", "\u00e9"], check=False, capture_output=True, text=True, env=env)
+    assert (failed.returncode, len(failed.stderr.splitlines())) == (2, 1)
+
+
 def test_keys_are_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert code_of("keys", "new", str(tmp_path / "keys")) == 0
     assert (tmp_path / "keys" / "daemon.key").is_file()

@@ -7,7 +7,10 @@ Machine output on stdout, everything else on stderr.
 from __future__ import annotations
 
 import argparse
+import codecs
 import errno
+import io
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -44,6 +47,7 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. A user's mistake is one line on stderr, never a traceback."""
+    _show_anything()
     try:
         arguments = parser().parse_args(argv)
         code: int = arguments.func(arguments)
@@ -67,6 +71,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sosa: {error.strerror}", file=sys.stderr)
         return 1
     return code
+
+
+def _show_anything() -> None:
+    """Write what the output's encoding lacks as escapes, ``\\u00d7`` for `×`, by which JSON means the same."""
+    codecs.register_error("json_escape", _escaped)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # it may be None, or anything that a program has put there
+            stream.reconfigure(errors="json_escape")
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
 
 
 def _forget_output() -> None:
