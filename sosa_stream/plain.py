@@ -77,7 +77,7 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
             value = [value]
         if isinstance(value, str | bytes) or not isinstance(value, list | tuple):
             raise ConfigError(f"{name} must be a list, not {value!r}")
-        return tuple(coerce(name, item, get_args(hint)[0]) for item in value)
+        return tuple(coerce(_named(name, i, item), item, get_args(hint)[0]) for i, item in enumerate(value))
     if isinstance(hint, type) and issubclass(hint, StrEnum):
         try:
             return hint(value)
@@ -106,6 +106,14 @@ def _from_table(name: str, table: Any, cls: type[Any]) -> Any:
     if missing:
         raise ConfigError(f"{name}: {missing[0]} is missing")
     return cls(**{keys[key].name: coerce(f"{name}.{key}", item, hints[keys[key].name]) for key, item in table.items()})
+
+
+def _named(name: str, i: int, item: Any) -> str:
+    """Which one of a list: a table by the name in it, or by its place from 1 where it has none."""
+    if not isinstance(item, Mapping):
+        return name
+    own = item.get("name")
+    return f"{name} {own}" if own and isinstance(own, str) else f"{name} #{i + 1}"
 
 
 def plain(value: Any) -> Any:
