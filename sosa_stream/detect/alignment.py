@@ -6,6 +6,7 @@ rows of each rank: not on how they were batched into frames, nor on how frames o
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -138,8 +139,7 @@ class Alignment:
         """Every step that is complete by now, each once, lowest first."""
         for block in self._blocks:
             self._done = int(block.steps[-1])
-            for part in self._cut(block):
-                yield self._with_logged(part)
+            yield from self._cut(block)
         self._blocks.clear()
         for step in sorted(self._pending):
             while step > self._frontier():
@@ -178,10 +178,15 @@ class Alignment:
 
     def _cut(self, block: Block) -> Iterator[Block]:
         """The block in parts, so that what was logged at a step comes before the next one."""
-        inside = {step for step, _ in self._logged if block.steps[0] <= step < block.steps[-1]}
-        cuts = np.searchsorted(block.steps, sorted(inside), side="right").tolist()
-        for first, last in pairwise(dict.fromkeys([0, *cuts, len(block)])):
-            yield Block(steps=block.steps[first:last], values=block.values[first:last], sent=block.sent)
+        if not self._logged:
+            yield block
+            return
+        due = self._take_logged(int(block.steps[-1]))
+        places = np.searchsorted(block.steps, [one.step for one in due], side="right").tolist()
+        for first, last in pairwise(dict.fromkeys([0, *places, len(block)])):
+            logged = due[bisect_left(places, first) : bisect_right(places, first)]
+            steps, values = block.steps[first:last], block.values[first:last]
+            yield Block(steps=steps, values=values, sent=block.sent, logged=logged)
 
     def _with_logged(self, block: Block) -> Block:
         if not self._logged:

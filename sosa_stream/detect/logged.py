@@ -30,13 +30,17 @@ class Lowest:
 class LoggedSeries:
     """The newest values of one logged metric, each with its step and the training loss since the one before."""
 
-    __slots__ = ("_num_losses", "_steps", "_trains", "_values", "lowest", "num_finite")
+    __slots__ = ("_num_losses", "_steps", "_trains", "_values", "lowest", "lowest_level", "num_finite")
+
+    LEAST_LEVEL, MOST_LEVEL = 5, 16
 
     def __init__(self, size: int = NUM_VALUES) -> None:
         self._values, self._steps, self._trains = Ring(size), Ring(size), Ring(size)
         self._num_losses = 0
         self.num_finite = 0
         self.lowest: Lowest | None = None
+        self.lowest_level = math.inf
+        """The lowest `level` so far."""
 
     def push(self, step: int, value: float, losses: Ring) -> None:
         since = losses.last(max(1, losses.num_pushed - self._num_losses))
@@ -49,10 +53,24 @@ class LoggedSeries:
             self.num_finite += 1
             if self.lowest is None or value < self.lowest.value:
                 self.lowest = Lowest(value=value, step=step, count=self.num_finite, train=train)
+            self.lowest_level = min(self.lowest_level, self.level)
 
     def forget_lowest(self) -> None:
         """The objective is another one now."""
-        self.lowest, self.num_finite, self._num_losses = None, 0, 0
+        self.lowest, self.num_finite, self._num_losses, self.lowest_level = None, 0, 0, math.inf
+
+    @property
+    def num_level(self) -> int:
+        """Values that a level is taken from: an eighth of them, 16 at most."""
+        return min(self.num_finite // 8, self.MOST_LEVEL)
+
+    @property
+    def level(self) -> float:
+        """Median of the newest finite values, `num_level` of them: infinite before there are 40 in all."""
+        if self.num_level < self.LEAST_LEVEL:
+            return math.inf
+        values = self.values
+        return float(np.median(values[np.isfinite(values)][-self.num_level :]))
 
     @property
     def values(self) -> NDArray[np.float64]:

@@ -68,7 +68,8 @@ def nonfinite_gradient(windows: RunWindows) -> Finding | None:
     """
     if not windows.bad_grad:
         return None
-    calibrating = windows.num_points <= CALIBRATION_POINTS and not windows.bad_loss
+    never_finite = not len(windows.log_norms.recent(1))
+    calibrating = windows.num_points <= CALIBRATION_POINTS and never_finite and not windows.bad_loss
     severity = Severity.INFO if calibrating else Severity(min(windows.num_bad_grad, 3))
     return Finding(
         kind="nonfinite_gradient",

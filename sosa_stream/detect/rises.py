@@ -50,7 +50,8 @@ def lr_jump(windows: RunWindows) -> Finding | None:
         return None
     if windows.num_points - jump.point > LR_SUFFER_POINTS and not windows.hold:
         return None
-    nonfinite = bool(windows.bad_loss or windows.bad_grad)
+    since = windows.num_points - jump.point
+    nonfinite = 0 < max(windows.num_bad_loss, windows.num_bad_grad) <= since + 1
     losses, norms = windows.losses, windows.log_norms
     share = windows.undone(windows.loss) if losses.above and windows.loss is not None else 0.0
     hurt = nonfinite or share >= HURT_SHARE or (norms.above and windows.norm_ratio >= EXPLODED_RATIO)
@@ -60,6 +61,7 @@ def lr_jump(windows: RunWindows) -> Finding | None:
         return None
     level = windows.loss_level()
     ratio = jump.after / jump.before if jump.before > 0 else math.inf
+    now = "a value that is not finite" if windows.bad_loss else number(windows.loss)
     severity = Severity.CRITICAL if nonfinite or share >= LOST_SHARE else Severity.WARNING
     return Finding(
         kind="lr_jump",
@@ -67,7 +69,7 @@ def lr_jump(windows: RunWindows) -> Finding | None:
         step=windows.step,
         first_step=jump.step,
         message=f"learning rate rose {times(ratio)} at step {jump.step} ({jump.before:.3g} to {jump.after:.3g})"
-        + (f", loss {level.center:.4g} to {number(windows.loss)}" if level else ""),
+        + (f", loss {level.center:.4g} to {now}" if level else ""),
         evidence={
             "lr_before": jump.before,
             "lr_after": jump.after,
@@ -185,11 +187,16 @@ def _slow_divergence(windows: RunWindows) -> Finding | None:
     level = Level(center=float(after[0]), scale=0.1 * rise, threshold=5.0, window=course.length)
     window = since * course.length
     evidence = {"score": shake, "threshold": factor * RISE_SHAKES, "window": window, "share_undone": share}
-    return _divergence(windows, severity, course.steps[lowest], level, evidence)
+    return _divergence(windows, severity, course.steps[lowest], level, evidence, again_in=course.length)
 
 
 def _divergence(
-    windows: RunWindows, severity: Severity, first_step: int, level: Level, evidence: dict[str, float]
+    windows: RunWindows,
+    severity: Severity,
+    first_step: int,
+    level: Level,
+    evidence: dict[str, float],
+    again_in: int = 0,
 ) -> Finding:
     """``level``: where the loss was before."""
     cap = _cap(windows)
@@ -204,6 +211,7 @@ def _divergence(
         evidence={"value": windows.loss, "baseline": level.center, "lr": windows.lr, **evidence},
         causes=("the learning rate is too high", "the weights were damaged by an earlier step"),
         level=level,
+        again_in=again_in,
     )
 
 

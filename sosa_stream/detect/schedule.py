@@ -107,9 +107,8 @@ class Schedule:
 
     def take_quiet(self, lrs: NDArray[np.float64], multipliers: NDArray[np.float64], steps: NDArray[np.int64]) -> bool:
         """As `take` of each where no jump or fall can be among them; False, and nothing done, where one may be."""
-        known = self._lrs.last()
-        lowest = min(float(lrs.min()), float(known.min())) if len(known) else float(lrs.min())
-        if self.jump is not None or not float(lrs.max()) <= LR_RATIO * lowest:
+        near = np.concatenate((self._lrs.last(), lrs))
+        if self.jump is not None or not float(near.max()) <= LR_RATIO * float(near.min()):
             return False
         self._note_zero(float(lrs[-1]), int(steps[0]))  # all are 0, or none
         self._lrs.extend(lrs)

@@ -89,7 +89,8 @@ def _swing(values: NDArray[np.float64], repeats: float) -> tuple[int, float]:
         return 0, scale
     lags = np.arange(num // 2 + 1)
     r = np.correlate(rest, rest, "full")[num - 1 : num + num // 2] / power * num / (num - lags)
-    period = int(np.argmax(r[2 : num // 4 + 1])) + 2
+    at_most = r[2 : num // 4 + 1]
+    period = int(np.argmax(at_most >= 0.95 * at_most.max())) + 2  # the shortest of those that fit as well
     swings = min(r[period], r[2 * period]) >= repeats and r[1:period].min() <= OPPOSITE
     return (period if swings else 0), scale
 
@@ -106,7 +107,7 @@ def _stuck(windows: RunWindows) -> Finding | None:
     """The loss stays where it began, but for its first few points.
 
     With m(a, b) the median of the run's course from share a to b: m(.25, .5) and m(.75, 1) differ by at most
-    `FLAT_SHARE`, m(.05, .25) and m(.75, 1) by at most `STUCK_SHARE` of m(.75, 1), or by a step of their print. Neither
+    `FLAT_SHARE`, or by a step of their print, m(.05, .25) and m(.75, 1) by at most `STUCK_SHARE` of m(.75, 1). Neither
     the first eight losses nor m(0, .05) were 1.5 times as high (`LEARNED_SHARE`): a run that has converged looks the
     same later on, and is healthy. A bad initialisation may have fallen further, to where the model guesses: the
     cross-entropy of few classes, ln k. Many a run learns nothing for a while and then does, so that before its end this
@@ -126,8 +127,8 @@ def _stuck(windows: RunWindows) -> Finding | None:
         float(np.median(blocks[int(a * num) : max(int(b * num), int(a * num) + 1)]))
         for a, b in ((0.0, 0.05), (0.05, 0.25), (0.25, 0.5), (0.75, 1.0))
     )
-    grain = windows.losses.band.grain
-    if abs(middle - late) > max(FLAT_SHARE * late, grain) or abs(early - late) > max(STUCK_SHARE * late, grain):
+    flat = max(FLAT_SHARE * late, min(windows.losses.band.grain, STUCK_SHARE * late))
+    if abs(middle - late) > flat or abs(early - late) > STUCK_SHARE * late:
         return None
     first = max(first, windows.start or 0.0)
     guesses = _chance(late)

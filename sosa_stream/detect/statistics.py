@@ -53,20 +53,20 @@ PRIOR_EXCEEDED, PRIOR_SEEN, PRIOR_INDEX, PRIOR_WEIGHT = 1.0, 200.0, 0.2, 20.0
 
 
 class Grain:
-    """The step in which a series is written down: its smallest change, if one value in `TIES` equals the one before.
+    """How far a series moves when it moves (the geometric mean), if one value in `TIES` equals the one before.
 
-    A loss that was printed with two digits moves by 0.01 or not at all. Known from what repeats, not from decimals, so
-    that a series which was scaled or shifted afterwards has the same.
+    A loss that was printed with two digits moves by 0.01 or not at all; a margin loss is 0 but for a few batches. Known
+    from what repeats, not from decimals, so that a series which was scaled or shifted afterwards has the same.
     """
 
     TIES = 16
 
-    __slots__ = ("_last", "_num", "_num_ties", "_smallest")
+    __slots__ = ("_last", "_log_sum", "_num", "_num_ties")
 
     def __init__(self) -> None:
         self._last = math.nan
         self._num = self._num_ties = 0
-        self._smallest = math.inf
+        self._log_sum = 0.0
 
     def push(self, value: float) -> None:
         change = abs(value - self._last)
@@ -74,8 +74,8 @@ class Grain:
         self._num += 1
         if change == 0.0:
             self._num_ties += 1
-        elif change < self._smallest:
-            self._smallest = change
+        elif self._num > 1:
+            self._log_sum += float(np.log(change))
 
     def extend(self, values: NDArray[np.float64]) -> None:
         """As `push` of each."""
@@ -84,13 +84,15 @@ class Grain:
         self._num += len(values)
         moved = changes[changes > 0.0]
         self._num_ties += int(np.count_nonzero(changes == 0.0))
-        self._smallest = min(self._smallest, float(moved.min(initial=math.inf)))
+        # one after the other, as `push` adds them: the same bits however values come
+        self._log_sum = float(np.add.accumulate(np.concatenate(([self._log_sum], np.log(moved))))[-1])
 
     @property
     def size(self) -> float:
         """0 for a series that hardly ever repeats itself, or never moves."""
+        num_moves = self._num - 1 - self._num_ties
         repeats = self._num_ties * self.TIES >= self._num
-        return self._smallest if repeats and math.isfinite(self._smallest) else 0.0
+        return math.exp(self._log_sum / num_moves) if repeats and num_moves > 0 else 0.0
 
 
 class Ring:

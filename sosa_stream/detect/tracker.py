@@ -292,7 +292,7 @@ class Tracker:
         if finding.kind == incident.kind:
             known.cap, known.again_in = finding.cap, finding.again_in
             cause = bool(incident.evidence.get("lost_peer")) and not finding.evidence.get("lost_peer")
-            ranks = finding.ranks if cause else tuple(sorted({*incident.ranks, *finding.ranks}))
+            ranks = finding.ranks if cause else _guilty(incident, finding, known.detector)
             worse = cause or finding.severity > incident.severity
             incident = replace(
                 incident,
@@ -337,6 +337,13 @@ class Tracker:
         self._all[incident.id] = incident
         if incident.id in self._open:
             self._open[incident.id].incident = incident
+
+
+def _guilty(incident: Incident, finding: Finding, detector: Detector) -> tuple[int, ...]:
+    """Ranks that showed it first, where it spreads with the next reduction; else all that show it."""
+    if detector.disturbs and finding.first_step > incident.first_step:
+        return incident.ranks
+    return tuple(sorted({*incident.ranks, *finding.ranks}))
 
 
 def in_band(known: OpenIncident, windows: RunWindows) -> bool:

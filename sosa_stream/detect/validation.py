@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sosa_stream.detect.incidents import Finding, Severity
+from sosa_stream.detect.logged import LoggedSeries
 from sosa_stream.detect.windows import RunWindows
 from sosa_stream.protocol.columns import EVAL_LOSS
 
@@ -24,7 +26,8 @@ def overfitting(windows: RunWindows) -> Finding | None:
     With b the lowest of n validation losses, each of the last m exceeds b + `OVERFIT_SHARE` · ``|b|``, their median
     exceeds b by `RISE_NOISE` times the noise (1.4826 · median|second difference| / sqrt(6) of the last `RECENT`), they
     are not on their way down again, and the training loss rose by less than 0.3 of that since b. m is 3, and one more
-    for each doubling of n from 8 on: more evaluations are more chances to be wrong. The share is that of Amazon
+    for each doubling of n from 8 on: more evaluations are more chances to be wrong. From 40 on, the level of n / 8
+    values must have turned as well (`_has_turned`). The share is that of Amazon
     SageMaker Debugger's rule Overfit, (validation - training) / training > 0.1, taken against the run's own best
     instead: the two losses need not be comparable. Exempt from the shift test.
     """
@@ -44,7 +47,7 @@ def overfitting(windows: RunWindows) -> Finding | None:
     if float(last.min()) - base <= OVERFIT_SHARE * abs(base) or not trained < 0.3 * rise:
         return None
     noise = _noise(values[-RECENT:])
-    if rise <= RISE_NOISE * noise:
+    if rise <= RISE_NOISE * noise or (series.num_level >= LoggedSeries.LEAST_LEVEL and not _has_turned(series, values)):
         return None
     return Finding(
         kind="overfitting",
@@ -75,6 +78,18 @@ def _is_new(windows: RunWindows) -> bool:
     return windows.newest_logged is not None and windows.newest_logged.name == EVAL_LOSS
 
 
+def _has_turned(series: LoggedSeries, values: NDArray[np.float64]) -> bool:
+    """Whether not the lowest value alone, but the level of many, was lower: half of `OVERFIT_SHARE`, and beyond noise.
+
+    A median of k varies by 1.2533 · noise / sqrt(k), and the lowest of n / k of them lies sqrt(2 ln(n / k)) of that
+    below the others.
+    """
+    rise = series.level - series.lowest_level
+    chance = 3.5 + math.sqrt(2.0 * math.log(series.num_finite / series.num_level))
+    noise = 1.2533 * _noise(values) / math.sqrt(series.num_level)
+    return rise > max(chance * noise, 0.5 * OVERFIT_SHARE * abs(series.lowest_level))
+
+
 def fits_again(windows: RunWindows) -> bool:
     """Whether the newest validation loss is back within half of the allowed share of the lowest."""
     series = windows.logged.get(EVAL_LOSS)
@@ -83,7 +98,7 @@ def fits_again(windows: RunWindows) -> bool:
     return bool(series.values[-1] <= series.lowest.value + 0.5 * OVERFIT_SHARE * abs(series.lowest.value))
 
 
-def _noise(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
+def _noise(values: NDArray[np.float64]) -> float:
     if len(values) < 3:
         return math.inf
     return float(1.4826 * np.median(np.abs(np.diff(values, 2))) / math.sqrt(6.0))
