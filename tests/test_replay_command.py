@@ -110,6 +110,27 @@ def test_rules_on_the_users_metrics_see_those_of_a_log(
     assert [json.loads(line)["kind"] for line in capsys.readouterr().out.splitlines()] == ["reward_gone"]
 
 
+@pytest.mark.parametrize("num_rows", [60, 200])
+def test_a_log_of_mere_metrics_is_replayed_for_the_rules_on_them(
+    num_rows: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"step": 10 * i, "reward": 1.0 if i < 40 else 0.0, "lr": 0.1} for i in range(num_rows)]
+    path = write("log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert code_of(path) == 2, "no rule is on it"
+    rule = '[[detect.rules]]\nname = "reward_gone"\nmetric = "reward"\nbelow = 0.5\nfor = 5\nseverity = "warning"\n'
+    Path("sosa.toml").write_text(rule, encoding="utf-8")
+    monkeypatch.setenv("SOSA_CONFIG", "sosa.toml")
+    capsys.readouterr()
+    assert code_of(path, "--json") == 0
+    out, err = capsys.readouterr()
+    (incident,) = map(json.loads, out.splitlines())
+    assert (incident["kind"], incident["first_step"], incident["detected_step"]) == ("reward_gone", 400, 440)
+    assert f"{num_rows} rows, step 0…{10 * num_rows - 10}" in err
+    assert "no loss in it" in err
+    assert code_of(path) == 0
+    assert "nan_loss" in capsys.readouterr().out.partition("blind: ")[2].partition("(no loss in it)")[0]
+
+
 @pytest.mark.parametrize(
     ("name", "data", "flags", "said"),
     [

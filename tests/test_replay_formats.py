@@ -146,16 +146,18 @@ def test_nan_that_only_fills_rows_is_no_value(tmp_path: Path) -> None:
     assert len(listener.points["loss"]) == 60
 
 
-def test_a_validation_follows_its_step_in_a_frame_of_its_own(tmp_path: Path) -> None:
+def test_validations_go_ahead_of_the_steps_around_them_in_a_frame_of_their_own(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 1, "loss": 2, "val_loss": 3}\n{"step": 2, "loss": 1, "val_loss": 2}\n', encoding="utf-8")
+    rows = ['{"step": 1, "loss": 2, "val_loss": 3}', '{"step": 2, "loss": 1, "val_loss": 2}']
+    rows += ['{"step": 3, "loss": 2, "lr": 0.1}', '{"step": 4, "loss": 1, "lr": 0.1, "val_loss": 1}']
+    path.write_text("\n".join(rows), encoding="utf-8")
     _, listener = fed(path)
     frames = [message for message in listener.messages if isinstance(message, MetricFrame)]
     assert [(frame.columns, frame.steps.tolist()) for frame in frames] == [
-        (("loss",), [1]),
-        (("eval_loss",), [1]),
-        (("loss",), [2]),
-        (("eval_loss",), [2]),
+        (("eval_loss",), [1, 2]),
+        (("loss",), [1, 2]),
+        (("eval_loss",), [4]),
+        (("loss", "lr"), [3, 4]),
     ]
 
 

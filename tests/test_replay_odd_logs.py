@@ -342,3 +342,23 @@ def test_a_column_of_runs_costs_a_moment() -> None:
     start = time.process_time()
     assert code_of(path, "--json") == 0
     assert time.process_time() - start < 5.0
+
+
+def test_validations_come_to_the_same_in_frames_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    losses = (1.5 + 2.0 * np.exp(-np.arange(3000) / 300) + 0.02 * rng.standard_normal(3000)).tolist()
+    rows = [
+        {"step": i, "loss": loss} | ({"val_loss": 2.0 + abs(i - 1000) / 1000} if i % 7 == 3 else {})
+        for i, loss in enumerate(losses)
+    ]
+
+    def found(num_rows: int) -> list[dict[str, object]]:
+        monkeypatch.setattr("sosa_stream.replay.feed.MAX_FRAME_ROWS", num_rows)
+        feed = LogFeed("log")
+        feed.take_whole(from_rows(rows))
+        feed.finish()
+        return [incident.as_dict() for incident in feed.incidents]
+
+    one_by_one = found(1)
+    assert "overfitting" in [incident["kind"] for incident in one_by_one]
+    assert found(64) == found(4096) == one_by_one

@@ -82,6 +82,8 @@ def _mended(feed: LogFeed) -> Iterator[str]:
 def _doubts(feed: LogFeed) -> Iterator[str]:
     for doubt in feed.guess.doubts if feed.guess is not None else ():
         yield f"  {doubt}"
+    if feed.guess is not None and not feed.guess.has_loss:
+        yield "  no loss in it: nothing but your own rules is looked for"
     yield from _unread(feed)
     nan = np.isnan(_losses(feed))
     if 2 * np.count_nonzero(nan) >= len(nan) and np.count_nonzero(nan[:-1] & ~nan[1:]) >= 3:

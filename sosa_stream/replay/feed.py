@@ -22,6 +22,8 @@ from sosa_stream.replay.runs import is_newest_first
 from sosa_stream.replay.steps import Points, Stepper, Tally
 
 MAX_FRAME_ROWS = 4096
+_PATIENCE_ROWS = 64
+"""Rows of mere metrics after which no loss is waited for."""
 _LARGEST = 1e100
 """What is larger is fed as this, which can be squared and added up."""
 _SECONDS_PER_MESSAGE = 1e-3
@@ -98,14 +100,26 @@ class LogFeed:
         self._stepper.begin_anew()
 
     def take(self, log: Log) -> list[Effect]:
-        """Feed the next rows; they wait until a loss has been seen, and what the mapping calls the step."""
+        """Feed the next rows; they wait until a loss has been seen, and what the mapping calls the step.
+
+        Where a metric is wanted they wait for a loss no longer than `_PATIENCE_ROWS` rows.
+        """
         log = joined([*self._waiting, log])
         guess = guess_columns(log, mapping=self._mapping, wanted=self._wanted)
         if self.guess is not None and self._is_guessed:
             guess = self.guess.extended(guess)
-        elif not guess.has_loss or self._mapping.get(STEP, guess.counter) not in {None, *log.columns}:
+        elif not self._is_enough(log, guess):
             self._waiting = [log]
             return []
+        return self._feed(log, guess)
+
+    def _is_enough(self, log: Log, guess: Guess) -> bool:
+        """Whether to begin with these rows; a log of mere metrics may yet come to its losses."""
+        if self._mapping.get(STEP, guess.counter) not in {None, *log.columns}:
+            return False
+        return guess.has_loss or (guess.has_metrics and log.num_rows >= _PATIENCE_ROWS)
+
+    def _feed(self, log: Log, guess: Guess) -> list[Effect]:
         self.guess, self._is_guessed = guess, True
         self._waiting.clear()
         self._seen |= dict.fromkeys(log.columns)
@@ -122,16 +136,21 @@ class LogFeed:
         """The log has ended.
 
         Raises:
-            UsageError: it has held no loss, or not what ``mapping`` names.
+            UsageError: it has held neither a loss nor a wanted metric, or not what ``mapping`` names.
         """
         self._seen |= dict.fromkeys(joined(self._waiting).columns)
         missing = [name for name in self._mapping.values() if name not in self._seen]
         if missing:
             raise UsageError(f"no column {missing[0]!r}; {known_columns(self._seen)}")
+        effects: list[Effect] = []
+        if self.guess is None and self._waiting:
+            log = joined(self._waiting)
+            guess = guess_columns(log, mapping=self._mapping, wanted=self._wanted)
+            effects = self._feed(log, guess) if guess.has_metrics else []
         if self.guess is None:
             known = known_columns(self._seen)
             raise UsageError(f"no loss found in it; {known}; --map loss=NAME says which column it is")
-        return self._handle(Bye(header=self._next_header(), reason="end", exit_code=0, dropped=0))
+        return effects + self._handle(Bye(header=self._next_header(), reason="end", exit_code=0, dropped=0))
 
     @property
     def incidents(self) -> tuple[Incident, ...]:
@@ -187,26 +206,40 @@ class LogFeed:
             self.curve.append(Stretch(generation=points.generation, steps=steps, losses=losses))
         of_steps = {ours: column for ours, column in columns.items() if ours in COLUMNS}
         logged = {ours: column for ours, column in columns.items() if ours not in COLUMNS}
-        # A frame ends where other columns are present, and before and after what was logged.
-        kinds = sum((column.present << i for i, column in enumerate(of_steps.values())), np.zeros_like(points.steps))
-        tells = sum((column.present for column in logged.values()), np.zeros_like(points.is_step))
-        cuts = (np.flatnonzero((np.diff(kinds) != 0) | tells[:-1]) + 1).tolist()
-        for start, end in zip([0, *cuts], [*cuts, len(kinds)], strict=True):
-            if points.is_step[start]:
-                for first in range(start, end, MAX_FRAME_ROWS):
-                    yield self._frame(points.steps, of_steps, slice(first, min(first + MAX_FRAME_ROWS, end)))
-            if tells[end - 1]:
-                yield self._frame(points.steps, logged, slice(end - 1, end))
+        if self.guess is not None and not self.guess.has_loss:  # its steps happened, whatever their losses were
+            of_steps["skipped"] = Column(values=np.zeros(len(points.steps)), present=points.is_step)
+        size = max(1, MAX_FRAME_ROWS // max(1, len(logged)))
+        tells = list(_runs(logged, len(points.steps), size))[::-1]
+        for rows in _runs(of_steps, len(points.steps), size):
+            # What was logged within or before these steps comes first: the Engine keeps it until its step is over.
+            while tells and tells[-1][0] <= rows[-1]:
+                told = tells.pop()
+                within = int(np.searchsorted(told, rows[-1], side="right"))
+                yield self._frame(points.steps, logged, told[:within])
+                if within < len(told):
+                    tells.append(told[within:])
+            yield self._frame(points.steps, of_steps, rows)
+        for told in tells[::-1]:
+            yield self._frame(points.steps, logged, told)
 
-    def _frame(self, steps: NDArray[np.int64], columns: Mapping[str, Column], rows: slice) -> MetricFrame:
+    def _frame(self, steps: NDArray[np.int64], columns: Mapping[str, Column], rows: NDArray[np.int64]) -> MetricFrame:
         """These rows, with the columns that the first of them has: all of them have the same."""
-        values = {ours: column.values[rows] for ours, column in columns.items() if column.present[rows.start]}
+        values = {ours: column.values[rows] for ours, column in columns.items() if column.present[rows[0]]}
         return MetricFrame(
             header=self._next_header(),
             columns=tuple(values),
             steps=steps[rows],
             values=np.column_stack(list(values.values())),
         )
+
+
+def _runs(columns: Mapping[str, Column], num_rows: int, size: int) -> Iterator[NDArray[np.int64]]:
+    """The rows that have any of these columns, cut where it is others of them; at most ``size`` at a time."""
+    kinds = sum((column.present << i for i, column in enumerate(columns.values())), np.zeros(num_rows, dtype=np.int64))
+    rows = np.flatnonzero(kinds)
+    for same in np.split(rows, np.flatnonzero(np.diff(kinds[rows])) + 1):
+        for first in range(0, len(same), size):
+            yield same[first : first + size]
 
 
 def _in_reach(column: Column) -> Column:

@@ -43,8 +43,13 @@ class Guess:
 
     @property
     def has_loss(self) -> bool:
-        """Whether there is anything to detect on."""
+        """Whether there is a loss, of training or of validation, to detect on."""
         return "loss" in self.columns or EVAL_LOSS in self.columns
+
+    @property
+    def has_metrics(self) -> bool:
+        """Whether there is a metric that the user's own rules are on."""
+        return any(ours.startswith(LOG_PREFIX) for ours in self.columns)
 
     def extended(self, later: Guess) -> Guess:
         """With what only came up later in the log; what was guessed before stays."""
@@ -180,11 +185,15 @@ def _parts(names: Sequence[str], counts: Mapping[str, int]) -> tuple[tuple[str, 
 
 
 def _counter(log: Log, columns: Mapping[str, tuple[str, ...]]) -> str | None:
-    """The first of `STEP_NAMES` that moves with the losses: whole numbers, most rows another than the row before."""
-    losses = columns.get("loss") or columns.get(EVAL_LOSS)
-    if losses is None:
+    """The first of `STEP_NAMES` that moves with the losses, or with the metrics where there are none of them.
+
+    It has whole numbers, in most rows another than in the row before.
+    """
+    metrics = (names for ours, names in columns.items() if ours.startswith(LOG_PREFIX))
+    names = columns.get("loss") or columns.get(EVAL_LOSS) or next(metrics, None)
+    if names is None:
         return None
-    rows = log.columns[losses[0]].present
+    rows = log.columns[names[0]].present
     for alias in STEP_NAMES:
         for name in (name for name in log.columns if plain(name) == alias):
             column = log.columns[name]

@@ -1,7 +1,8 @@
 """From the rows of a log to the steps of a run: resumes, counters that begin again each epoch, repeated rows.
 
-A row that holds a loss or a gradient norm is a *step*; one that holds only metrics belongs to the step before it. The
-learning rate is a state: a row with nothing else makes no step, and it holds until the log gives another.
+A row that holds a loss or a gradient norm is a *step*; one that holds only metrics belongs to the step before it, but
+is one itself in a log that has no loss. The learning rate is a state: a row with nothing else makes no step, and it
+holds until the log gives another.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class Stepper:
     def take(self, log: Log, guess: Guess) -> list[Points]:
         """The next rows of the log, cut where a generation begins."""
         columns = {ours: _sum(log, theirs) for ours, theirs in guess.columns.items() if log.columns.keys() >= {*theirs}}
-        makes = [column.present for ours, column in columns.items() if ours in COLUMNS and ours not in STATES]
+        is_made = COLUMNS if guess.has_loss else columns
+        makes = [column.present for ours, column in columns.items() if ours in is_made and ours not in STATES]
         is_step = _any(makes, log.num_rows)
         for ours in STATES & guess.columns.keys():
             columns[ours] = self._hold(ours, columns.get(ours, nothing(log.num_rows)), is_step)
