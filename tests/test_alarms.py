@@ -211,7 +211,7 @@ def test_wilson_intervals_are_those_of_the_tables(hits: int, of: int, low: float
 
 def test_a_store_of_the_version_before_is_brought_up_to_date_by_whoever_opens_it(sosa: Typed, home: Path) -> None:
     with contextlib.closing(sqlite3.connect(home / "sosa.db")) as store:
-        for table in ("acks", "mutes", "feedback", "notifications"):
+        for table in ("acks", "mutes", "feedback", "notifications", "detectors"):
             store.execute(f"DROP TABLE {table}")
         store.execute("PRAGMA user_version = 1")
     assert len(sosa.lines("incidents")) == 4

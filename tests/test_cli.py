@@ -87,7 +87,7 @@ def test_the_commands_and_flags_are_frozen() -> None:
                 *("--bind", "--config", "--embedded", "--home", "--http", "--insecure", "--keys", "--ready-fd"),
             ]
         ),
-        "incidents": sorted([*both, "--home", "--json", "--run"]),
+        "incidents": sorted([*both, "--home", "--json", "--run", "INCIDENT"]),
         "commands": sorted([*both, "--home", "--json", "--run"]),
         "approve": sorted([*both, "--home", "COMMAND"]),
         "ack": sorted([*both, "--home", "--note", "INCIDENT"]),
@@ -115,6 +115,8 @@ def code_of(*arguments: str) -> int:
         [],
         ["nonsense"],
         ["incidents", "--nonsense"],
+        ["incidents", "i", "--home", "nowhere"],
+        ["incidents", "i", "--run", "r"],
         ["approve"],
         ["keys"],
         ["incidents", "--home", "nowhere"],
@@ -172,6 +174,84 @@ def test_incidents_are_a_table(home: Path, capsys: pytest.CaptureFixture[str]) -
     assert heading.split() == ["ID", "RUN", "KIND", "SEVERITY", "STATE", "MARKS", "STEP", "RANKS", "MESSAGE"]
     assert rows[0].split() == ["i1", "alpha", "nan_loss", "critical", "open", "-", "4", "1", "loss", "is", "NaN"]
     assert [row.split()[0] for row in rows] == ["i1", "i2"]
+
+
+def test_one_incident_is_told_whole(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    known = replace(
+        INCIDENT,
+        id="full",
+        message="two lines\nof a message \x1b[31m",
+        evidence={
+            "value": float("nan"),
+            "baseline": 0.0123456789,
+            "lost_peer": False,
+            "stack": ["a.py:1 f", "b.py:2 g"],
+        },
+        symptoms=("loss_spike",),
+        causes=("the first cause", "the second cause"),
+        worsens="what worsens it",
+        clears="what clears it",
+        fixes=({"command": "c1", "actions": [COMMAND.actions[0].as_dict()], "state": "verified", "verdict": "helped"},),
+        resolved_step=25,
+    )
+
+    async def write() -> None:
+        async with Store(home) as store:
+            await store.write(Changes(incidents={known.id: known}))
+
+    asyncio.run(write())
+    assert code_of("ack", "full", "--note", "a bad disk", "--home", str(home)) == 0
+    capsys.readouterr()
+    assert code_of("incidents", "fu", "--home", str(home)) == 0
+    out = capsys.readouterr().out
+    lines = [line.split() for line in out.splitlines()]
+    for told in (
+        "full nan_loss of run alpha: critical, open",
+        "two lines",
+        "of a message \\x1b[31m",
+        "steps since 3, detected at 4, resolved at 25",
+        "ranks 1",
+        "evidence value NaN",
+        "baseline 0.0123457",
+        "lost_peer no",
+        "stack a.py:1 f",
+        "b.py:2 g",
+        "symptoms loss_spike",
+        "causes the first cause",
+        "the second cause",
+        "worsens what worsens it",
+        "clears what clears it",
+        "fixes c1 clip_grad(max_norm=1): verified, helped",
+    ):
+        assert told.split() in lines
+    assert "a bad disk" in out
+    assert code_of("incidents", "fu", "--json", "--home", str(home)) == 0
+    assert json.loads(capsys.readouterr().out)["causes"] == ["the first cause", "the second cause"]
+
+
+def test_what_could_not_be_looked_for_is_listed_by_run(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    states = {"nan_loss": "watching", "overfitting": "blind", "reward_gone": "blind", "lr_jump": "warming"}
+    row = RunRow(run="quiet", generation="g", step=5, seen_at=NOW, detectors=states)
+
+    async def write(*rows: RunRow) -> None:
+        async with Store(home) as store:
+            await store.write(Changes(runs={row.run: row for row in rows}))
+
+    asyncio.run(write(row))
+    assert code_of("incidents", "--run", "quiet", "--home", str(home)) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "no incidents of run quiet",
+        "blind: overfitting, reward_gone; warming: lr_jump",
+    ]
+    watching = {**states, "reward_gone": "watching", "lr_jump": "watching"}
+    asyncio.run(write(replace(row, detectors=watching), *(replace(row, run=run) for run in ("beta", "gamma"))))
+    assert code_of("incidents", "--home", str(home)) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "run beta, gamma: blind: overfitting, reward_gone; warming: lr_jump",
+        "run quiet: blind: overfitting",
+    ]
+    assert code_of("incidents", "--run", "quiet", "--json", "--home", str(home)) == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_commands_are_a_table(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from daemon_process import DaemonProcess, RingAgent, frame, wait_until
 from webhook_server import WebhookServer
 
 from sosa_stream.config import DetectorOverride, DetectSettings
+from sosa_stream.daemon.schema import open_store
 from sosa_stream.detect.incidents import Severity
 from sosa_stream.effects import CommandChanged, Event, IncidentChanged, Publish, Reconfigured
 from sosa_stream.engine import Engine
@@ -172,6 +175,18 @@ def test_what_is_sent_twice_is_recorded_once(tmp_path: Path) -> None:
         agent.pump()
         wait_until(lambda: daemon.metric("sosa_frames_duplicate_total", run="run") == 4, "the duplicates")
     assert recorded_steps(tmp_path / "home") == list(range(4))
+
+
+def test_a_daemon_that_has_ended_leaves_in_the_store_which_detectors_were_blind(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    with DaemonProcess(home) as daemon, RingAgent(daemon.address, "one", source="a") as agent:
+        agent.add_frames(range(100))
+        wait_until(agent.pump, "the run")
+        assert daemon.terminate() == 0
+    with contextlib.closing(open_store(home)) as store:
+        (states,) = store.execute("SELECT states FROM detectors WHERE run = 'one'").fetchone()
+    assert json.loads(states)["overfitting"] == "blind"
+    assert json.loads(states)["nan_loss"] == "watching"
 
 
 def test_two_runs_at_once_are_kept_apart(tmp_path: Path) -> None:

@@ -12,11 +12,10 @@ import re
 import sqlite3
 import time
 from collections.abc import Collection
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sosa_stream.cli.home import add_home, find_record, home_of, opened_store, table, who
+from sosa_stream.cli.home import add_home, find_record, home_of, local_time, opened_store, table, who
 from sosa_stream.config import CONFIG_VARIABLE, load_settings
 from sosa_stream.daemon.schema import json_line
 from sosa_stream.errors import UsageError
@@ -95,7 +94,7 @@ def mute(arguments: argparse.Namespace) -> int:
             "until = excluded.until, reason = excluded.reason",
             (run, kind, who(), now, now + seconds, arguments.reason),
         )
-    print(f"{kind} of run {run} is muted until {_shown(now + seconds)}")
+    print(f"{kind} of run {run} is muted until {local_time(now + seconds)}")
     return 0
 
 
@@ -117,7 +116,7 @@ def _list(arguments: argparse.Namespace) -> int:
         for row in rows:
             print(json_line(row))
     elif rows:
-        cells = [(row["run"], row["kind"], _shown(row["until"]), row["who"], row["reason"] or None) for row in rows]
+        cells = [(row["run"], row["kind"], local_time(row["until"]), row["who"], row["reason"] or None) for row in rows]
         print(table(("RUN", "KIND", "UNTIL", "WHO", "REASON"), cells))
     else:
         print("nothing is muted")
@@ -160,7 +159,3 @@ def _kinds(store: sqlite3.Connection, run: str) -> list[str]:
 def _check(what: str, word: str, known: Collection[str]) -> None:
     if word not in known:
         raise UsageError(f"there is no {what} {word!r}; {suggestion(word, known)}")
-
-
-def _shown(at: float) -> str:
-    return datetime.fromtimestamp(at).astimezone().isoformat(sep=" ", timespec="minutes")

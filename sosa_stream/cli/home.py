@@ -9,6 +9,7 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,11 @@ def who() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user that has no name
         return f"uid {os.getuid()}"
+
+
+def local_time(at: float) -> str:
+    """Seconds since the epoch, as people write a time."""
+    return datetime.fromtimestamp(at).astimezone().isoformat(sep=" ", timespec="minutes")
 
 
 def table(headings: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

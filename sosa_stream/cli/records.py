@@ -9,36 +9,68 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from sosa_stream.cli.alarms import mutes_in_force
-from sosa_stream.cli.home import add_home, home_of, opened_store, table
+from sosa_stream.cli.alarms import add_incident, mutes_in_force
+from sosa_stream.cli.home import add_home, find_record, home_of, opened_store, table
+from sosa_stream.cli.incident_words import unseen, whole, words_of
 from sosa_stream.daemon.schema import json_line
 from sosa_stream.errors import UsageError
 
 
 def add_parser(subparsers: Any) -> None:
     """Add ``incidents`` and ``commands``."""
-    _add(subparsers, "incidents", "what went wrong, and what was done about it", incident_table)
-    _add(subparsers, "commands", "the fixes that were proposed or applied, and their verdicts", command_table)
+    parser = _add(subparsers, "incidents", "what went wrong, and what was done about it", incidents)
+    parser.description = "Lists incidents and what could not be looked for; with INCIDENT, tells all about that one."
+    add_incident(parser, nargs="?")
+    _add(subparsers, "commands", "the fixes that were proposed or applied, and their verdicts", commands)
 
 
-def _add(subparsers: Any, what: str, help_text: str, show: Callable[[list[dict[str, Any]]], str]) -> None:
+def _add(subparsers: Any, what: str, help_text: str, act: Callable[[argparse.Namespace], int]) -> Any:
     parser = subparsers.add_parser(what, help=help_text)
     parser.add_argument("--run", metavar="RUN", help="only of this run")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     add_home(parser)
-    parser.set_defaults(func=lambda arguments: _run(arguments, what, show))
+    parser.set_defaults(func=act)
+    return parser
 
 
-def _run(arguments: argparse.Namespace, what: str, show: Callable[[list[dict[str, Any]]], str]) -> int:
+def incidents(arguments: argparse.Namespace) -> int:
+    if arguments.incident is not None:
+        return _one(arguments)
+    _show(arguments, "incidents", incident_table)
+    if not arguments.json:
+        with opened_store(home_of(arguments)) as store:
+            query = "SELECT run, states FROM detectors WHERE ?1 IS NULL OR run = ?1 ORDER BY rowid"
+            states = {run: json.loads(of_run) for run, of_run in store.execute(query, (arguments.run,))}
+        for line in unseen(states):
+            print(line)
+    return 0
+
+
+def _one(arguments: argparse.Namespace) -> int:
+    if arguments.run is not None:
+        raise UsageError("--run goes without an incident, whose id is of one run")
+    home = home_of(arguments)
+    with opened_store(home) as store:
+        record = find_record(store, "incident", arguments.incident, home)
+        _add_marks(store, [record])
+    print(json_line(record) if arguments.json else whole(record))
+    return 0
+
+
+def commands(arguments: argparse.Namespace) -> int:
+    _show(arguments, "commands", command_table)
+    return 0
+
+
+def _show(arguments: argparse.Namespace, what: str, as_table: Callable[[list[dict[str, Any]]], str]) -> None:
     records = read_records(arguments, what)
     if arguments.json:
         for record in records:
             print(json_line(record))
     elif records:
-        print(show(records))
+        print(as_table(records))
     else:
         print(f"no {what}" + (f" of run {arguments.run}" if arguments.run else ""))
-    return 0
 
 
 def read_records(arguments: argparse.Namespace, what: str) -> list[dict[str, Any]]:
@@ -118,7 +150,7 @@ def command_table(records: list[dict[str, Any]]) -> str:
             record["id"],
             record["run"],
             record["incident"],
-            ", ".join(_words(action) for action in record["actions"]),
+            ", ".join(words_of(action) for action in record["actions"]),
             f"{record['confidence']:.2f}",
             record["state"],
             record["applied_step"],
@@ -127,11 +159,3 @@ def command_table(records: list[dict[str, Any]]) -> str:
         for record in records
     ]
     return table(("ID", "RUN", "INCIDENT", "ACTIONS", "CONFIDENCE", "STATE", "STEP", "VERDICT"), rows)
-
-
-def _words(action: dict[str, Any]) -> str:
-    params = ", ".join(
-        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
-        for name, value in action["params"].items()
-    )
-    return f"{action['action']}({params})"

@@ -298,7 +298,11 @@ class Run:
         if self._snapshot is None:
             view = self._engine.view()
             self.changes.runs[self.name] = RunRow(
-                run=self.name, generation=view.generation, step=view.step, seen_at=self._now
+                run=self.name,
+                generation=view.generation,
+                step=view.step,
+                seen_at=self._now,
+                detectors=dict(view.detectors),
             )
             self._snapshot = RunSnapshot(
                 view=view,

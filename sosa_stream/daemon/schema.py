@@ -1,6 +1,6 @@
 """What lies in the daemon's home, for its writer and its readers. Standard library only.
 
-<home>/sosa.db            SQLite: runs, incidents, commands; requests, acks, mutes and feedback of people; notifications
+<home>/sosa.db            SQLite: runs, detectors, incidents, commands; what people said; notifications
 <home>/<run>/run.sosa     the recording, from which runs, incidents and commands can be had again
 """
 
@@ -19,8 +19,8 @@ from sosa_stream.errors import UsageError
 
 STORE_NAME = "sosa.db"
 RECORDING_NAME = "run.sosa"
-SCHEMA_VERSION = 2
-OLDER_VERSIONS = frozenset({1})
+SCHEMA_VERSION = 3
+OLDER_VERSIONS = frozenset({1, 2})
 """Versions whose tables are a part of today's: `SCHEMA` makes them whole."""
 BUSY_TIMEOUT_MS = 5000
 
@@ -32,6 +32,7 @@ CREATE TABLE IF NOT EXISTS runs (
     run TEXT PRIMARY KEY, generation TEXT NOT NULL, step INTEGER NOT NULL,
     first_seen REAL NOT NULL, last_seen REAL NOT NULL
 );
+CREATE TABLE IF NOT EXISTS detectors (run TEXT PRIMARY KEY, states TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS incidents (
     id TEXT PRIMARY KEY, run TEXT NOT NULL, state TEXT NOT NULL, changed_at REAL NOT NULL, record TEXT NOT NULL
 );

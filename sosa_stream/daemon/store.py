@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -28,12 +29,13 @@ from sosa_stream.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRow:
-    """A run as it now is. ``seen_at`` in seconds since the epoch."""
+    """A run as it now is. ``seen_at`` in seconds since the epoch; ``detectors`` are states by kind."""
 
     run: str
     generation: str
     step: int
     seen_at: float
+    detectors: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -119,6 +121,11 @@ class Store:
                     "INSERT INTO runs VALUES (?1, ?2, ?3, ?4, ?4) ON CONFLICT (run) DO UPDATE SET "
                     "generation = excluded.generation, step = excluded.step, last_seen = excluded.last_seen",
                     [(row.run, row.generation, row.step, row.seen_at) for row in changes.runs.values()],
+                )
+                await self._db.executemany(
+                    "INSERT INTO detectors VALUES (?, ?) ON CONFLICT (run) DO UPDATE SET states = excluded.states "
+                    "WHERE states <> excluded.states",
+                    [(row.run, json_line(row.detectors)) for row in changes.runs.values()],
                 )
                 for table, records in (("incidents", changes.incidents), ("commands", changes.commands)):
                     await self._db.executemany(
