@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sosa_stream.detect.alignment import AT
-from sosa_stream.detect.statistics import Ring
+from sosa_stream.detect.statistics import Ring, median_of_sorted
 from sosa_stream.protocol.columns import logged_name
 
 NUM_VALUES = 64
@@ -44,7 +44,7 @@ class LoggedSeries:
 
     def push(self, step: int, value: float, losses: Ring) -> None:
         since = losses.last(max(1, losses.num_pushed - self._num_losses))
-        train = float(np.median(since)) if len(since) else math.nan
+        train = median_of_sorted(np.sort(since)) if len(since) else math.nan
         self._num_losses = losses.num_pushed
         self._values.push(value)
         self._steps.push(step)
@@ -70,7 +70,7 @@ class LoggedSeries:
         if self.num_level < self.LEAST_LEVEL:
             return math.inf
         values = self.values
-        return float(np.median(values[np.isfinite(values)][-self.num_level :]))
+        return median_of_sorted(np.sort(values[np.isfinite(values)][-self.num_level :]))
 
     @property
     def values(self) -> NDArray[np.float64]:

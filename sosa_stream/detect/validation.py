@@ -42,9 +42,11 @@ def overfitting(windows: RunWindows) -> Finding | None:
     if not np.isfinite(series.values[-1]) or num - lowest.count < len(last) or last[-3] > last[-2] > last[-1]:
         return None
     base = lowest.value
+    if float(last.min()) - base <= OVERFIT_SHARE * abs(base):
+        return None
     rise = float(np.median(last[-3:])) - base
     trained = float(np.median(series.trains[-3:])) - lowest.train
-    if float(last.min()) - base <= OVERFIT_SHARE * abs(base) or not trained < 0.3 * rise:
+    if not trained < 0.3 * rise:
         return None
     noise = _noise(values[-RECENT:])
     if rise <= RISE_NOISE * noise or (series.num_level >= LoggedSeries.LEAST_LEVEL and not _has_turned(series, values)):
