@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from replay_samples import LOSSES, code_of, csv_of, write
 
+from sosa_stream.replay.feed import LogFeed
 from sosa_stream.replay.log import from_rows, joined
 from sosa_stream.replay.numerals import number
 
@@ -52,6 +53,13 @@ def test_a_text_in_place_of_a_loss_is_told(capsys: pytest.CaptureFixture[str]) -
     assert "1 cell of loss left out, being no number: 'overflow'" in capsys.readouterr().out
     assert code_of(write("well.csv", csv_of(LOSSES))) == 0
     assert "left out" not in capsys.readouterr().out
+
+
+def test_a_text_that_comes_alone_in_a_followed_log_is_told() -> None:
+    feed = LogFeed("log")
+    for loss in (2.0, "overflow", "", 1.0):
+        feed.take(from_rows([{"loss": loss, "note": "fine"}]))
+    assert feed.unread == ["overflow"]
 
 
 def test_unread_texts_stay_with_their_rows() -> None:

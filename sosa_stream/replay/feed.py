@@ -124,7 +124,7 @@ class LogFeed:
         self._waiting.clear()
         self._seen |= dict.fromkeys(log.columns)
         for name in guess.columns.get("loss", ()):  # a header that is repeated in the midst is none of them
-            texts = log.columns[name].unread.values() if name in log.columns else ()
+            texts = log.columns[name].unread.values() if name in log.columns else log.words.get(name, ())
             self.unread += [text for text in texts if text.strip() != name]
         effects: list[Effect] = []
         for points in self._stepper.take(self._gaps.take(log, guess), guess):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,8 @@ class Log:
     columns: Mapping[str, Column]
     runs: Sequence[str] | None = None
     """The name of each row's run, where a column says so."""
+    words: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """The first texts of the columns that hold no number in these rows, but something."""
 
     def counts(self) -> dict[str, int]:
         """How many rows have each column."""
@@ -71,9 +74,7 @@ def column(cells: Sequence[Any]) -> Column | None:
     try:
         values = np.array(cells, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
-        told = (cell for cell in cells if _is_told(cell))
-        glance = [cell for cell, _ in zip(told, range(_GLANCE), strict=False)]
-        if all(number(cell) is None for cell in glance):
+        if all(number(cell) is None for cell in _glance(cells)):
             return None
         comma = has_decimal_comma(cells)
         texts, cells = cells, [number(cell, decimal_comma=comma) for cell in cells]
@@ -83,6 +84,10 @@ def column(cells: Sequence[Any]) -> Column | None:
     if not present.all():
         present = np.array([cell is not None for cell in cells], dtype=np.bool_)
     return Column(values=values, present=present, unread=unread) if present.any() else None
+
+
+def _glance(cells: Sequence[Any]) -> list[Any]:
+    return list(islice((cell for cell in cells if _is_told(cell)), _GLANCE))
 
 
 def _is_told(cell: Any) -> bool:
@@ -103,7 +108,10 @@ def from_cells(cells: Mapping[str, Sequence[Any]], num_rows: int) -> Log:
     naming = next((texts for name, texts in cells.items() if plain(name) in RUN_NAMES), ())
     # Text that a program printed is not asked: its numbers are floats.
     runs = [str(cell or "") for cell in naming] if any(isinstance(cell, str | int) for cell in naming) else None
-    return Log(num_rows=num_rows, columns=found, runs=runs)
+    words = {name: list(map(str, _glance(cells[name]))) for name, told in columns.items() if told is None}
+    return Log(
+        num_rows=num_rows, columns=found, runs=runs, words={name: texts for name, texts in words.items() if texts}
+    )
 
 
 def from_rows(rows: Sequence[Mapping[str, Any]]) -> Log:
