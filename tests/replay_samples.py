@@ -361,4 +361,23 @@ Epoch [2/3], Loss: tensor(1.5000, device='cuda:0'), Val Loss: 1.7500
         format="text (plain text)",
         points={"loss": [(0, 0.75), (100, 0.5), (200, 0.25)]},
     ),
+    Sample(
+        name="mnist.txt",
+        text="""Train Epoch: 1 [0/60000 (0%)]\tLoss: 2.300039
+Train Epoch: 1 [640/60000 (1%)]\tLoss: 1.213470
+Train Epoch: 1 [59520/60000 (99%)]\tLoss: 0.123456
+
+Test set: Average loss: 0.0512, Accuracy: 9830/10000 (98%)
+
+Train Epoch: 2 [0/60000 (0%)]\tLoss: 0.102511
+Train Epoch: 2 [640/60000 (1%)]\tLoss: nan
+
+Test set: Average loss: nan, Accuracy: 980/10000 (10%)
+""",
+        format="text (PyTorch's MNIST)",
+        points={
+            "loss": [(0, 2.300039), (640, 1.21347), (59520, 0.123456), (60000, 0.102511), (60640, NAN)],
+            "eval_loss": [(59520, 0.0512), (60640, NAN)],
+        },
+    ),
 )

@@ -90,6 +90,11 @@ FAMILIES: tuple[Family, ...] = (
         r"\bepoch\s*(?:\(train\)\s*)?\[<epoch:d>\]\[\s*<batch:d>/<num_batches:d>\]\s+(?P<rest>.*\bloss.*)",
         r"\biter\s*(?:\(train\)\s*)?\[\s*<step:d>/\d+\]\s+(?P<rest>.*\bloss.*)",
     ),
+    _family(  # what it counts are samples
+        "PyTorch's MNIST",
+        r"\btrain epoch: <epoch:d> \[<batch:d>/<num_batches:d> \([^()]*\)\]\s*(?P<rest>loss: .*)",
+        r"\btest set: average loss: <val_loss>",
+    ),
     _family("CycleGAN", r"^\(epoch: <epoch:d>, iters: <batch:d>[^)]*\) (?P<rest>.*)", completes=_generator_loss),
     _family(
         "Keras",
