@@ -133,9 +133,10 @@ def loss_divergence(windows: RunWindows) -> Finding | None:
     `DIVERGED_SHARE` of (start - best), and is not on its way down: more than 0.7 of the height that the last 16 have.
     Slow: the run's course has a lowest block, and k after it. With R the height of the last three above it, s the
     scale of a step between neighbours beside the drift of either side (`Course.restlessness`) and e that of a block's
-    own noise (`Course.shake`): R > `RISE_WALKS` · s · sqrt(k), twice that where the fall to the lowest was no clearer
-    than a walk, and R > `RISE_SHAKES` · e. R undoes `RISE_SHARE` of the progress, is at least `STAYS_SHARE` of the
-    highest since, and `RISE_RECOVERED` times any rise that the run has come back from: a game's swings are not news.
+    own noise (`Course.shake`): R > `RISE_WALKS` · s · sqrt(k), twice that where k < 6 or the fall to the lowest was no
+    clearer than a walk, and R > `RISE_SHAKES` · e. R undoes `RISE_SHARE` of the progress, is at least `STAYS_SHARE` of
+    the highest since, and `RISE_RECOVERED` times any rise that the run has come back from: a game's swings are not
+    news.
     """
     return _fast_divergence(windows) or _slow_divergence(windows)
 
@@ -165,7 +166,7 @@ def _slow_divergence(windows: RunWindows) -> Finding | None:
     blocks = np.array(course.blocks)
     lowest = int(np.argmin(blocks))
     since = len(blocks) - 1 - lowest
-    if since < 6 or since * course.length < 8:
+    if since < 4 or since * course.length < 8:
         return None
     before, after = blocks[: lowest + 1], blocks[lowest:]
     heights = np.median(sliding_window_view(after, 3), axis=1) - after[0]
@@ -178,7 +179,8 @@ def _slow_divergence(windows: RunWindows) -> Finding | None:
     # the drawups of a random walk are small while it falls, and then it rises: only what has learned can unlearn
     has_learned = float(before[0] - before[-1]) > 2.0 * RISE_WALKS * step * math.sqrt(lowest)
     walk, shake = rise / (step * math.sqrt(since)), rise / course.shake(windows.losses.band.grain)
-    if walk < factor * RISE_WALKS * (1 if has_learned else 2) or shake < factor * RISE_SHAKES:
+    is_clear = has_learned and since >= 6
+    if walk < factor * RISE_WALKS * (1 if is_clear else 2) or shake < factor * RISE_SHAKES:
         return None
     severity = Severity.CRITICAL if share >= LOST_SHARE else Severity.WARNING
     lr = course.lrs[lowest]
