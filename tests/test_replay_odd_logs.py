@@ -362,3 +362,28 @@ def test_validations_come_to_the_same_in_frames_of_any_length(monkeypatch: pytes
     one_by_one = found(1)
     assert "overfitting" in [incident["kind"] for incident in one_by_one]
     assert found(64) == found(4096) == one_by_one
+
+
+@pytest.mark.parametrize("format", ["jsonl", "csv"])
+def test_a_loss_that_turns_to_null_for_good_is_a_doubt(format: str, capsys: pytest.CaptureFixture[str]) -> None:
+    losses = [*LOSSES[:161], *[None] * 39]
+    if format == "jsonl":
+        text = "".join(json.dumps({"step": i, "loss": loss, "lr": 0.1}) + "\n" for i, loss in enumerate(losses))
+    else:
+        text = "step,loss,lr\n" + "".join(f"{i},{'' if loss is None else loss},0.1\n" for i, loss in enumerate(losses))
+    assert code_of(write(f"run.{format}", text)) == 0
+    assert "39 rows without a loss at the end (null or empty): NaN is written so" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_rows_that_are_not_of_a_loss_are_no_lapse(size: int) -> None:
+    rows: list[dict[str, float | None]] = [
+        {"step": i, "loss": loss if i % 10 == 0 else None, "lr": 0.1} for i, loss in enumerate(LOSSES)
+    ]
+    rows += [{"step": 200, "loss": None, "eval_loss": 1.0}] * 50
+    feed = LogFeed("log")
+    for start in range(0, len(rows), size):
+        feed.take(from_rows(rows[start : start + size]))
+    assert feed.lapse.num_rows == 0, "a loss comes every ten rows, and validation has none"
+    feed.take(from_rows([{"step": 201 + i, "loss": None, "lr": 0.1} for i in range(20)]))
+    assert feed.lapse.num_rows == 29

@@ -30,7 +30,7 @@ def introduction(head: str, feed: LogFeed) -> str:
 
 
 def ending(head: str, feed: LogFeed) -> str:
-    """How much of a log was followed, in a line, and what of its losses could not be read in another."""
+    """How much of a log was followed, in a line, and what of its losses could not be read below it."""
     return "\n".join([f"{head}: {', '.join([*_counted(feed), *_mended(feed)])}", *_unread(feed)])
 
 
@@ -94,6 +94,8 @@ def _unread(feed: LogFeed) -> Iterator[str]:
     if feed.unread:
         cells = "1 cell" if len(feed.unread) == 1 else f"{len(feed.unread)} cells"
         yield f"  {cells} of loss left out, being no number: {visible(repr(feed.unread[0][:40]))}"
+    if num_rows := feed.lapse.num_rows:
+        yield f"  {num_rows} rows without a loss at the end (null or empty): NaN is written so by some loggers"
 
 
 def _curve(feed: LogFeed) -> Iterator[str]:

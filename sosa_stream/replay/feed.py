@@ -17,6 +17,7 @@ from sosa_stream.protocol.columns import COLUMNS
 from sosa_stream.protocol.messages import AgentMessage, Bye, Header, Hello, MetricFrame
 from sosa_stream.replay.gaps import Gaps
 from sosa_stream.replay.guess import STEP, Guess, guess_columns, known_columns
+from sosa_stream.replay.lapse import Lapse
 from sosa_stream.replay.log import Column, Log, joined
 from sosa_stream.replay.runs import is_newest_first
 from sosa_stream.replay.steps import Points, Stepper, Tally
@@ -62,6 +63,7 @@ class LogFeed:
         """What stood in place of a loss but is no number; such cells are left out."""
         self.was_reversed = False
         """Whether the log's newest row came first."""
+        self.lapse = Lapse()
         self._mapping = mapping or {}
         self._wanted = wanted
         self._waiting: list[Log] = []
@@ -97,6 +99,7 @@ class LogFeed:
         self._is_guessed = False
         self._waiting.clear()
         self._gaps = Gaps()
+        self.lapse = Lapse()
         self._stepper.begin_anew()
 
     def take(self, log: Log) -> list[Effect]:
@@ -126,6 +129,7 @@ class LogFeed:
         for name in guess.columns.get("loss", ()):  # a header that is repeated in the midst is none of them
             texts = log.columns[name].unread.values() if name in log.columns else log.words.get(name, ())
             self.unread += [text for text in texts if text.strip() != name]
+        self.lapse.take(log, guess)
         effects: list[Effect] = []
         for points in self._stepper.take(self._gaps.take(log, guess), guess):
             for message in self._messages(points):
