@@ -13,7 +13,19 @@ import sosa_stream
 ROOT = Path(sosa_stream.__file__).parent
 PURE = sorted([*ROOT.glob("detect/*.py"), *ROOT.glob("decide/*.py"), ROOT / "engine.py", ROOT / "effects.py"])
 ALLOWED_MODULES = {
-    *("__future__", "collections", "dataclasses", "enum", "functools", "hashlib", "itertools", "math", "re", "typing"),
+    *(
+        "__future__",
+        "bisect",
+        "collections",
+        "dataclasses",
+        "enum",
+        "functools",
+        "hashlib",
+        "itertools",
+        "math",
+        "re",
+        "typing",
+    ),
     "numpy",
     *("sosa_stream.config", "sosa_stream.decide", "sosa_stream.detect", "sosa_stream.effects", "sosa_stream.errors"),
     *("sosa_stream.protocol.actions", "sosa_stream.protocol.columns", "sosa_stream.protocol.messages"),
