@@ -15,6 +15,10 @@ class UsageError(SosaError):
     """The user asked for something that cannot be done as asked."""
 
 
+class NoLossError(UsageError):
+    """What was read holds nothing to detect on, and may be no log at all."""
+
+
 class MissingExtraError(UsageError, ImportError):
     """A package that only a part of ours needs is not installed; ``extras``, comma-separated, bring it."""
 

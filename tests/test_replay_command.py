@@ -5,12 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from replay_samples import LOSSES, code_of, csv_of, sick, write
 
+from sosa_stream.errors import UsageError
+from sosa_stream.replay.piped import kept
 from sosa_stream.replay.sparkline import BLOCKS, sparkline
 
 
@@ -44,11 +48,11 @@ def test_a_healthy_log_has_no_incidents(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_json_has_incidents_on_stdout_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
-    assert code_of(write("log.csv", csv_of(sick())), "--json") == 0
+    assert code_of(write("sick.csv", csv_of(sick())), "--json") == 0
     out, err = capsys.readouterr()
     (incident,) = (json.loads(line) for line in out.splitlines())
-    assert (incident["kind"], incident["detected_step"], incident["run"]) == ("nan_loss", 150, "log")
-    assert err.startswith("log.csv: csv, 200 rows")
+    assert (incident["kind"], incident["detected_step"], incident["run"]) == ("nan_loss", 150, "sick")
+    assert err.startswith("sick.csv: csv, 200 rows")
 
 
 @pytest.mark.parametrize("severity", ["info", "warning", "critical"])
@@ -69,7 +73,7 @@ def test_each_path_is_a_run_of_its_own_unless_they_are_joined(capsys: pytest.Cap
     first, second = write("a/log.csv", csv_of(LOSSES[:100])), write("b/log.csv", csv_of(sick()[100:], 100))
     assert code_of(first, second, "--json") == 0
     out, err = capsys.readouterr()
-    assert [json.loads(line)["run"] for line in out.splitlines()] == ["b/log.csv"], "equal names would be one run"
+    assert [json.loads(line)["run"] for line in out.splitlines()] == ["b/log"], "equal names would be one run"
     assert len(err.splitlines()) == 2
     assert code_of(second, first, "--json", "--join") == 0
     out, err = capsys.readouterr()
@@ -194,3 +198,90 @@ def test_a_curve_in_one_line() -> None:
     blown_up, _ = sparkline(np.concatenate([np.linspace(5.0, 1.0, 59), [1e9]]), width=60)
     assert blown_up[0] in BLOCKS[-2:], "one blow-up leaves the rest readable"
     assert blown_up[29] in BLOCKS[2:5]
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "flags"),
+    [("-", "csv", []), ("/dev/stdin", "text", []), ("-", "text", ["--format", "text"]), ("-", "gzip", [])],
+)
+def test_a_log_from_a_pipe_keeps_its_beginning(path: str, kind: str, flags: list[str]) -> None:
+    text = csv_of(sick()) if kind == "csv" else "".join(f"iter {i}: loss {loss}\n" for i, loss in enumerate(sick()))
+    data = gzip.compress(text.encode()) if kind == "gzip" else text.encode()
+    found = piped(data, path, *flags, "--json")
+    assert found.returncode == 0
+    assert "200 rows, step 0…199" in found.stderr.decode()
+    assert found.stderr.startswith(b"/dev/stdin: ")
+    assert [(one["run"], one["detected_step"]) for one in map(json.loads, found.stdout.splitlines())] == [
+        ("stdin", 150)
+    ]
+
+
+def piped(data: bytes, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "sosa_stream.cli", "replay", *arguments],
+        check=False,
+        input=data,
+        capture_output=True,
+        timeout=60,
+    )
+
+
+def test_a_pipe_is_read_up_to_a_bound_and_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = piped(b"step,loss\n1,2\n", "--follow", "-")
+    assert (found.returncode, found.stdout) == (2, b"")
+    assert b"not a pipe" in found.stderr
+    monkeypatch.setattr("sosa_stream.replay.piped._MAX_BYTES", 1 << 22)
+    with pytest.raises(UsageError, match="from a pipe are not read"), kept(Path("/dev/zero")):
+        pass
+
+
+def test_a_folder_without_a_known_layout_means_every_log_in_it(capsys: pytest.CaptureFixture[str]) -> None:
+    write("runs/a.csv", csv_of(LOSSES))
+    write("runs/b.log", "".join(f"iter {i}: loss {loss}\n" for i, loss in enumerate(sick())))
+    write("runs/requirements.txt", "torch\nnumpy\n")
+    write("runs/config.json", '{"lr": 0.1, "layers": {"n": 2}}')
+    write("runs/train.py", "loss = 0.5\n" * 30)
+    Path("runs/model.out").write_bytes(bytes(range(256)) * 64)
+    assert code_of("runs", "--json", "--fail-on", "critical") == 3
+    out, err = capsys.readouterr()
+    assert [json.loads(line)["run"] for line in out.splitlines()] == ["runs/b"]
+    assert [line.partition(":")[0] for line in err.splitlines()] == [
+        "runs/a.csv",
+        "runs/b.log",
+        "also there, without a loss",
+    ]
+    Path("runs/b.log").unlink()
+    write("runs/cut.json", '{"log_history": [\n{"loss": 1.0, "step": 1},')
+    assert code_of("runs", "--fail-on", "critical") == 2, "a log that cannot be read is none that is clean"
+    write("prose/notes.txt", "Tomorrow.\n" * 5)
+    assert code_of("prose") == 2
+    assert "no loss" in capsys.readouterr().err
+
+
+def test_what_a_trainer_left_in_a_folder_comes_first_and_the_others_are_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for i in range(12):
+        write(f"lightning_logs/version_{i}/metrics.csv", csv_of(LOSSES))
+    write("out.log", "iter 1: loss 1.0\n")
+    write("config.json", '{"lr": 0.1}')
+    assert code_of(".") == 0
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("lightning_logs/version_11/metrics.csv: csv")
+    assert last.startswith("also there, and not read: out.log, lightning_logs/version_10/metrics.csv, ")
+    assert last.endswith(", … (4 more)")
+
+
+def test_logs_of_a_usual_name_are_told_apart_by_their_folder(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ids = set()
+    for folder in ("a", "b"):
+        write(f"{folder}/metrics.csv", csv_of(sick()))
+        monkeypatch.chdir(tmp_path / folder)
+        assert code_of("metrics.csv", "--json") == 0
+        incident = json.loads(capsys.readouterr().out)
+        assert incident["run"] == f"{folder}/metrics"
+        ids.add(incident["id"])
+        monkeypatch.chdir(tmp_path)
+    assert len(ids) == 2

@@ -266,7 +266,7 @@ def test_a_followed_log_of_several_runs_is_several_runs(
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert code_of(path, "--follow", "--json") == 0
     out, err = capsys.readouterr()
-    assert {json.loads(line)["run"] for line in out.splitlines()} == {"log/b"}
+    assert {json.loads(line)["run"] for line in out.splitlines()} == {f"{Path.cwd().name}/log/b"}
     assert err.splitlines()[-2:] == [f"log.csv [{run}]: 200 rows, step 0…199" for run in "ab"]
 
 

@@ -18,8 +18,9 @@ from sosa_stream.engine import Engine
 from sosa_stream.errors import UsageError
 from sosa_stream.protocol.messages import AgentMessage, Bye, Hello, MetricFrame
 from sosa_stream.replay.feed import LogFeed
+from sosa_stream.replay.folders import find_log
 from sosa_stream.replay.patterns import FAMILIES, Shape, row_of
-from sosa_stream.replay.sources import find_log, format_of, read_log
+from sosa_stream.replay.sources import format_of, read_log
 
 Points = dict[str, list[tuple[int, float]]]
 

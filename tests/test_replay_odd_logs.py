@@ -177,8 +177,10 @@ def test_a_column_of_runs_makes_each_a_run(in_turn: bool, capsys: pytest.Capture
     assert code_of(write("log.csv", text), "--json") == 0
     out, err = capsys.readouterr()
     told = [json.loads(line) for line in out.splitlines()]
-    assert ("log/b", "nan_loss", 150) in [(one["run"], one["kind"], one["detected_step"]) for one in told]
-    assert not [one for one in told if one["run"] == "log/a"]
+    assert (f"{Path.cwd().name}/log/b", "nan_loss", 150) in [
+        (one["run"], one["kind"], one["detected_step"]) for one in told
+    ]
+    assert not [one for one in told if one["run"] == f"{Path.cwd().name}/log/a"]
     assert [line.split(",")[:3] for line in err.splitlines()] == [
         [f"log.csv [{run}]: csv", " 200 rows", " step 0…199"] for run in losses
     ]
@@ -188,14 +190,14 @@ def test_a_run_without_a_loss_does_not_hide_the_others(capsys: pytest.CaptureFix
     rows = [f"a,{i},\nb,{i},{loss}" for i, loss in enumerate(sick())]
     assert code_of(write("log.csv", "\n".join(["run,step,loss", *rows])), "--json") == 2
     out, err = capsys.readouterr()
-    assert json.loads(out)["run"] == "log/b"
+    assert json.loads(out)["run"] == f"{Path.cwd().name}/log/b"
     assert "log.csv [a]: no loss found" in err
 
 
 def test_one_run_in_its_column_is_named_after_its_log(capsys: pytest.CaptureFixture[str]) -> None:
     text = "run,step,loss\n" + "".join(f"7,{i},{loss}\n" for i, loss in enumerate(sick()))
     assert code_of(write("log.csv", text), "--json") == 0
-    assert json.loads(capsys.readouterr().out)["run"] == "log"
+    assert json.loads(capsys.readouterr().out)["run"] == f"{Path.cwd().name}/log"
 
 
 @pytest.mark.parametrize("size", [100_000, 20_000_000])
@@ -258,7 +260,7 @@ def test_what_cannot_be_meant_is_told_in_one_line(
 @pytest.mark.parametrize(
     ("names", "run"),
     [
-        (["b/log.csv", "a/log.csv"], "log"),
+        (["b/log.csv", "a/log.csv"], "b/log+a/log"),
         (["part1.csv", "part2.csv"], "part1+part2"),
         (["part1.csv", "part2.csv", "part3.csv"], "part1…part3"),
     ],
@@ -274,7 +276,7 @@ def test_joined_logs_are_one_run_with_a_name_of_theirs(
 
 
 def test_a_log_has_no_ranks(capsys: pytest.CaptureFixture[str]) -> None:
-    path = write("log.csv", csv_of(sick()))
+    path = write("sick.csv", csv_of(sick()))
     assert code_of(path, "--json") == 0
     incident = json.loads(capsys.readouterr().out)
     assert incident["ranks"] == []

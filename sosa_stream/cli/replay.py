@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,19 @@ from sosa_stream.cli.replay_options import INCIDENTS_EXIT_CODE, Blaming, Options
 from sosa_stream.cli.replay_words import findings, head_of, summary, table_of
 from sosa_stream.daemon.schema import json_line
 from sosa_stream.detect.incidents import Incident, Severity
-from sosa_stream.errors import UsageError
+from sosa_stream.errors import NoLossError, UsageError
+from sosa_stream.protocol.columns import plain
 from sosa_stream.replay.feed import LogFeed
+from sosa_stream.replay.folders import find_logs, named
 from sosa_stream.replay.log import Log
+from sosa_stream.replay.piped import STDIN, is_piped, kept
 from sosa_stream.replay.recordings import replay_recording
 from sosa_stream.replay.runs import runs_of
-from sosa_stream.replay.sources import FORMATS, find_log, format_of, read_log
+from sosa_stream.replay.sources import FORMATS, format_of, read_log
 from sosa_stream.replay.visible import visible
+
+_USUAL = frozenset({"metrics", "results", "log", "logs", "trainer_state", "events", "progress", "history", "train"})
+"""Names of logs that do not tell runs apart."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -36,7 +44,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="PATH",
         nargs="+",
         help="trainer_state.json, CSV, JSON lines, TensorBoard folder or event file, what a program printed, or "
-        "RUN.sosa; a folder means the log in it",
+        "RUN.sosa; a folder means the log or the logs in it, and - stdin",
     )
     parser.add_argument("--format", choices=FORMATS, default="auto", help="instead of guessing it (hf: any JSON)")
     parser.add_argument(
@@ -61,34 +69,100 @@ def run(arguments: argparse.Namespace) -> int:
     options = Options.read(arguments)
     if "" in arguments.paths:
         raise UsageError("a PATH is empty; name a log, or . for the log in this folder")
-    given = [Path(path) for path in arguments.paths]
+    given = [STDIN if path == "-" else Path(path) for path in arguments.paths]
     if arguments.follow:
         if len(given) > 1:
             raise UsageError("--follow takes one path")
-        return options.exit_code(follow(given[0], _stem(given[0]), options))
-    stems = list(map(_stem, given))
-    if arguments.join:
-        groups = [(_joined_name(stems), given)]
-    else:
-        names = [
-            stem if stems.count(stem) == 1 else visible(str(path)) for stem, path in zip(stems, given, strict=True)
-        ]
-        groups = [(name, [path]) for name, path in zip(names, given, strict=True)]
+        return options.exit_code(follow(given[0], _run_name(given[0]), options))
+    with ExitStack() as pipes:
+        sources, failed = [], False
+        for path in given:
+            try:
+                sources += _sources(path, options, pipes)
+            except UsageError as error:  # the other logs are still worth a look
+                failed = _tell_failure(error)
+        if arguments.join:
+            groups = {_joined_name([source.run for source in sources]): sources} if sources and not failed else {}
+        else:
+            runs = [source.run for source in sources]
+            groups = {
+                source.run if runs.count(source.run) == 1 else visible(str(source.shown)): [source]
+                for source in sources
+            }
+        return _replay_all(groups, options, failed=failed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """A log to read. ``shown`` is what people call it; ``note`` is what there is to say of others beside it."""
+
+    shown: Path
+    path: Path
+    run: str
+    is_sure: bool = True
+    note: str = ""
+
+
+def _sources(path: Path, options: Options, pipes: ExitStack) -> list[_Source]:
+    """The logs that a path means; one from a pipe is kept until ``pipes`` are closed."""
+    with Blaming(path):
+        if is_piped(path):
+            return [_Source(shown=path, path=pipes.enter_context(kept(path)), run=_run_name(path))]
+        if options.format == "tensorboard":
+            return [_Source(shown=path, path=path, run=_run_name(path))]
+        found = find_logs(path)
+    if not found.is_sure:
+        run = _run_name(path)
+        return [_Source(shown=log, path=log, run=f"{run}/{visible(log.stem)}", is_sure=False) for log in found.logs]
+    (log,) = found.logs
+    note = f"also there, and not read: {visible(named(path, found.others))}" if found.others else ""
+    return [_Source(shown=log, path=log, run=_run_name(path), note=note)]
+
+
+def _replay_all(groups: Mapping[str, list[_Source]], options: Options, *, failed: bool) -> int:
+    """Each run shown; how the program ends."""
     incidents: list[Incident] = []
-    failed = False
-    for i, (name, paths) in enumerate(groups):
-        if i and not arguments.json:
-            print()
+    without_loss: list[NoLossError] = []
+    num_shown = 0
+    for name, sources in groups.items():
         try:
-            incidents += _replay(paths, name, options)
-        except UsageError as error:  # the other logs are still worth a look
-            print(visible(f"sosa: {error}"), file=sys.stderr)
-            failed = True
+            incidents += _replay(sources, name, options, is_first=not num_shown)
+        except NoLossError as error:
+            if all(source.is_sure for source in sources):
+                failed = _tell_failure(error)
+            else:
+                without_loss.append(error)
+            continue
+        except UsageError as error:
+            failed = _tell_failure(error)
+            continue
+        num_shown += 1
+        for note in filter(None, (source.note for source in sources)):
+            _say(note, options)
+    if without_loss and not num_shown:
+        failed = _tell_failure(without_loss[0])
+    elif without_loss:
+        _say(f"also there, without a loss: {len(without_loss)} files, such as {without_loss[0]}", options)
     return 2 if failed else options.exit_code(incidents)
 
 
-def _stem(path: Path) -> str:
-    """What a run is called after its log, or after the folder that the log is in."""
+def _say(text: str, options: Options) -> None:
+    print(text, file=sys.stderr if options.json else sys.stdout)
+
+
+def _tell_failure(error: UsageError) -> bool:
+    print(visible(f"sosa: {error}"), file=sys.stderr)
+    return True
+
+
+def _run_name(path: Path) -> str:
+    """What a run is called after its log, or after the folder that the log is in.
+
+    Logs with one of the usual names are told apart by the folder that they are in.
+    """
+    folder = path.parent.resolve().name
+    if folder and plain(path.name.partition(".")[0]) in _USUAL and not path.is_dir():
+        return visible(f"{folder}/{path.stem}")
     return visible(path.stem or path.resolve().name or "log")
 
 
@@ -98,24 +172,22 @@ def _joined_name(stems: list[str]) -> str:
     return distinct[0] if len(distinct) == 1 else f"{distinct[0]}{'+' if len(distinct) == 2 else '…'}{distinct[-1]}"
 
 
-def _replay(paths: list[Path], run: str, options: Options) -> list[Incident]:
-    """The runs of a log, or the run of several, read to their end and shown."""
-    found = [_located(path, options.format) for path in paths]
+def _replay(sources: list[_Source], run: str, options: Options, *, is_first: bool) -> list[Incident]:
+    """The runs of a log, or the run of several, read to their end and shown, a blank line between two of them."""
+    found = [(source, _format(source, options)) for source in sources]
     if [format for _, format in found] == ["sosa"]:
-        return _replay_recording(found[0][0], options)
+        return _replay_recording(sources[0].path, options, is_first=is_first)
     if any(format == "sosa" for _, format in found):
         raise UsageError("--join is for logs; each recording is a run of its own")
     parts: dict[str, list[_Part]] = {}
-    for path, format in found:
-        with Blaming(path):
-            words, log = read_log(path, format, options.family)
+    for source, format in found:
+        with Blaming(source.shown):
+            words, log = read_log(source.path, format, options.family)
             for name, rows in runs_of(log).items():
-                parts.setdefault(name, []).append(_Part(path=path, format=words, log=rows))
+                parts.setdefault(name, []).append(_Part(path=source.shown, format=words, log=rows))
     incidents: list[Incident] = []
     errors: list[UsageError] = []
-    for i, (name, of_run) in enumerate(parts.items()):
-        if i and not options.json:
-            print()
+    for name, of_run in parts.items():
         named = name if len(parts) > 1 else ""
         feed = options.feed(f"{run}/{visible(named)}" if named else run)
         try:
@@ -123,11 +195,14 @@ def _replay(paths: list[Path], run: str, options: Options) -> list[Incident]:
         except UsageError as error:  # the other runs are still worth a look
             errors.append(error)
             continue
-        print(summary(head, feed), file=sys.stderr if options.json else sys.stdout)
+        if not is_first and not options.json:
+            print()
+        is_first = False
+        _say(summary(head, feed), options)
         _show(feed, options)
         incidents += feed.incidents
     if errors:
-        raise errors[0]
+        raise errors[0] if len(errors) == len(parts) else UsageError(str(errors[0]))
     return incidents
 
 
@@ -152,12 +227,14 @@ def _feed(parts: list[_Part], name: str, feed: LogFeed) -> str:
     return f"{head}: {', '.join(dict.fromkeys(part.format for part in parts))}"
 
 
-def _replay_recording(path: Path, options: Options) -> list[Incident]:
+def _replay_recording(path: Path, options: Options, *, is_first: bool) -> list[Incident]:
     replay = replay_recording(path)
     if options.json:
         for incident in replay.incidents:
             print(json_line(incident.as_dict()))
         return list(replay.incidents)
+    if not is_first:
+        print()
     view = replay.view
     print(f"run {visible(replay.run)}: {len(view.ranks)} ranks, up to step {view.step}")
     print(table_of(replay.incidents))
@@ -176,10 +253,8 @@ def _show(feed: LogFeed, options: Options) -> None:
         print(json_line(incident.as_dict()))
 
 
-def _located(path: Path, format: str) -> tuple[Path, str]:
-    """The log that a path means, and its format."""
-    with Blaming(path):
-        if format == "tensorboard":
-            return path, format
-        path = find_log(path)
-        return path, format_of(path) if format == "auto" else format
+def _format(source: _Source, options: Options) -> str:
+    if options.format != "auto":
+        return options.format
+    with Blaming(source.shown):
+        return format_of(source.path)

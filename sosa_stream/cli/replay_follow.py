@@ -13,11 +13,13 @@ from sosa_stream.cli.replay_words import ending, head_of, introduction
 from sosa_stream.daemon.schema import json_line
 from sosa_stream.detect.incidents import Incident, IncidentState, Severity
 from sosa_stream.effects import Effect, IncidentChanged
+from sosa_stream.errors import UsageError
 from sosa_stream.replay.feed import LogFeed
+from sosa_stream.replay.folders import find_log
 from sosa_stream.replay.follow import follow_log
+from sosa_stream.replay.piped import is_piped
 from sosa_stream.replay.recordings import RecordingFeed, follow_recording, is_recording
 from sosa_stream.replay.runs import runs_of
-from sosa_stream.replay.sources import find_log
 from sosa_stream.replay.visible import visible
 
 POLL_SECONDS = 0.2
@@ -31,6 +33,8 @@ def follow(path: Path, run: str, options: Options) -> list[Incident]:
     """Incidents as they open, get worse and close, until Ctrl-C or SIGTERM."""
     interrupt = Interrupt()
     with Blaming(path):
+        if is_piped(path):
+            raise UsageError("--follow reads a file that is being written, not a pipe")
         path = find_log(path)
         if options.format == "sosa" or (options.format == "auto" and is_recording(path)):
             return _follow_recording(path, interrupt, options)

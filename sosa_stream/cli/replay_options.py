@@ -11,7 +11,7 @@ from pathlib import Path
 from sosa_stream.config import CONFIG_VARIABLE, DetectSettings, load_settings
 from sosa_stream.detect.detectors import BY_KIND
 from sosa_stream.detect.incidents import Incident, Severity
-from sosa_stream.errors import UsageError
+from sosa_stream.errors import NoLossError, UsageError
 from sosa_stream.replay.feed import LogFeed
 from sosa_stream.replay.guess import parse_map
 from sosa_stream.replay.patterns import Family, family_of
@@ -70,6 +70,7 @@ class Blaming:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, UsageError):
-            raise UsageError(visible(f"{self._what}: {error}")) from None
+            kind = NoLossError if isinstance(error, NoLossError) else UsageError
+            raise kind(visible(f"{self._what}: {error}")) from None

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from posixpath import commonpath, dirname
 from typing import Any
 
-from sosa_stream.errors import UsageError
+from sosa_stream.errors import NoLossError, UsageError
 from sosa_stream.replay.lines import MAX_LINE_CHARS
 from sosa_stream.replay.log import Log, flat, from_cells, from_rows
 from sosa_stream.replay.numerals import number
@@ -31,7 +31,7 @@ def read_document(text: str) -> Log:
     if len(rows) >= max(longest, 1):
         return from_rows([flat(row) for row in rows if "train_runtime" not in row])
     if not longest:
-        raise UsageError("no list of rows and no list of numbers in this JSON document")
+        raise NoLossError("no list of rows and no list of numbers in this JSON document")
     common = commonpath([*series, dirname(next(iter(series)))])
     cells = {path[len(common) :].lstrip("/"): _spread(numbers, longest) for path, numbers in series.items()}
     return from_cells(cells, longest)

@@ -12,7 +12,7 @@ from sosa_stream.config import DetectSettings
 from sosa_stream.detect.incidents import Incident
 from sosa_stream.effects import Effect, IncidentChanged
 from sosa_stream.engine import Engine
-from sosa_stream.errors import UsageError
+from sosa_stream.errors import NoLossError
 from sosa_stream.protocol.columns import COLUMNS
 from sosa_stream.protocol.messages import AgentMessage, Bye, Header, Hello, MetricFrame
 from sosa_stream.replay.gaps import Gaps
@@ -140,12 +140,12 @@ class LogFeed:
         """The log has ended.
 
         Raises:
-            UsageError: it has held neither a loss nor a wanted metric, or not what ``mapping`` names.
+            NoLossError: it has held neither a loss nor a wanted metric, or not what ``mapping`` names.
         """
         self._seen |= dict.fromkeys(joined(self._waiting).columns)
         missing = [name for name in self._mapping.values() if name not in self._seen]
         if missing:
-            raise UsageError(f"no column {missing[0]!r}; {known_columns(self._seen)}")
+            raise NoLossError(f"no column {missing[0]!r}; {known_columns(self._seen)}")
         effects: list[Effect] = []
         if self.guess is None and self._waiting:
             log = joined(self._waiting)
@@ -153,7 +153,7 @@ class LogFeed:
             effects = self._feed(log, guess) if guess.has_metrics else []
         if self.guess is None:
             known = known_columns(self._seen)
-            raise UsageError(f"no loss found in it; {known}; --map loss=NAME says which column it is")
+            raise NoLossError(f"no loss found in it; {known}; --map loss=NAME says which column it is")
         return effects + self._handle(Bye(header=self._next_header(), reason="end", exit_code=0, dropped=0))
 
     @property

@@ -1,4 +1,4 @@
-"""Paths to logs: which file is meant, what format it has, and its rows."""
+"""Logs: what format a path has, and its rows."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from sosa_stream.replay.jsonlines import JsonLinesReader
 from sosa_stream.replay.lines import MAX_LINE_CHARS, Lines, decoded, open_bytes, read_bytes, split_lines
 from sosa_stream.replay.log import Log, joined
 from sosa_stream.replay.patterns import Family
-from sosa_stream.replay.tensorboard import MARK, event_files, read_events
+from sosa_stream.replay.tensorboard import event_files, read_events
 from sosa_stream.replay.text import TextReader
 
 FORMATS = ("auto", "hf", "csv", "jsonl", "tensorboard", "text", "sosa")
-_IN_FOLDERS = ("run.sosa", "trainer_state.json", "metrics.csv", "results.csv", "progress.csv", "measurements.csv")
 _HEAD_BYTES = 1 << 16
 _MAX_DOCUMENT_BYTES = 1 << 28
 _NO_TEXT = re.compile(r"[\x00-\x07\x0e-\x1a\x1c-\x1f\ufffd]")
@@ -40,26 +39,6 @@ class LineReader(Protocol):
     def take(self, lines: Sequence[str]) -> Log: ...
 
     def finish(self, rest: str) -> Log: ...
-
-
-def find_log(path: Path) -> Path:
-    """The log that a path means: itself, or the one that training programs leave in such a folder.
-
-    Raises:
-        UsageError: there is no such path, or no log in that folder.
-    """
-    if not path.exists():
-        raise UsageError("no such file or folder")
-    if not path.is_dir():
-        return path
-    for depth in ("", "*/", "*/*/"):
-        for name in _IN_FOLDERS:
-            found = sorted(path.glob(depth + name), key=_natural)
-            if found:
-                return found[-1]
-        if next(path.glob(f"{depth}*{MARK}*"), None) is not None:
-            return path
-    raise UsageError(f"no log in this folder: looked for {', '.join(_IN_FOLDERS)} and TensorBoard event files")
 
 
 def format_of(path: Path) -> str:
@@ -175,8 +154,3 @@ def _json(line: str) -> Any:
         return json.loads(line)
     except (ValueError, RecursionError):
         return None
-
-
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """``version_10`` after ``version_9``."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]
