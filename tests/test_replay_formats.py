@@ -18,7 +18,7 @@ from sosa_stream.engine import Engine
 from sosa_stream.errors import UsageError
 from sosa_stream.protocol.messages import AgentMessage, Bye, Hello, MetricFrame
 from sosa_stream.replay.feed import LogFeed
-from sosa_stream.replay.folders import find_log
+from sosa_stream.replay.folders import find_log, find_logs
 from sosa_stream.replay.patterns import FAMILIES, Shape, row_of
 from sosa_stream.replay.sources import format_of, read_log
 
@@ -242,6 +242,11 @@ def test_a_folder_means_the_newest_log_in_it(tmp_path: Path) -> None:
         (tmp_path / "lightning_logs" / f"version_{version}" / "metrics.csv").write_text("step,loss\n1,1\n")
     newest = tmp_path / "lightning_logs" / "version_10" / "metrics.csv"
     assert find_log(tmp_path) == find_log(tmp_path / "lightning_logs") == find_log(newest.parent) == newest
+    (tmp_path / "events.out.tfevents.1.host").write_bytes(b"")
+    found = find_logs(tmp_path)
+    assert found.logs == (tmp_path,)
+    assert found.others[0] == newest, "beside event files, tables are named"
+    assert len(found.others) == 3
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="no log in this folder"):
         find_log(tmp_path / "empty")

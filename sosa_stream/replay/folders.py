@@ -38,7 +38,7 @@ def find_logs(path: Path) -> Found:
     if not path.is_dir():
         return Found(logs=(path,))
     known = _known(path)
-    files = [file for file in sorted(path.iterdir(), key=_natural) if file not in known and _has_ending(file)]
+    files = [file for file in sorted(path.glob("*"), key=_natural) if file not in known and _has_ending(file)]
     if known:
         others = [*(file for file in files if _may_be_log(file, _LOSS)), *known[1:]]
         return Found(logs=(known[0],), others=tuple(others))
@@ -61,7 +61,7 @@ def find_log(path: Path) -> Path:
     return found.logs[0]
 
 
-def named(folder: Path, files: tuple[Path, ...] | list[Path], limit: int = 8) -> str:
+def named(folder: Path, files: tuple[Path, ...], limit: int = 8) -> str:
     """Files of a folder in words."""
     names = [str(file.relative_to(folder)) for file in files[:limit]]
     return ", ".join(names) + (f", … ({len(files) - limit} more)" if len(files) > limit else "")
@@ -73,10 +73,11 @@ def _known(folder: Path) -> list[Path]:
     for depth in ("", "*/", "*/*/"):
         for name in _LAYOUTS:
             known += sorted(folder.glob(depth + name), key=_natural)[::-1]
-        if events := sorted(folder.glob(f"{depth}*{MARK}*")):
-            known += events if known else [folder]
-        if known == [folder]:  # with all event files below it
-            break
+        events = sorted(folder.glob(f"{depth}*{MARK}*"))
+        if events and not known:
+            known = [folder]  # with all event files below it
+        elif known and known[0] != folder:
+            known += events
     return known
 
 
