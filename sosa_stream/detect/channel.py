@@ -48,6 +48,11 @@ class Channel:
         return self.band.level is not None
 
     @property
+    def level_before(self) -> Level | None:
+        """The band of the time before the present excursion, if there is one."""
+        return self.excursion.level if self.excursion else self.band.level
+
+    @property
     def above(self) -> bool:
         """Whether the newest value is above the alarm threshold."""
         return bool(self.recent_above & 1)

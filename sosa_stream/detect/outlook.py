@@ -64,7 +64,8 @@ def clears(detector: Detector, level: Level | None) -> str:
         return text
     points = f"{detector.quiet_points} points in a row"
     if detector.disturbs and level is not None:
-        return f"the loss stays below {level.center + level.threshold * level.scale:.4g} for {points}"
+        each = level.center + level.threshold * level.scale
+        return f"the loss stays below {each:.4g}, five's median below {level.top:.4g}, with no finding, for {points}"
     if detector.well is not None:
         return f"the metric keeps the rule for {points}"
     return f"{points} do not show it"

@@ -38,12 +38,12 @@ DEAD_POINTS = 3
 """After so many steps in a row without a finite value, one more says nothing new."""
 ORDINARY = frozenset({"tick", "loss", "grad_norm", "lr", "lr_multiplier", "step_seconds", "skipped", "model"})
 """Step columns of which many steps can be taken at once."""
-
-_ORDINARY = np.isin(COLUMNS, list(ORDINARY))
 SETTLED_POINTS, SETTLED_SHARE = 32, 0.2
 """A loss that is this long out of its old band, and less than this share of the progress above it, is where it is."""
 YOUNG_STEPS = 128
 """Optimizer steps in which a loss or a norm out of its band is worth knowing, and no more."""
+
+_ORDINARY = np.isin(COLUMNS, list(ORDINARY))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -182,20 +182,19 @@ class RunWindows:
     @property
     def norm_ratio(self) -> float:
         """The gradient norm over its median of the time before the present excursion; 0 where unknown."""
-        norms = self.log_norms
-        level = norms.excursion.level if norms.excursion else norms.band.level
-        return math.exp(min(norms.value - level.center, 700.0)) if level and norms.value is not None else 0.0
+        level, value = self.log_norms.level_before, self.log_norms.value
+        return math.exp(min(value - level.center, 700.0)) if level and value is not None else 0.0
 
     def undone(self, loss: float) -> float:
         """Share of the progress that a loss takes back: (loss - center) / (start - best)."""
-        level = self.losses.excursion.level if self.losses.excursion else self.losses.band.level
+        level = self.loss_level()
         if level is None:
             return 0.0
         return (loss - level.center) / max(self.progress, level.scale)
 
     def loss_level(self) -> Level | None:
         """The loss band of the time before the present excursion, if there is one."""
-        return self.losses.excursion.level if self.losses.excursion else self.losses.band.level
+        return self.losses.level_before
 
     def take(self, row: Row) -> None:
         """Fold one complete step in."""
