@@ -333,6 +333,15 @@ def test_last_digit_that_flips_is_no_news(noise: float, factor: float) -> None:
         assert _alarms(incidents_of(factor * np.round(1.2 + shaken, 2))) == []
 
 
+def test_rise_under_a_rising_rate_is_pardoned_at_the_beginning_alone() -> None:
+    at, noise = np.arange(3000), 0.03 * np.random.default_rng(0).standard_normal(3000)
+    course = 2.0 + 2.0 * np.exp(-at / 60)
+    late = course + 1.2 * np.clip((at - 1800) / 1200, 0, 1)
+    early = course + 1.2 * np.clip((at - 400) / 2600, 0, 1)
+    assert _alarms(incidents_of(late + noise, lr=1e-3 * (1 + np.clip((at - 1800) / 1200, 0, 1)))) == ["loss_divergence"]
+    assert _alarms(incidents_of(early + noise, lr=1e-3 * (1 + at / 3000))) == []
+
+
 def test_slow_divergence_stays_one_incident() -> None:
     course = np.concatenate([np.linspace(4, 1, 5000), np.linspace(1, 4, 5000)])
     incidents = incidents_of(course + 0.05 * np.random.default_rng(0).standard_normal(10_000))

@@ -30,6 +30,8 @@ DIVERGED_SHARE, LOST_SHARE = 0.2, 0.5
 """Shares of the progress undone that make it one, and that make it critical."""
 SINKS_SHARE = 0.1
 """A loss that came down by this share of the progress since it rose is learning again: a new task, one large batch."""
+WARM_UP_SHARE = 0.25
+"""A rising learning rate is a warm-up in this share of a run, from its beginning on."""
 STAYS_SHARE = 0.7
 """A rise is on its way down once it has less than this share of its height left."""
 RISE_SHARE, RISE_RECOVERED = 0.3, 3.0
@@ -183,8 +185,8 @@ def _slow_divergence(windows: RunWindows) -> Finding | None:
     if walk < factor * RISE_WALKS * (1 if is_clear else 2) or shake < factor * RISE_SHAKES:
         return None
     severity = Severity.CRITICAL if share >= LOST_SHARE else Severity.WARNING
-    lr = course.lrs[lowest]
-    if lr is not None and windows.lr is not None and windows.lr > 1.05 * lr and share < 1.0:
+    lr, is_early = course.lrs[lowest], lowest < WARM_UP_SHARE * len(blocks)
+    if is_early and lr is not None and windows.lr is not None and windows.lr > 1.05 * lr and share < 1.0:
         severity = Severity.INFO  # a warm-up: the schedule itself is shaking the weights
     level = Level(center=float(after[0]), scale=0.1 * rise, threshold=5.0, window=course.length)
     window = since * course.length
