@@ -348,6 +348,27 @@ def test_slow_divergence_stays_one_incident() -> None:
     assert _alarms(incidents) == ["loss_divergence"]
 
 
+def test_evaluations_that_are_many_and_shake_are_seldom_overfitting() -> None:
+    """A validation loss that only falls, 300 times, with a noise of 5%: the lowest of them is far below the rest."""
+    at, num_warned = np.arange(300), 0
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        engine = Engine("run")
+        feed(engine, [hello()])
+        fall = 0.5 / (1 + at / 20)
+        losses, evals = (
+            (0.4 + fall) * (1 + 0.02 * rng.standard_normal(300)),
+            (0.5 + fall) * (1 + 0.05 * rng.standard_normal(300)),
+        )
+        for i in at.tolist():
+            logged = MetricFrame(
+                header=header(), columns=("eval_loss",), steps=at[i : i + 1], values=evals[i : i + 1, None]
+            )
+            feed(engine, [frame(losses[i : i + 1], first_step=i), logged])
+        num_warned += "overfitting" in _alarms(engine.view().incidents)
+    assert num_warned <= 3
+
+
 def test_run_whose_warm_up_is_longer_than_it_says_nothing_of_its_loss() -> None:
     course = 2.0 + 0.1 * np.random.default_rng(0).standard_normal(300)
     course[250:] *= 6.0

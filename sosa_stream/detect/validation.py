@@ -83,11 +83,11 @@ def _is_new(windows: RunWindows) -> bool:
 def _has_turned(series: LoggedSeries, values: NDArray[np.float64]) -> bool:
     """Whether not the lowest value alone, but the level of many, was lower: half of `OVERFIT_SHARE`, and beyond noise.
 
-    A median of k varies by 1.2533 · noise / sqrt(k), and the lowest of n / k of them lies sqrt(2 ln(n / k)) of that
-    below the others.
+    A median of k varies by 1.2533 · noise / sqrt(k); of n / k of them the lowest lies sqrt(2 ln(n / k)) of that below
+    the others, and the highest as far above. The noise itself is known to a fifth.
     """
     rise = series.level - series.lowest_level
-    chance = 3.5 + math.sqrt(2.0 * math.log(series.num_finite / series.num_level))
+    chance = 4.0 + 2.0 * math.sqrt(2.0 * math.log(series.num_finite / series.num_level))
     noise = 1.2533 * _noise(values) / math.sqrt(series.num_level)
     return rise > max(chance * noise, 0.5 * OVERFIT_SHARE * abs(series.lowest_level))
 
