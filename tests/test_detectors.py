@@ -242,6 +242,15 @@ def test_loss_that_is_frozen_to_the_last_digit_is_a_plateau_and_one_at_its_floor
     assert _alarms(incidents_of(course)) == []
 
 
+def test_gradient_of_exactly_zero_is_a_plateau_and_a_loss_that_is_fitted_is_not() -> None:
+    at = np.arange(600)
+    course = 0.5 + 2.0 * np.exp(-at / 30) + 0.05 * np.random.default_rng(0).standard_normal(600)
+    norms = np.where(at < 300, 1.0, 0.0)
+    (found,) = [each for each in incidents_of(course, grad_norm=norms) if each.severity >= Severity.WARNING]
+    assert (found.kind, found.first_step, found.detected_step, found.state) == ("loss_plateau", 300, 315, "open")
+    assert _alarms(incidents_of(np.where(at < 300, course, 0.0), grad_norm=norms)) == []
+
+
 def test_collapsed_learning_rate_is_a_plateau_and_a_step_of_a_schedule_is_not() -> None:
     noise = 0.05 * np.random.default_rng(1).standard_normal(600)
     learning = 1.0 + 2.0 * np.exp(-np.arange(600) / 100)

@@ -25,6 +25,8 @@ FEW_CLASSES = 10
 STALLED_POINTS = 32
 """Losses after a learning rate collapsed that show whether anything is still learned."""
 FROZEN_SHARE = 0.1
+IDLE_POINTS = 16
+"""Gradients of exactly 0 in a row: one batch may leave nothing to learn, so many do not."""
 LONG_PLATEAU_POINTS = 4096
 """A plateau of a running job is worth a look after as many."""
 SWINGS = {32: 0.7, 64: 0.5}
@@ -100,7 +102,7 @@ def loss_plateau(windows: RunWindows) -> Finding | None:
 
     One that hovers where it came to after real learning, under its usual rate, has converged.
     """
-    return _stuck(windows) or _stalled(windows) or _frozen(windows)
+    return _stuck(windows) or _stalled(windows) or _frozen(windows) or _idle(windows)
 
 
 def _stuck(windows: RunWindows) -> Finding | None:
@@ -218,10 +220,32 @@ def _frozen(windows: RunWindows) -> Finding | None:
     )
 
 
+def _idle(windows: RunWindows) -> Finding | None:
+    """The gradient norm has been exactly 0 for `IDLE_POINTS`, at a tenth or more of the loss that it began with."""
+    loss, start = windows.loss, windows.start
+    if windows.num_zero_grad < IDLE_POINTS or loss is None or start is None or not loss > FROZEN_SHARE * start:
+        return None
+    return Finding(
+        kind="loss_plateau",
+        severity=Severity.WARNING,
+        step=windows.step,
+        first_step=int(windows.recent_steps.last(IDLE_POINTS)[0]),
+        message=f"the gradient is exactly 0, point after point, at a loss of {loss:.4g}",
+        evidence={
+            "value": loss,
+            "baseline": start,
+            "grad_norm": 0.0,
+            "lr": windows.lr,
+            "window": windows.num_zero_grad,
+        },
+        causes=("all units of a layer are dead", "a detach() or no_grad() before the loss", "gradients clipped to 0"),
+    )
+
+
 def moves_again(windows: RunWindows) -> bool:
     """Whether a plateau is over: the last quarter of the course lies clearly below its first half, beyond noise."""
     blocks = windows.course.blocks
-    if windows.schedule.fall is not None or len(blocks) < 4:
+    if windows.schedule.fall is not None or windows.num_zero_grad or len(blocks) < 4:
         return False
     if abs(blocks[-1] - blocks[-2]) <= FLOAT_RESOLUTION * abs(blocks[-1]):
         return False  # frozen

@@ -148,6 +148,8 @@ class RunWindows:
         self.num_steps = 0
         self.num_bad_loss = self.num_bad_grad = 0
         """Non-finite steps in a row."""
+        self.num_zero_grad = 0
+        """Steps in a row whose gradient norm is exactly 0."""
         self.looks: dict[str, Ring] = {name: Ring(LOOKS) for name in SAMPLED_COLUMNS}
         """The looks of each sampled column, one value over all ranks each."""
         self.num_looks = 0
@@ -217,6 +219,7 @@ class RunWindows:
         norms = values[finite[:, GRAD_NORM], GRAD_NORM]
         self.loss = float(losses.sum()) / len(losses) if len(losses) else None
         self.grad_norm = float(norms.max()) if len(norms) else None
+        self.num_zero_grad = self.num_zero_grad + 1 if self.grad_norm == 0.0 else 0
         first = int(sent.any(axis=1).argmax())
         one = values[first].tolist()
         seen = finite[first].tolist()
@@ -349,7 +352,7 @@ class RunWindows:
             return 0
         self._pass(block, first, num)
         self.bad_loss = self.bad_grad = ()
-        self.num_bad_loss = self.num_bad_grad = 0
+        self.num_bad_loss = self.num_bad_grad = self.num_zero_grad = 0
         losses = rows[:, LOSS]
         self.loss = float(losses[-1])
         self.grad_norm = float(rows[-1, GRAD_NORM]) if sent[GRAD_NORM] else None
@@ -386,6 +389,7 @@ class RunWindows:
         self.num_bad_loss += num
         self.num_bad_grad += num if sent[GRAD_NORM] else 0
         self.loss = self.grad_norm = None
+        self.num_zero_grad = 0
         self.losses.miss_all(num)
         self.log_norms.miss_all(num)
         return num
