@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from sosa_stream.cli.home import local_time
-from sosa_stream.replay.visible import visible
+from sosa_stream.visible import visible
 
 MOST_RUNS = 4
 """Runs of which one line is true, that it names."""

@@ -25,7 +25,7 @@ from sosa_stream.replay.piped import STDIN, is_piped, kept
 from sosa_stream.replay.recordings import replay_recording
 from sosa_stream.replay.runs import runs_of
 from sosa_stream.replay.sources import FORMATS, format_of, read_log
-from sosa_stream.replay.visible import visible
+from sosa_stream.visible import visible
 
 _USUAL = frozenset({"metrics", "results", "log", "logs", "trainer_state", "events", "progress", "history", "train"})
 """Names of logs that do not tell runs apart."""

@@ -20,7 +20,7 @@ from sosa_stream.replay.follow import follow_log
 from sosa_stream.replay.piped import is_piped
 from sosa_stream.replay.recordings import RecordingFeed, follow_recording, is_recording
 from sosa_stream.replay.runs import runs_of
-from sosa_stream.replay.visible import visible
+from sosa_stream.visible import visible
 
 POLL_SECONDS = 0.2
 """How often ``--follow`` looks for more."""

@@ -15,7 +15,7 @@ from sosa_stream.errors import NoLossError, UsageError
 from sosa_stream.replay.feed import LogFeed
 from sosa_stream.replay.guess import parse_map
 from sosa_stream.replay.patterns import Family, family_of
-from sosa_stream.replay.visible import visible
+from sosa_stream.visible import visible
 
 INCIDENTS_EXIT_CODE = 3
 

@@ -11,7 +11,7 @@ from sosa_stream.detect.incidents import Incident
 from sosa_stream.protocol.columns import ALIASES, LOG_PREFIX
 from sosa_stream.replay.feed import LogFeed
 from sosa_stream.replay.sparkline import sparkline
-from sosa_stream.replay.visible import visible
+from sosa_stream.visible import visible
 
 
 def head_of(path: str, run: str) -> str:

@@ -33,6 +33,7 @@ class LoggedSeries:
     __slots__ = ("_num_losses", "_steps", "_trains", "_values", "lowest", "lowest_level", "num_finite")
 
     LEAST_LEVEL, MOST_LEVEL = 5, 16
+    """A level of fewer values shakes as much as they do; one of more would come late."""
 
     def __init__(self, size: int = NUM_VALUES) -> None:
         self._values, self._steps, self._trains = Ring(size), Ring(size), Ring(size)
@@ -61,12 +62,12 @@ class LoggedSeries:
 
     @property
     def num_level(self) -> int:
-        """Values that a level is taken from: an eighth of them, 16 at most."""
+        """Values that a level is taken from: an eighth of them, `MOST_LEVEL` at most."""
         return min(self.num_finite // 8, self.MOST_LEVEL)
 
     @property
     def level(self) -> float:
-        """Median of the newest finite values, `num_level` of them: infinite before there are 40 in all."""
+        """Median of the newest finite values, `num_level` of them: infinite below `LEAST_LEVEL`."""
         if self.num_level < self.LEAST_LEVEL:
             return math.inf
         values = self.values

@@ -63,8 +63,8 @@ def nan_loss(windows: RunWindows) -> Finding | None:
 def nonfinite_gradient(windows: RunWindows) -> Finding | None:
     """The gradient norm is NaN or infinite.
 
-    Alone it is ``info``, ``warning`` the second time in a row and ``critical`` the third. In the first
-    `CALIBRATION_POINTS` AMP looks for its scale, halving it each time, and the loss is finite: ``info`` for as long.
+    Alone it is ``info``, ``warning`` the second time in a row and ``critical`` the third. Before any norm is finite AMP
+    may be looking for its scale, halving it each time, while the loss is finite: ``info`` for `CALIBRATION_POINTS`.
     """
     if not windows.bad_grad:
         return None

@@ -11,7 +11,7 @@ import numpy as np
 from sosa_stream.errors import UsageError
 from sosa_stream.protocol.columns import ALIASES, COLUMNS, EVAL_LOSS, LOG_PREFIX, plain
 from sosa_stream.replay.log import Log
-from sosa_stream.replay.visible import visible
+from sosa_stream.visible import visible
 
 STEP = "step"
 STEP_NAMES = (
