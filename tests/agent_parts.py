@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from sosa_stream.agent.actuators import Actuators
-from sosa_stream.agent.baseline import InputBaseline
 from sosa_stream.agent.core import Agent
 from sosa_stream.agent.link import LocalLink
 from sosa_stream.agent.outbox import Outbox, Row, Wakeup
 from sosa_stream.agent.probe import Probe
-from sosa_stream.agent.snapshots import SnapshotRing, TrainingState
-from sosa_stream.agent.taps import Taps
+from sosa_stream.agent.repair.actuators import Actuators
+from sosa_stream.agent.repair.snapshots import SnapshotRing, TrainingState
+from sosa_stream.agent.watch.baseline import InputBaseline
+from sosa_stream.agent.watch.taps import Taps
 from sosa_stream.config import AgentSettings, Mode, load_settings
 from sosa_stream.detect.incidents import Severity
 from sosa_stream.engine import Engine

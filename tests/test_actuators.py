@@ -11,7 +11,7 @@ from agent_parts import Watch, act, batches, bits, command, toy, train
 from torch import nn
 from torch.optim import LBFGS, SGD, AdamW
 
-from sosa_stream.agent.actuators import EXIT_STOPPED, StopTraining
+from sosa_stream.agent.repair.actuators import EXIT_STOPPED, StopTraining
 from sosa_stream.errors import RefusedError, SosaError
 from sosa_stream.protocol.messages import AckState
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from sosa_stream.agent.fence import (
+from sosa_stream.agent.fence.agreement import (
     IDLE,
     Agreement,
     Check,
@@ -23,8 +23,8 @@ from sosa_stream.agent.fence import (
     State,
     Terms,
 )
-from sosa_stream.agent.fence_runner import Aborted, Closed, Committed, Fence, Held, InDoubt, Notice
-from sosa_stream.agent.registers import MemoryStore, RegisterStore
+from sosa_stream.agent.fence.fence import Aborted, Closed, Committed, Fence, Held, InDoubt, Notice
+from sosa_stream.agent.fence.stores import MemoryStore, RegisterStore
 from sosa_stream.config import FenceSettings
 from sosa_stream.protocol.messages import Command
 

@@ -22,7 +22,7 @@ from functools import cache
 
 import pytest
 
-from sosa_stream.agent.fence import (
+from sosa_stream.agent.fence.agreement import (
     IDLE,
     Agreement,
     Check,

@@ -16,8 +16,8 @@ import pytest
 torch = pytest.importorskip("torch")
 dist = pytest.importorskip("torch.distributed")
 
-from sosa_stream.agent.fence_runner import Aborted, Committed, Fence, InDoubt  # noqa: E402
-from sosa_stream.agent.registers import MemoryStore, TorchStore  # noqa: E402
+from sosa_stream.agent.fence.fence import Aborted, Committed, Fence, InDoubt  # noqa: E402
+from sosa_stream.agent.fence.stores import MemoryStore, TorchStore  # noqa: E402
 from sosa_stream.config import FenceSettings  # noqa: E402
 from sosa_stream.protocol.messages import Command  # noqa: E402
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from sosa_stream.agent.outbox import MAX_ROWS_PER_FRAME, Outbox, Ring, Row, Wakeup
-from sosa_stream.agent.scalars import Scalars, fetch
+from sosa_stream.agent.watch.scalars import Scalars, fetch
 from sosa_stream.protocol.codec import decode
 from sosa_stream.protocol.messages import Bye, Header, Heartbeat, MetricFrame, Phase
 

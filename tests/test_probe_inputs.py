@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.optim import SGD
 
-from sosa_stream.agent.baseline import NEW_NORMAL, UNUSUAL, WARMUP, InputBaseline, Moments
-from sosa_stream.agent.inputs import INPUT_COLUMNS, look
+from sosa_stream.agent.watch.baseline import NEW_NORMAL, UNUSUAL, WARMUP, InputBaseline, Moments
+from sosa_stream.agent.watch.inputs import INPUT_COLUMNS, look
 
 Make = Callable[[np.random.Generator], np.ndarray[Any, Any]]
 

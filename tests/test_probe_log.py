@@ -16,7 +16,7 @@ from sosa_stream.agent import log, observe_posterior
 from sosa_stream.agent.core import Agent
 from sosa_stream.agent.link import LocalLink
 from sosa_stream.agent.outbox import Outbox, Row, Wakeup
-from sosa_stream.agent.scalars import Scalars
+from sosa_stream.agent.watch.scalars import Scalars
 from sosa_stream.config import Mode, load_settings
 from sosa_stream.engine import Engine
 from sosa_stream.protocol.codec import decode

@@ -16,12 +16,12 @@ from torch.optim import SGD, AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sosa_stream.agent import log, observe_posterior
-from sosa_stream.agent.activations import Activations
-from sosa_stream.agent.looks import WEIGHTS_EVERY
-from sosa_stream.agent.metrics import columns_of
 from sosa_stream.agent.outbox import Outbox, Wakeup
-from sosa_stream.agent.posterior import Posterior
-from sosa_stream.agent.weights import MAX_ELEMENTS, Weights, census
+from sosa_stream.agent.watch.activations import Activations
+from sosa_stream.agent.watch.looks import WEIGHTS_EVERY
+from sosa_stream.agent.watch.metrics import columns_of
+from sosa_stream.agent.watch.posterior import Posterior
+from sosa_stream.agent.watch.weights import MAX_ELEMENTS, Weights, census
 
 
 def _activations() -> Activations:

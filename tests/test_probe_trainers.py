@@ -20,7 +20,7 @@ from torch import nn
 
 from sosa_stream.agent.core import Agent
 from sosa_stream.agent.link import LocalLink
-from sosa_stream.agent.metrics import Libraries
+from sosa_stream.agent.watch.metrics import Libraries
 from sosa_stream.config import Mode, load_settings
 from sosa_stream.engine import Engine
 from sosa_stream.protocol.messages import AgentMessage, MetricFrame

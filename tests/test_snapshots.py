@@ -13,7 +13,7 @@ from agent_parts import Watch, batches, bits, toy, train
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from sosa_stream.agent.snapshots import NoSnapshotError, SnapshotRing, TrainingState
+from sosa_stream.agent.repair.snapshots import NoSnapshotError, SnapshotRing, TrainingState
 from sosa_stream.config import AgentSettings
 
 ONE = torch.tensor(1.0)

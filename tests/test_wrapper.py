@@ -18,7 +18,7 @@ from torch.optim import SGD, AdamW
 from torch.optim import optimizer as torch_optimizer
 
 from sosa_stream.agent import core
-from sosa_stream.agent.best import BestCheckpoint
+from sosa_stream.agent.repair.best import BestCheckpoint
 from sosa_stream.agent.wrapper import SOSATrainingWrapper, wrap_training
 from sosa_stream.config import Mode, Settings
 from sosa_stream.errors import ConfigError, SosaError, UsageError

@@ -26,19 +26,19 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from sosa_stream.agent.actuators import Actuators
 from sosa_stream.agent.courier import Courier, Identity, Progress
 from sosa_stream.agent.embedded import EmbeddedDaemon
-from sosa_stream.agent.fence_runner import Fence
+from sosa_stream.agent.fence.fence import Fence
+from sosa_stream.agent.fence.membership import Coordinator, Joiner, Membership
+from sosa_stream.agent.fence.stores import MemoryStore, RegisterStore, TorchStore
 from sosa_stream.agent.link import Link, LocalLink, TeeLink
-from sosa_stream.agent.looks import Census
-from sosa_stream.agent.membership import Coordinator, Joiner, Membership
-from sosa_stream.agent.metrics import Libraries, columns_of
 from sosa_stream.agent.outbox import Outbox, Wakeup
 from sosa_stream.agent.probe import Probe
-from sosa_stream.agent.registers import MemoryStore, RegisterStore, TorchStore
-from sosa_stream.agent.snapshots import SnapshotRing, TrainingState
-from sosa_stream.agent.taps import Taps
+from sosa_stream.agent.repair.actuators import Actuators
+from sosa_stream.agent.repair.snapshots import SnapshotRing, TrainingState
+from sosa_stream.agent.watch.looks import Census
+from sosa_stream.agent.watch.metrics import Libraries, columns_of
+from sosa_stream.agent.watch.taps import Taps
 from sosa_stream.config import Settings
 from sosa_stream.errors import SosaError
 from sosa_stream.protocol.channels import AgentChannel

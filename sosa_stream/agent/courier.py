@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sosa_stream.agent.fence_runner import Aborted, Closed, Committed, Fence, Held
+from sosa_stream.agent.fence.fence import Aborted, Closed, Committed, Fence, Held
+from sosa_stream.agent.fence.membership import Membership
 from sosa_stream.agent.link import Link
-from sosa_stream.agent.membership import Membership
 from sosa_stream.agent.outbox import Outbox
 from sosa_stream.config import Mode, Settings
 from sosa_stream.errors import CommandRefusedError

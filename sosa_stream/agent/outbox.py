@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sosa_stream.agent.baseline import InputBaseline
-from sosa_stream.agent.inputs import Inputs
-from sosa_stream.agent.scalars import Scalars, fetch
-from sosa_stream.agent.weights import Update
+from sosa_stream.agent.watch.baseline import InputBaseline
+from sosa_stream.agent.watch.inputs import Inputs
+from sosa_stream.agent.watch.scalars import Scalars, fetch
+from sosa_stream.agent.watch.weights import Update
 from sosa_stream.protocol.codec import encode
 from sosa_stream.protocol.messages import AgentMessage, Header, Heartbeat, MetricFrame, Phase
 

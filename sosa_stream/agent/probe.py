@@ -24,14 +24,14 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from sosa_stream.agent import gradients
-from sosa_stream.agent.actuators import Actuators, LearningRate, StopTraining
-from sosa_stream.agent.fence_runner import Fence, InDoubt
-from sosa_stream.agent.looks import Looks
-from sosa_stream.agent.losses import Loss
+from sosa_stream.agent.fence.fence import Fence, InDoubt
 from sosa_stream.agent.outbox import Outbox, Row
-from sosa_stream.agent.scalars import fetch
-from sosa_stream.agent.snapshots import SnapshotRing, TrainingState
-from sosa_stream.agent.taps import Taps
+from sosa_stream.agent.repair.actuators import Actuators, LearningRate, StopTraining
+from sosa_stream.agent.repair.snapshots import SnapshotRing, TrainingState
+from sosa_stream.agent.watch.looks import Looks
+from sosa_stream.agent.watch.losses import Loss
+from sosa_stream.agent.watch.scalars import fetch
+from sosa_stream.agent.watch.taps import Taps
 from sosa_stream.errors import SosaError
 from sosa_stream.protocol.messages import Ack, AckState, Command, Phase
 

@@ -27,11 +27,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sosa_stream.agent import core
-from sosa_stream.agent.best import BestCheckpoint
 from sosa_stream.agent.courier import policy
 from sosa_stream.agent.environment import is_disabled, read_settings
 from sosa_stream.agent.link import LocalLink
 from sosa_stream.agent.monitor import TrainingMonitor
+from sosa_stream.agent.repair.best import BestCheckpoint
 from sosa_stream.config import Mode, Settings, load_settings
 from sosa_stream.detect.detectors import BY_KIND
 from sosa_stream.engine import Engine

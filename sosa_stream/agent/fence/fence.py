@@ -12,7 +12,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from sosa_stream.agent.fence import (
+from sosa_stream.agent.fence.agreement import (
     CLOSES_FENCE,
     EXPLANATIONS,
     IDLE,
@@ -28,7 +28,7 @@ from sosa_stream.agent.fence import (
     State,
     Terms,
 )
-from sosa_stream.agent.registers import MemoryStore, RegisterStore
+from sosa_stream.agent.fence.stores import MemoryStore, RegisterStore
 from sosa_stream.config import FenceSettings
 from sosa_stream.protocol.messages import Command
 

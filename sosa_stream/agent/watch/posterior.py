@@ -10,7 +10,7 @@ from collections import deque
 
 import torch
 
-from sosa_stream.agent.inputs import is_plain
+from sosa_stream.agent.watch.inputs import is_plain
 from sosa_stream.errors import UsageError
 
 ACTIVE_VARIANCE = 0.01

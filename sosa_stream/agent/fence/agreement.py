@@ -2,7 +2,7 @@
 
 An `Agreement` is one rank's part in one command. It asks for one store operation at a time (`Agreement.operation`), is
 told how that ended (`Agreement.after`) and, when it rests, is woken by its owner (`Agreement.resume`). It has no clock,
-no thread and no store; what it must know of its own process comes in as a `Local`. `fence_runner.Fence` drives it.
+no thread and no store; what it must know of its own process comes in as a `Local`. `fence.Fence` drives it.
 
 All that the ranks share are keys under ``sosa/<generation>/cmd/<command>/<attempt>/``::
 

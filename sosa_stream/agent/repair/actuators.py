@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from sosa_stream.agent.snapshots import Snapshot, SnapshotRing, TrainingState
+from sosa_stream.agent.repair.snapshots import Snapshot, SnapshotRing, TrainingState
 from sosa_stream.errors import RefusedError
 from sosa_stream.protocol.actions import Action
 from sosa_stream.protocol.messages import Command

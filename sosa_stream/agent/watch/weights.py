@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from sosa_stream.agent.scalars import Vector, fetch_vector
+from sosa_stream.agent.watch.scalars import Vector, fetch_vector
 
 MAX_PARAMETERS, MAX_ELEMENTS = 16, 1 << 12
 """Parameters that are looked at, spread over the depth, and elements of each: every k-th row of a larger one."""

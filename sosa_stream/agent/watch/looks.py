@@ -16,11 +16,11 @@ import torch
 from torch.optim import Optimizer
 
 from sosa_stream.agent import gradients
-from sosa_stream.agent.forward import Forward
-from sosa_stream.agent.inputs import Inputs
-from sosa_stream.agent.posterior import Posterior
-from sosa_stream.agent.scalars import Scalars, fetch
-from sosa_stream.agent.weights import Update, Weights, census, num_stale
+from sosa_stream.agent.watch.forward import Forward
+from sosa_stream.agent.watch.inputs import Inputs
+from sosa_stream.agent.watch.posterior import Posterior
+from sosa_stream.agent.watch.scalars import Scalars, fetch
+from sosa_stream.agent.watch.weights import Update, Weights, census, num_stale
 
 LAYERS_EVERY = 8
 """Steps between two looks at the ends of the network, and at the posterior."""

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.loss import _Loss
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from sosa_stream.agent.inputs import is_plain
+from sosa_stream.agent.watch.inputs import is_plain
 
 MIN_SAMPLES = 32
 """A unit that is silent for fewer samples than this may be a selective one."""

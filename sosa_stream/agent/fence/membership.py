@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from sosa_stream.agent.registers import RegisterStore
+from sosa_stream.agent.fence.stores import RegisterStore
 
 PREFIX = "sosa"
 NO_VALUE = "?"

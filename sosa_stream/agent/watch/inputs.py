@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sosa_stream.agent.baseline import InputBaseline, Moments, fingerprint
-from sosa_stream.agent.scalars import Scalars, Vector, fetch, fetch_vector
+from sosa_stream.agent.watch.baseline import InputBaseline, Moments, fingerprint
+from sosa_stream.agent.watch.scalars import Scalars, Vector, fetch, fetch_vector
 
 INPUT_COLUMNS = (
     *("input_mean", "input_std", "input_min", "input_max", "input_nonfinite"),

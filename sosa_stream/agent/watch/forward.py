@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from sosa_stream.agent.activations import Activations
-from sosa_stream.agent.inputs import Inputs, look
+from sosa_stream.agent.watch.activations import Activations
+from sosa_stream.agent.watch.inputs import Inputs, look
 
 
 class Forward:

@@ -19,7 +19,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn.utils import clip_grad
 
 from sosa_stream.agent.gradients import whole
-from sosa_stream.agent.losses import Losses
+from sosa_stream.agent.watch.losses import Losses
 from sosa_stream.protocol.messages import Phase
 
 UNSCALED = "_sosa_unscaled"

@@ -1,0 +1,1 @@
+"""How all ranks agree on one tick at which they apply a command, or none does."""

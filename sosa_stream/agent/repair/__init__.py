@@ -1,0 +1,1 @@
+"""What a fix does to the training in this process, and how it is taken back."""
