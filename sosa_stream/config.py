@@ -28,9 +28,6 @@ CONFIG_VARIABLE = "SOSA_CONFIG"
 ALIASES: Mapping[str, str] = {"SOSA_DAEMON": "SOSA_AGENT_DAEMON", "SOSA_NOTIFY": "SOSA_DAEMON_NOTIFY"}
 OTHER_VARIABLES = frozenset({CONFIG_VARIABLE, "SOSA_DISABLE"})
 
-FUTURE_ACTIONS = ("split_batch",)
-"""Names that ``[auto] allow`` takes although no action of that name is carried out yet."""
-
 
 class Mode(StrEnum):
     """What the agent may do: watch, watch and propose, or also apply what ``[auto] allow`` names."""
@@ -90,12 +87,9 @@ class AutoSettings:
     """Most steps of training that one rollback may give up."""
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.allow if name not in ACTIONS and name not in FUTURE_ACTIONS]
+        unknown = [name for name in self.allow if name not in ACTIONS]
         if unknown:
-            raise ConfigError(
-                f"auto.allow names unknown action {', '.join(unknown)}; "
-                f"known are {', '.join((*ACTIONS, *FUTURE_ACTIONS))}"
-            )
+            raise ConfigError(f"auto.allow names unknown action {', '.join(unknown)}; known are {', '.join(ACTIONS)}")
         _at_least(1, max_fixes_per_error=self.max_fixes_per_error, cooldown_steps=self.cooldown_steps)
         _at_least(0, max_fixes_per_run=self.max_fixes_per_run, max_rollback_steps=self.max_rollback_steps)
         _at_least(1, max_lr_change=self.max_lr_change)

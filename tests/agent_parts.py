@@ -16,7 +16,7 @@ from sosa_stream.agent.core import Agent
 from sosa_stream.agent.link import LocalLink
 from sosa_stream.agent.outbox import Outbox, Row, Wakeup
 from sosa_stream.agent.probe import Probe
-from sosa_stream.agent.repair.actuators import Actuators
+from sosa_stream.agent.repair.actuators import Actuators, make_actuators
 from sosa_stream.agent.repair.snapshots import SnapshotRing, TrainingState
 from sosa_stream.agent.watch.baseline import InputBaseline
 from sosa_stream.agent.watch.taps import Taps
@@ -65,6 +65,13 @@ class OneCommand:
         return self.due.pop(tick, None)
 
 
+def carry_out(actuators: Actuators, fix: Command, tick: int, step: int) -> str:
+    """Apply a command as all ranks do when none fails."""
+    words = actuators.apply(fix, tick, step)
+    actuators.keep()
+    return words
+
+
 class Watch:
     """A probe with all that it needs."""
 
@@ -75,7 +82,7 @@ class Watch:
         self.said: list[str] = []
         self.errors: list[tuple[BaseException, bool]] = []
         self.ring = SnapshotRing(self.state, AgentSettings(**settings), 2000, self.said.append) if snapshots else None
-        self.actuators = Actuators(self.state, self.ring, 10000.0)
+        self.actuators = make_actuators(self.state, self.ring, 10000.0)
         self.probe = Probe(
             outbox=self.outbox,
             taps=self.taps,

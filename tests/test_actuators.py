@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from agent_parts import Watch, act, batches, bits, command, toy, train
+from agent_parts import Watch, act, batches, bits, carry_out, command, toy, train
 from torch import nn
 from torch.optim import LBFGS, SGD, AdamW
 
-from sosa_stream.agent.repair.actuators import EXIT_STOPPED, StopTraining
+from sosa_stream.agent.repair.actuators import make_actuators
+from sosa_stream.agent.repair.snapshots import TrainingState
+from sosa_stream.agent.repair.stopping import EXIT_STOPPED, StopTraining
 from sosa_stream.errors import RefusedError, SosaError
 from sosa_stream.protocol.messages import AckState
 
@@ -46,12 +48,12 @@ def _no_hooks_left() -> Any:
 def test_a_standing_fix_stands_until_it_is_taken_back(action: Any, in_force: tuple[float, float | None]) -> None:
     actuators = Watch().actuators
     fix = command(action)
-    actuators.apply(fix, 0, 0)
-    assert (actuators.lr_multiplier, actuators.max_norm) == in_force
-    assert actuators.standing
-    actuators.apply(command(act("revert", command=fix.id)), 1, 1)
-    assert (actuators.lr_multiplier, actuators.max_norm) == (1.0, None)
-    assert not actuators.standing
+    carry_out(actuators, fix, 0, 0)
+    assert (actuators.in_force.lr_multiplier, actuators.in_force.max_norm) == in_force
+    assert actuators.in_force.standing
+    carry_out(actuators, command(act("revert", command=fix.id)), 1, 1)
+    assert (actuators.in_force.lr_multiplier, actuators.in_force.max_norm) == (1.0, None)
+    assert not actuators.in_force.standing
 
 
 def test_fixes_can_be_taken_back_in_any_order() -> None:
@@ -59,24 +61,27 @@ def test_fixes_can_be_taken_back_in_any_order() -> None:
     first, second = command(act("scale_lr", factor=0.3)), command(act("scale_lr", factor=0.1))
     loose, tight = command(act("clip_grad", max_norm=5.0)), command(act("clip_grad", max_norm=1.0))
     for fix in (first, loose, second, tight):
-        actuators.apply(fix, 0, 0)
-    assert actuators.lr_multiplier == pytest.approx(0.03)
-    actuators.apply(command(act("revert", command=first.id)), 1, 1)
-    assert actuators.lr_multiplier == 0.1
-    actuators.apply(command(act("revert", command=loose.id)), 1, 1)
-    assert actuators.max_norm == 1.0
-    actuators.apply(command(act("revert", command=tight.id)), 1, 1)
-    actuators.apply(command(act("revert", command=second.id)), 1, 1)
-    assert (actuators.lr_multiplier, actuators.max_norm) == (1.0, None)  # exactly: ×0.3 ÷0.3 need not be 1
+        carry_out(actuators, fix, 0, 0)
+    assert actuators.in_force.lr_multiplier == pytest.approx(0.03)
+    carry_out(actuators, command(act("revert", command=first.id)), 1, 1)
+    assert actuators.in_force.lr_multiplier == 0.1
+    carry_out(actuators, command(act("revert", command=loose.id)), 1, 1)
+    assert actuators.in_force.max_norm == 1.0
+    carry_out(actuators, command(act("revert", command=tight.id)), 1, 1)
+    carry_out(actuators, command(act("revert", command=second.id)), 1, 1)
+    assert (actuators.in_force.lr_multiplier, actuators.in_force.max_norm) == (
+        1.0,
+        None,
+    )  # exactly: ×0.3 ÷0.3 need not be 1
 
 
 def test_a_fix_is_taken_back_once() -> None:
     actuators = Watch().actuators
     fix = command(act("scale_lr", factor=0.5))
-    actuators.apply(fix, 0, 0)
-    actuators.apply(command(act("revert", command=fix.id)), 1, 1)
+    carry_out(actuators, fix, 0, 0)
+    carry_out(actuators, command(act("revert", command=fix.id)), 1, 1)
     with pytest.raises(RefusedError, match=f"{fix.id} was not applied here"):
-        actuators.apply(command(act("revert", command=fix.id)), 2, 2)
+        carry_out(actuators, command(act("revert", command=fix.id)), 2, 2)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -111,8 +116,8 @@ def test_stop_ends_the_training_thread_with_a_code_of_its_own_and_says_so_first(
 def test_nothing_is_half_applied_when_a_later_action_fails() -> None:
     watch, model, optimizer = watched(9)
     earlier = command(act("rollback", before_step=4))
-    watch.actuators.apply(earlier, 9, 9)
-    watch.actuators.stale_gradients = False
+    carry_out(watch.actuators, earlier, 9, 9)
+    watch.actuators.in_force.stale_gradients = False
     train(model, optimizer, batches(4, seed=7))
     held = [snapshot.step for snapshot in watch.ring._snapshots]  # type: ignore[union-attr]
     before = bits(model, optimizer)
@@ -124,13 +129,17 @@ def test_nothing_is_half_applied_when_a_later_action_fails() -> None:
         act("revert", command="never seen"),
     )
     with pytest.raises(RefusedError, match="never seen"):
-        watch.actuators.apply(bad, 13, 13)
+        carry_out(watch.actuators, bad, 13, 13)
     actuators = watch.actuators
     assert bits(model, optimizer) == before
-    assert (actuators.lr_multiplier, actuators.max_norm, actuators.skip_left) == (1.0, None, 0)
-    assert not actuators.stale_gradients  # or the coming step would be skipped for nothing
+    assert (actuators.in_force.lr_multiplier, actuators.in_force.max_norm, actuators.in_force.skip_left) == (
+        1.0,
+        None,
+        0,
+    )
+    assert not actuators.in_force.stale_gradients  # or the coming step would be skipped for nothing
     assert [snapshot.step for snapshot in watch.ring._snapshots] == held  # type: ignore[union-attr]
-    actuators.apply(command(act("revert", command=earlier.id)), 13, 13)  # the older rollback can still be undone
+    carry_out(actuators, command(act("revert", command=earlier.id)), 13, 13)  # the older rollback can still be undone
     assert len(actuators.history) == 2
 
 
@@ -146,20 +155,19 @@ def test_a_command_that_fails_is_acknowledged_as_failed_with_the_reason() -> Non
 
 
 def test_all_learning_rate_fixes_together_stay_within_max_lr_change() -> None:
-    actuators = Watch().actuators
-    actuators._max_lr_change = 100.0
-    actuators.apply(command(act("scale_lr", factor=0.05)), 0, 0)
+    actuators = make_actuators(TrainingState(), None, max_lr_change=100.0)
+    carry_out(actuators, command(act("scale_lr", factor=0.05)), 0, 0)
     with pytest.raises(RefusedError, match="max_lr_change"):
-        actuators.apply(command(act("scale_lr", factor=0.05)), 1, 1)
-    assert actuators.lr_multiplier == 0.05
-    actuators.apply(command(act("scale_lr", factor=1000.0)), 2, 2)
+        carry_out(actuators, command(act("scale_lr", factor=0.05)), 1, 1)
+    assert actuators.in_force.lr_multiplier == 0.05
+    carry_out(actuators, command(act("scale_lr", factor=1000.0)), 2, 2)
     with pytest.raises(RefusedError, match="max_lr_change"):
-        actuators.apply(command(act("scale_lr", factor=3.0)), 3, 3)
+        carry_out(actuators, command(act("scale_lr", factor=3.0)), 3, 3)
 
 
 def test_a_rollback_is_refused_where_no_snapshots_are_kept() -> None:
     with pytest.raises(SosaError, match="keeps no snapshots"):
-        Watch().actuators.apply(command(act("rollback", before_step=3)), 5, 5)
+        carry_out(Watch().actuators, command(act("rollback", before_step=3)), 5, 5)
 
 
 # -- the digest --------------------------------------------------------------------------------------------------------
@@ -169,23 +177,23 @@ def test_equal_states_have_equal_digests_and_one_flipped_bit_another() -> None:
     first, model, _optimizer = watched(3)  # the agent keeps no optimizer alive
     first.probe.remove()
     second, _, other = watched(3)
-    assert first.actuators.digest() == second.actuators.digest()
-    before = first.actuators.digest()
+    assert first.state.digest() == second.state.digest()
+    before = first.state.digest()
     weights = model[0].weight.data.view(torch.int32)  # type: ignore[index, union-attr, operator]
     weights[0, 0] ^= 1
-    assert first.actuators.digest() != before
+    assert first.state.digest() != before
     weights[0, 0] ^= 1
-    assert first.actuators.digest() == before
+    assert first.state.digest() == before
     moments = other.state[other.param_groups[0]["params"][-1]]["exp_avg_sq"].view(torch.int32)
     moments[0] ^= 1
-    assert second.actuators.digest() != before
+    assert second.state.digest() != before
 
 
 def test_the_digest_leaves_out_buffers_which_differ_between_ranks_anyway() -> None:
     watch, model, _ = watched(2)
-    before = watch.actuators.digest()
+    before = watch.state.digest()
     model[1].running_mean += 1  # type: ignore[index, operator]
-    assert watch.actuators.digest() == before
+    assert watch.state.digest() == before
 
 
 # -- rollback ----------------------------------------------------------------------------------------------------------
@@ -198,7 +206,7 @@ def test_a_rollback_restores_everything_bit_identically_and_in_place() -> None:
     pointers = [t.data_ptr() for t in [*references, moments]]
     before = bits(model, optimizer)
     train(model, optimizer, batches(3, seed=9))
-    watch.actuators.apply(command(act("rollback", before_step=5)), 7, 7)
+    carry_out(watch.actuators, command(act("rollback", before_step=5)), 7, 7)
     assert bits(model, optimizer) == before
     assert [t.data_ptr() for t in [*references, optimizer.state[references[0]]["exp_avg"]]] == pointers
 
@@ -225,23 +233,23 @@ def test_a_rollback_can_be_reverted() -> None:
     watch, model, optimizer = watched(5)
     present = bits(model, optimizer)
     fix = command(act("scale_lr", factor=0.5), act("rollback", before_step=3))
-    watch.actuators.apply(fix, 5, 5)
+    carry_out(watch.actuators, fix, 5, 5)
     assert bits(model, optimizer) != present
-    watch.actuators.stale_gradients = False
-    watch.actuators.apply(command(act("revert", command=fix.id)), 8, 8)
+    watch.actuators.in_force.stale_gradients = False
+    carry_out(watch.actuators, command(act("revert", command=fix.id)), 8, 8)
     assert bits(model, optimizer) == present
-    assert watch.actuators.lr_multiplier == 1.0
-    assert watch.actuators.stale_gradients  # the gradients at hand belong to the weights that are gone
+    assert watch.actuators.in_force.lr_multiplier == 1.0
+    assert watch.actuators.in_force.stale_gradients  # the gradients at hand belong to the weights that are gone
 
 
 def test_only_the_latest_rollback_can_be_reverted_and_the_user_is_told() -> None:
     watch, _model, optimizer = watched(9)
     first, second = command(act("rollback", before_step=7)), command(act("rollback", before_step=3))
-    watch.actuators.apply(first, 9, 9)
-    watch.actuators.apply(second, 9, 9)
+    carry_out(watch.actuators, first, 9, 9)
+    carry_out(watch.actuators, second, 9, 9)
     with pytest.raises(RefusedError, match="no longer held"):
-        watch.actuators.apply(command(act("revert", command=first.id)), 9, 9)
-    watch.actuators.apply(command(act("revert", command=second.id)), 9, 9)
+        carry_out(watch.actuators, command(act("revert", command=first.id)), 9, 9)
+    carry_out(watch.actuators, command(act("revert", command=second.id)), 9, 9)
     assert optimizer.state
 
 
@@ -249,7 +257,7 @@ def test_going_back_before_the_first_step_forgets_the_optimizers_state() -> None
     watch, model, optimizer = watched(0)
     before = bits(model, buffers=False)  # the first snapshot is taken when the first forward pass is over
     train(model, optimizer, batches(1))
-    watch.actuators.apply(command(act("rollback", before_step=0)), 1, 1)
+    carry_out(watch.actuators, command(act("rollback", before_step=0)), 1, 1)
     assert bits(model, buffers=False) == before
     assert not any(optimizer.state.get(p) for p in model.parameters())
     fresh = toy()
@@ -282,7 +290,7 @@ def test_a_rollback_reaches_a_buffer_that_the_module_replaces_at_every_step() ->
             optimizer.step()
             if value == 2:
                 before = model.average.clone()
-        watch.actuators.apply(command(act("rollback", before_step=2)), 4, 4)
+        carry_out(watch.actuators, command(act("rollback", before_step=2)), 4, 4)
     assert torch.equal(model.average, before)
 
 
@@ -305,7 +313,7 @@ def test_lbfgs_history_is_restored_although_it_lies_in_lists() -> None:
         state = copy.deepcopy(optimizer.state_dict())
         for _ in range(3):
             optimizer.step(closure)
-        watch.actuators.apply(command(act("rollback", before_step=3)), 6, 6)
+        carry_out(watch.actuators, command(act("rollback", before_step=3)), 6, 6)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), expected.values(), strict=True))
     saved, now = state["state"][0], optimizer.state_dict()["state"][0]
     assert len(now["old_dirs"]) == len(saved["old_dirs"]) > 0
@@ -316,12 +324,12 @@ def test_a_model_that_has_changed_is_not_restored_into() -> None:
     watch, _model, optimizer = watched(4)
     optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
     with pytest.raises(SosaError, match="no longer those of the snapshot"):
-        watch.actuators.apply(command(act("rollback", before_step=3)), 4, 4)
+        carry_out(watch.actuators, command(act("rollback", before_step=3)), 4, 4)
 
 
 def test_history_tells_what_was_done() -> None:
     actuators = Watch().actuators
     fix = command(act("scale_lr", factor=0.5))
-    assert actuators.apply(fix, 3, 3) == "learning rate ×0.5"
+    assert carry_out(actuators, fix, 3, 3) == "learning rate ×0.5"
     (entry,) = actuators.history
     assert (entry["id"], entry["applied_step"], entry["reason"]) == (fix.id, 3, "learning rate ×0.5")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from agent_parts import Watch, act, batches, bits, command, loss_of, poison, toy, train
+from agent_parts import Watch, act, batches, bits, carry_out, command, loss_of, poison, toy, train
 from torch import nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, lr_scheduler
 from torch.optim import optimizer as torch_optimizer
@@ -151,7 +151,7 @@ def test_a_closure_that_raises_reaches_the_script_and_the_next_step_is_whole() -
     model = toy()
     optimizer, other = SGD(model.parameters(), lr=0.1), SGD(toy().parameters(), lr=0.1)
     with Watch(guard=True).installed() as watch:
-        watch.actuators.apply(command(act("scale_lr", factor=0.5)), 0, 0)
+        carry_out(watch.actuators, command(act("scale_lr", factor=0.5)), 0, 0)
 
         def closure() -> torch.Tensor:
             raise torch.OutOfMemoryError("no room")
@@ -340,7 +340,7 @@ def test_a_clip_bound_scales_the_gradients_to_the_bound(own_clip: float | None) 
     model = toy()
     optimizer = SGD(model.parameters(), lr=0.1)
     with Watch().installed() as watch:
-        watch.actuators.apply(command(act("clip_grad", max_norm=0.01)), 0, 0)
+        carry_out(watch.actuators, command(act("clip_grad", max_norm=0.01)), 0, 0)
         loss_of(model, batches(1)[0]).backward()
         if own_clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), own_clip)
@@ -355,7 +355,7 @@ def test_a_clip_bound_leaves_non_finite_gradients_alone(value: float) -> None:
     parameter = nn.Parameter(torch.zeros(2))
     optimizer = SGD([parameter], lr=0.1)
     with Watch(guard=True).installed() as watch:
-        watch.actuators.apply(command(act("clip_grad", max_norm=0.01)), 0, 0)
+        carry_out(watch.actuators, command(act("clip_grad", max_norm=0.01)), 0, 0)
         parameter.grad = torch.tensor([value, 1.0])
         optimizer.step()
     assert parameter.grad[1] == 1.0
@@ -451,7 +451,7 @@ def test_an_optimizer_that_calls_its_parents_step_is_one_tick() -> None:
     model = toy()
     optimizer = Outer(model.parameters(), lr=0.1)
     with Watch(guard=True).installed() as watch:
-        watch.actuators.apply(command(act("scale_lr", factor=0.5)), 0, 0)
+        carry_out(watch.actuators, command(act("scale_lr", factor=0.5)), 0, 0)
         train(model, optimizer, batches(3))
     assert watch.probe.tick == 3
     assert optimizer.param_groups[0]["lr"] == 0.1
@@ -465,7 +465,7 @@ def test_another_optimizers_step_after_one_that_raised_is_a_tick_of_its_own() ->
     broken, model = Broken(toy().parameters(), lr=0.1), toy()
     sound = SGD(model.parameters(), lr=0.1)
     with Watch().installed() as watch:
-        watch.actuators.apply(command(act("scale_lr", factor=0.5)), 0, 0)
+        carry_out(watch.actuators, command(act("scale_lr", factor=0.5)), 0, 0)
         with pytest.raises(RuntimeError, match="script's"):
             broken.step()
         train(model, sound, batches(2))
@@ -500,7 +500,7 @@ def test_a_learning_rate_fix_survives_the_scheduler_and_is_invisible_to_the_scri
         seen, used = [], []
         with Watch().installed() as watch:
             if factor is not None:
-                watch.actuators.apply(command(act("scale_lr", factor=factor)), 0, 0)
+                carry_out(watch.actuators, command(act("scale_lr", factor=factor)), 0, 0)
             for _ in range(10):
                 before = parameter.item()
                 parameter.grad = torch.ones(1)
@@ -524,7 +524,7 @@ def test_a_tensor_learning_rate_shared_by_groups_is_multiplied_once_and_restored
     optimizer = SGD([{"params": [first]}, {"params": [second]}], lr=rate, foreach=False)
     assert optimizer.param_groups[0]["lr"] is optimizer.param_groups[1]["lr"]
     with Watch().installed() as watch:
-        watch.actuators.apply(command(act("scale_lr", factor=0.5)), 0, 0)
+        carry_out(watch.actuators, command(act("scale_lr", factor=0.5)), 0, 0)
         first.grad = second.grad = torch.ones(1)
         optimizer.step()
     assert (first.item(), second.item(), rate.item()) == (-0.25, -0.25, 0.5)
@@ -542,7 +542,7 @@ def test_a_step_that_raises_leaves_the_learning_rate_as_it_was_once_watching_goe
     model = toy()
     optimizer = Fragile(model.parameters(), lr=0.5)
     with Watch().installed() as watch:
-        watch.actuators.apply(command(act("scale_lr", factor=0.5)), 0, 0)
+        carry_out(watch.actuators, command(act("scale_lr", factor=0.5)), 0, 0)
         with pytest.raises(RuntimeError, match="script's"):
             optimizer.step()
         optimizer.broken = False
@@ -646,7 +646,7 @@ def test_torch_is_as_before_after_remove() -> None:
     optimizer = AdamW(model.parameters())
     before = surface()
     with Watch(guard=True, snapshots=True).installed() as watch:
-        watch.actuators.apply(command(act("scale_lr", factor=0.5)), 0, 0)
+        carry_out(watch.actuators, command(act("scale_lr", factor=0.5)), 0, 0)
         train(model, optimizer, batches(2))
         assert surface() != before
     assert surface() == before
@@ -722,11 +722,11 @@ def test_sharded_gradients_are_measured_where_they_lie_and_never_guarded_alone(t
         with Watch(guard=True, snapshots=True, snapshot_every_ticks=1, quarantine_ticks=0).installed() as watch:
             parameter.grad = distribute_tensor(torch.full((4,), 2.0), mesh, [Shard(0)])
             optimizer.step()
-            watch.actuators.digest()
-            watch.actuators.apply(command(act("rollback", before_step=0)), 1, 1)
+            watch.state.digest()
+            carry_out(watch.actuators, command(act("rollback", before_step=0)), 1, 1)
             assert isinstance(parameter, DTensor)
             assert torch.equal(parameter.to_local(), torch.zeros(4))
-            watch.actuators.stale_gradients = False
+            watch.actuators.in_force.stale_gradients = False
             parameter.grad = distribute_tensor(torch.full((4,), math.nan), mesh, [Shard(0)])
             optimizer.step()
             before = parameter.to_local().clone()

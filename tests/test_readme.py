@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sosa_stream.cli import parser
-from sosa_stream.config import FUTURE_ACTIONS, Settings, load_settings
+from sosa_stream.config import Settings, load_settings
 from sosa_stream.detect.detectors import ALL, BY_KIND
 from sosa_stream.engine import Engine
 from sosa_stream.protocol.messages import MetricFrame
@@ -87,7 +87,7 @@ def test_the_defaults_that_the_pages_name_are_the_settings_own() -> None:
     assert f"`window_steps` ({settings.detect.window_steps})" in page
     assert f"default `{settings.home}`" in page
     assert f"`{json.dumps(settings.auto.allow)}`" in page
-    assert [name for name in settings.auto.allow if name not in FUTURE_ACTIONS] == ["skip_step"]
+    assert settings.auto.allow == ("skip_step", "split_batch")
     assert "by default `skip_step` alone" in README.read_text("utf-8")
 
 

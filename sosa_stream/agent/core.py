@@ -34,7 +34,7 @@ from sosa_stream.agent.fence.stores import MemoryStore, RegisterStore, TorchStor
 from sosa_stream.agent.link import Link, LocalLink, TeeLink
 from sosa_stream.agent.outbox import Outbox, Wakeup
 from sosa_stream.agent.probe import Probe
-from sosa_stream.agent.repair.actuators import Actuators
+from sosa_stream.agent.repair.actuators import make_actuators
 from sosa_stream.agent.repair.snapshots import SnapshotRing, TrainingState
 from sosa_stream.agent.watch.looks import Census
 from sosa_stream.agent.watch.metrics import Libraries, columns_of
@@ -97,7 +97,7 @@ class Agent:
         snapshots = None
         if settings.snapshots_wanted:
             snapshots = SnapshotRing(self.state, settings.agent, settings.auto.max_rollback_steps, self.say)
-        self.actuators = Actuators(self.state, snapshots, settings.auto.max_lr_change)
+        self.actuators = make_actuators(self.state, snapshots, settings.auto.max_lr_change)
         self._local = False
         self.probe = Probe(
             outbox=self._outbox,

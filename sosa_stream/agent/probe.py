@@ -26,8 +26,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from sosa_stream.agent import gradients
 from sosa_stream.agent.fence.fence import Fence, InDoubt
 from sosa_stream.agent.outbox import Outbox, Row
-from sosa_stream.agent.repair.actuators import Actuators, LearningRate, StopTraining
+from sosa_stream.agent.repair.actuators import Actuators
+from sosa_stream.agent.repair.learning_rate import LearningRate
 from sosa_stream.agent.repair.snapshots import SnapshotRing, TrainingState
+from sosa_stream.agent.repair.stopping import StopTraining
 from sosa_stream.agent.watch.looks import Looks
 from sosa_stream.agent.watch.losses import Loss
 from sosa_stream.agent.watch.scalars import fetch
@@ -83,6 +85,7 @@ class Probe:
         taps.on_scaler_skip = self.scaler_skipped
         self._state = state
         self._actuators = actuators
+        self._in_force = actuators.in_force
         self._snapshots = snapshots
         self._digest_after_fix = digest_after_fix
         self._on_error = on_error
@@ -122,7 +125,7 @@ class Probe:
             self._outbox.add_row(
                 Row(
                     step=self.step,
-                    known=(self.tick, self._actuators.lr_multiplier, 0.0, self.model, self._num_objectives + own),
+                    known=(self.tick, self._in_force.lr_multiplier, 0.0, self.model, self._num_objectives + own),
                     names=tuple([name for name, value in seen if value is not None]),
                     scalars=fetch([*(value for _, value in seen if value is not None), *sampled.values()]),
                     sampled=tuple(sampled),
@@ -241,6 +244,7 @@ class Probe:
         tick, step = self.tick, self.step
         try:
             detail = self._actuators.apply(command, tick, step)
+            self._actuators.keep()
             digest = self._actuators.digest() if self._digest_after_fix else ""
             state = AckState.APPLIED
         except SosaError as error:
@@ -254,12 +258,12 @@ class Probe:
             )
         )
         self._tell(f"step {step}: {state} command {command.id}: {detail} ({command.reason})")
-        if self._actuators.stop_wanted:
+        if self._in_force.stop_wanted:
             raise StopTraining
 
     def _control(self, optimizer: Optimizer) -> None:
         """With the step's gradients at hand: norm, guard, clip, learning rate."""
-        actuators = self._actuators
+        in_force = self._in_force
         parameters, local = gradients.with_gradients(optimizer)
         norms: list[torch.Tensor] | None = None
         skip = False
@@ -268,7 +272,7 @@ class Probe:
             self._norm, self._clipped_to = self._taps.take_norm(parameters)
             # Equal on all ranks: that of whole, reduced gradients, or for sharded ones the script's own reduced norm.
             self._norm_is_shared = self._norm is not None if sharded else shared
-            actuators.norm_is_shared = self._norm_is_shared
+            in_force.norm_is_shared = self._norm_is_shared
             if sharded:  # a whole one's norm would be a hidden collective
                 local = [gradients.to_local(gradient) for gradient in local]
             if self._norm is None:
@@ -277,22 +281,22 @@ class Probe:
             grad_scale = getattr(optimizer, "grad_scale", None)
             if isinstance(grad_scale, torch.Tensor):
                 self._norm = self._norm / grad_scale.to(self._norm.device)
-            skip = bool(actuators.skip_left or actuators.stale_gradients)
+            skip = bool(in_force.skip_left or in_force.stale_gradients)
             if skip:
                 self._skip(optimizer)
-                actuators.skip_left -= 1 if actuators.skip_left and not actuators.stale_gradients else 0
-                actuators.stale_gradients = False
+                in_force.skip_left -= 1 if in_force.skip_left and not in_force.stale_gradients else 0
+                in_force.stale_gradients = False
             elif self.guarding and self._norm_is_shared:
                 skip = self._guard(optimizer, self._norm, len(parameters))
             scaled = isinstance(grad_scale, torch.Tensor)
-            if actuators.max_norm is not None and self._norm_is_shared and not skip and not scaled:
-                gradients.clip(local, gradients.norm_after_clip(self._norm, self._clipped_to), actuators.max_norm)
-        actuators.stale_gradients = False
+            if in_force.max_norm is not None and self._norm_is_shared and not skip and not scaled:
+                gradients.clip(local, gradients.norm_after_clip(self._norm, self._clipped_to), in_force.max_norm)
+        in_force.stale_gradients = False
         if self.observing and not sharded and self.looks.are_due(self.step):
             self._look(optimizer, parameters, local, norms, skip)
-        if actuators.lr_multiplier != 1.0:
+        if in_force.lr_multiplier != 1.0:
             self._restore.append(self._learning_rate.restore)
-            self._learning_rate.scale(optimizer, actuators.lr_multiplier)
+            self._learning_rate.scale(optimizer, in_force.lr_multiplier)
 
     def _look(
         self,
@@ -336,7 +340,7 @@ class Probe:
 
         def wrapped() -> Any:
             self._put_back()  # LBFGS calls its closure many times in one step
-            self._actuators.stale_gradients = False  # gradients of the restored weights: nothing is stale
+            self._in_force.stale_gradients = False  # gradients of the restored weights: nothing is stale
             try:
                 result = closure()
             except BaseException:  # no after-hook will come
@@ -402,7 +406,7 @@ class Probe:
         self._outbox.add_row(
             Row(
                 step,
-                (self.tick - 1, self._actuators.lr_multiplier, seconds, self.model, self._num_objectives),
+                (self.tick - 1, self._in_force.lr_multiplier, seconds, self.model, self._num_objectives),
                 NAMES[loss is not None, norm is not None],
                 fetch(values),
                 tuple(sampled),
@@ -431,7 +435,7 @@ class Probe:
         self._on_error(error, False)
 
     def _lose_control(self, error: Exception) -> None:
-        in_force = self.guarding or self._actuators.standing
+        in_force = self.guarding or self._in_force.standing
         self.controlling = False
         self._put_back()
         self._on_error(error, in_force)

@@ -147,7 +147,7 @@ class SOSATrainingWrapper:
         fixes = self._fixes()
         group = self.optimizer.param_groups[0]
         actuators = self._agent.actuators if self._agent is not None else None
-        multiplier = actuators.lr_multiplier if actuators is not None else 1.0
+        multiplier = actuators.in_force.lr_multiplier if actuators is not None else 1.0
         kinds = {incident.id: incident.kind for incident in self.monitor.incidents.values()}
         return {
             "steps": self._num_steps,
@@ -157,7 +157,7 @@ class SOSATrainingWrapper:
             "fixes_per_kind": dict(Counter(kinds.get(fix["incident"], "seen by the daemon") for fix in fixes)),
             "learning_rate": float(group["lr"]) * multiplier,
             "learning_rate_of_the_script": float(group["lr"]),
-            "clip_bound": actuators.max_norm if actuators is not None else None,
+            "clip_bound": actuators.in_force.max_norm if actuators is not None else None,
             "anomaly_steps": self._anomaly_steps,
             "anomaly_rate": self._anomaly_steps / self._num_steps if self._num_steps else 0.0,
             "last_fixes": fixes[-5:],

@@ -26,7 +26,7 @@ class Param:
 
     def check(self, action: str, name: str, value: object) -> None:
         if self.type is str:
-            if not isinstance(value, str) or not 0 < len(value) <= 128:
+            if not isinstance(value, str) or not 0 < len(value) <= 128 or not value.isprintable():
                 raise RefusedError(f"{action}: {name} must be a short string, not {value!r}")
             return
         if (
@@ -35,7 +35,7 @@ class Param:
             or (self.type is int and not isinstance(value, int))
         ):
             raise RefusedError(f"{action}: {name} must be {self.type.__name__}, not {value!r}")
-        if not self.low <= value <= self.high:  # also false for NaN
+        if not (self.low <= value <= self.high and math.isfinite(value)):
             raise RefusedError(f"{action}: {name}={value!r} lies outside [{self.low:g}, {self.high:g}]")
 
 
@@ -49,16 +49,36 @@ class ActionSpec:
 
 ACTIONS: Mapping[str, ActionSpec] = MappingProxyType(
     {
+        # Do nothing: the arm that every fix is compared with.
+        "none": ActionSpec(params={}),
         # Leave the weights alone for this many optimizer steps. Nothing to undo: no update was made.
         "skip_step": ActionSpec(
             params={"num_steps": Param(type=int, low=1, high=100, required=False)}, irreversible=True
         ),
+        # Let this many batches of the training data go by unused; the data does not come back.
+        "skip_data": ActionSpec(params={"num_batches": Param(type=int, low=1, high=10_000)}, irreversible=True),
         # Scale gradients so that their total norm is at most this (unscaled, per optimizer step).
         "clip_grad": ActionSpec(params={"max_norm": Param(type=float, low=1e-12, high=1e12)}),
         # Multiply the learning rate in force; the script's own scheduler goes on underneath.
         "scale_lr": ActionSpec(params={"factor": Param(type=float, low=1e-6, high=1e3)}),
-        # Restore parameters, buffers and optimizer state of the newest good snapshot taken before this step.
+        # Restore the state of the newest good snapshot taken before this step.
         "rollback": ActionSpec(params={"before_step": Param(type=int, low=0, high=2**62)}),
+        # Forget the optimizers' moments and step counts, as if they had just been made.
+        "reset_optimizer_state": ActionSpec(params={}),
+        # Update once in this many optimizer steps, with the mean of their gradients; 1 is every step.
+        "grad_accumulation": ActionSpec(params={"num_steps": Param(type=int, low=1, high=1024)}),
+        # Run each batch as this many micro-batches with the same gradient, in `training_step`; 1 is whole batches.
+        "split_batch": ActionSpec(params={"num_parts": Param(type=int, low=1, high=1024)}),
+        # Set the scale of every GradScaler.
+        "set_loss_scale": ActionSpec(params={"scale": Param(type=float, low=2.0**-20, high=2.0**40)}),
+        # Copy parameters and optimizer state from this rank to all others; what the others held is gone.
+        "resync": ActionSpec(params={"source": Param(type=int, low=0, high=2**16)}, irreversible=True),
+        # Set a knob that the script has registered, within the knob's own bounds.
+        "set_knob": ActionSpec(params={"name": Param(type=str), "value": Param(type=float)}),
+        # Write a checkpoint to disk, named ``<name>_<step>``, or ``last``.
+        "save_checkpoint": ActionSpec(params={"name": Param(type=str, required=False)}),
+        # Write this rank's stacks, memory and fixes in force to a file.
+        "dump_diagnostics": ActionSpec(params={}),
         # End training on all ranks at one step.
         "stop": ActionSpec(params={}, irreversible=True),
         # Take an earlier command back: the inverse of each of its actions, in reverse order.

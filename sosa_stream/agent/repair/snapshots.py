@@ -7,6 +7,7 @@ gradient norm), so every rank holds the same snapshots and picks the same one wi
 from __future__ import annotations
 
 import gc
+import hashlib
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -134,6 +135,13 @@ class TrainingState:
                 for _, value in sorted(values.items()):
                     if isinstance(value, torch.Tensor):
                         yield to_local(value)
+
+    def digest(self) -> str:
+        """A digest of parameters and optimizer state as they lie in this process, to be compared between replicas."""
+        digest = hashlib.blake2b(digest_size=16)
+        for tensor in self.local_tensors():
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
 
 class SnapshotRing:

@@ -1,0 +1,64 @@
+"""What every action has in common: it can say that it cannot, it is carried out, it is taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Undo = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """When an action is carried out, and by which command: before step-call ``tick``, which takes step ``step``."""
+
+    command: str
+    tick: int
+    step: int
+
+
+@dataclass(slots=True)
+class InForce:
+    """What fixes ask of the coming steps: the probe looks here before each of them.
+
+    The same on all ranks at the same tick, since only what the ranks agreed on changes it.
+    """
+
+    lr_multiplier: float = 1.0
+    max_norm: float | None = None
+    skip_left: int = 0
+    """Steps still to be skipped."""
+    stale_gradients: bool = False
+    """The gradients at hand belong to weights that are gone: the coming step is skipped."""
+    stop_wanted: bool = False
+    norm_is_shared: bool = True
+    """Whether the last gradient norm was the same on all ranks, as the probe saw it."""
+
+    @property
+    def standing(self) -> bool:
+        """Whether a fix is in force that all ranks must go on applying alike."""
+        return self.lr_multiplier != 1.0 or self.max_norm is not None
+
+
+class Actuator:
+    """Carries out one kind of action on this rank. Everything but `refusal` runs on the training thread."""
+
+    def refusal(self, params: Mapping[str, Any], step: int) -> str:
+        """Why this rank could not do it as things stand, or nothing. For the agent's thread; waits for nothing."""
+        return ""
+
+    def apply(self, params: Mapping[str, Any], at: Moment) -> tuple[Undo, str]:
+        """Do it. Returns what takes it back, and what was done, in words.
+
+        Raises:
+            SosaError: it cannot be done, on no rank, and nothing has been changed.
+            Exception: it went wrong on this rank; nothing has been changed.
+        """
+        raise NotImplementedError
+
+    def keep(self) -> None:
+        """The whole command is applied on all ranks: what was held for an immediate return may go."""
+
+    def begin_anew(self) -> None:
+        """Another model is trained from here on: what was done to the last one does not concern it."""
