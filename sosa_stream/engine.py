@@ -32,6 +32,8 @@ from sosa_stream.protocol.messages import (
     Header,
     Heartbeat,
     Hello,
+    Knobs,
+    KnobState,
     Layers,
     MetricFrame,
     Phase,
@@ -71,6 +73,7 @@ class RunView:
     incidents: tuple[Incident, ...]
     commands: tuple[CommandRecord, ...]
     detectors: tuple[tuple[str, str], ...]
+    knobs: tuple[KnobState, ...] = ()
 
 
 class Engine:
@@ -150,9 +153,10 @@ class Engine:
             incidents=self._tracker.incidents,
             commands=self._repairs.ledger.records,
             detectors=tuple((detector.kind, str(self._detector_state(detector))) for detector in self._detectors),
+            knobs=tuple(self._repairs.knobs.values()),
         )
 
-    def _hear(self, event: Hello | Heartbeat | MetricFrame | Layers | Ack | Bye, now: float) -> None:
+    def _hear(self, event: Hello | Heartbeat | MetricFrame | Layers | Knobs | Ack | Bye, now: float) -> None:
         header = event.header
         if isinstance(event, Hello):
             self._note_rank(header, now)
@@ -166,6 +170,9 @@ class Engine:
         elif isinstance(event, Layers):
             self._note_rank(header, now, step=event.step)
             self._windows.layers = event
+        elif isinstance(event, Knobs):
+            self._note_rank(header, now)
+            self._repairs.knobs = {knob.name: knob for knob in event.knobs}
         elif isinstance(event, Ack):
             self._note_rank(header, now, step=event.step)
             entry = self._repairs.acknowledge(event, self._members(), self._windows)
@@ -193,6 +200,7 @@ class Engine:
         self._windows = RunWindows(self._settings)
         self._alignment = Alignment(min(max(header.world_size, 1), MAX_WORLD_SIZE))
         self._ranks, self._heard = {}, {}
+        self._repairs.knobs = {}
         self._started = True
         self._greeted = self._ended = False
         return True

@@ -22,6 +22,8 @@ from sosa_stream.protocol.messages import (
     Header,
     Heartbeat,
     Hello,
+    Knobs,
+    KnobState,
     Layers,
     Message,
     MetricFrame,
@@ -106,6 +108,20 @@ messages: st.SearchStrategy[Message] = st.one_of(
         step=numbers,
         detail=texts,
         digest=texts,
+    ),
+    st.builds(
+        Knobs,
+        header=headers(),
+        knobs=st.lists(
+            st.builds(
+                KnobState,
+                name=names,
+                value=st.floats(allow_nan=False),
+                low=st.floats(allow_nan=False),
+                high=st.floats(allow_nan=False),
+            ),
+            max_size=3,
+        ).map(tuple),
     ),
     st.builds(Bye, header=headers(), reason=texts, exit_code=st.integers(-(2**31), 2**31), dropped=numbers),
     st.builds(
@@ -196,6 +212,11 @@ GOLDEN: list[tuple[Message, str]] = [
         Layers(header=HEADER, step=3, names=("w",), norms=np.array([1.5], dtype=np.float32), orphans=("b",)),
         f"8d {_HEAD} a66c6179657273 a473746570 03 a56e616d6573 91a177 a56e6f726d73 c4040000c03f"
         " a76f727068616e73 91a162",
+    ),
+    (
+        Knobs(header=HEADER, knobs=(KnobState(name="beta", value=1.0, low=0.0, high=4.0),)),
+        f"8a {_HEAD} a56b6e6f6273 a56b6e6f6273 91 94 a462657461 cb3ff0000000000000 cb0000000000000000"
+        " cb4010000000000000",
     ),
     (
         ExceptionReport(header=HEADER, type="T", message="m", stack=("f",), step=3, phase=Phase.BACKWARD),
@@ -289,7 +310,7 @@ def test_each_fault_has_its_reason(data: bytes, reason: Reject) -> None:
     ],
 )
 def test_a_command_with_an_action_outside_the_table_is_refused(action: Any) -> None:
-    body = msgpack.unpackb(encode(GOLDEN[7][0]))
+    body = msgpack.unpackb(encode(GOLDEN[8][0]))
     with pytest.raises(ProtocolError) as caught:
         decode(msgpack.packb({**body, "actions": [action]}))
     assert caught.value.reason is Reject.BAD_FIELD

@@ -1,6 +1,6 @@
 """What runs inside a training process: it watches, publishes, and applies agreed fixes.
 
-A script may tell it more than it sees by itself. Both functions do nothing where no agent watches this process, and
+A script may tell it more than it sees by itself. These functions do nothing where no agent watches this process, and
 import nothing, so that they may stay in the script.
 """
 
@@ -14,8 +14,17 @@ if TYPE_CHECKING:
     import torch
 
     from sosa_stream.agent.core import Agent
+    from sosa_stream.agent.repair.knobs import Knob
 
-__all__ = ["log", "observe_posterior"]
+__all__ = ["Knob", "log", "observe_posterior", "register_knob"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Knob":  # not before it is asked for: scripts import this package to log
+        from sosa_stream.agent.repair.knobs import Knob
+
+        return Knob
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def log(metrics: Mapping[str, Any] | None = None, /, **more: Any) -> None:
@@ -34,6 +43,13 @@ def observe_posterior(mu: torch.Tensor, logvar: torch.Tensor) -> None:
     agent = _agent()
     if agent is not None:
         agent.observe_posterior(mu, logvar)
+
+
+def register_knob(knob: Knob) -> None:
+    """Let fixes set one of the script's hyperparameters, within the knob's bounds. Every rank registers the same."""
+    agent = _agent()
+    if agent is not None:
+        agent.knobs.register(knob)
 
 
 def _agent() -> Agent | None:

@@ -35,12 +35,14 @@ from sosa_stream.agent.link import Link, LocalLink, TeeLink
 from sosa_stream.agent.outbox import Outbox, Wakeup
 from sosa_stream.agent.probe import Probe
 from sosa_stream.agent.repair.actuators import make_actuators
+from sosa_stream.agent.repair.knobs import Knobs
 from sosa_stream.agent.repair.snapshots import SnapshotRing, TrainingState
 from sosa_stream.agent.watch.looks import Census
 from sosa_stream.agent.watch.metrics import Libraries, columns_of
 from sosa_stream.agent.watch.taps import Taps
 from sosa_stream.config import Settings
 from sosa_stream.errors import SosaError
+from sosa_stream.protocol import messages
 from sosa_stream.protocol.channels import AgentChannel
 from sosa_stream.protocol.keys import load_agent_keys
 from sosa_stream.protocol.messages import ExceptionReport, Layers
@@ -52,8 +54,8 @@ JOIN_SECONDS = 0.05
 NO_GROUP_SECONDS = 60.0
 LAST_JOIN_SECONDS = 3.0
 """How long the end of a very short script is held up for its ranks to find each other and hand their frames over."""
-LIBRARIES_EVERY = 8
-"""Ticks between two looks for trainers that the script has imported since."""
+LOOK_EVERY = 8
+"""Ticks between two looks for trainers that the script has imported since, and at its knobs."""
 CLOSE_SECONDS = 5.0
 DAEMON_STOP_SECONDS = 10.0
 
@@ -97,7 +99,8 @@ class Agent:
         snapshots = None
         if settings.snapshots_wanted:
             snapshots = SnapshotRing(self.state, settings.agent, settings.auto.max_rollback_steps, self.say)
-        self.actuators = make_actuators(self.state, snapshots, settings.auto.max_lr_change)
+        self.knobs = Knobs(self.say)
+        self.actuators = make_actuators(self.state, snapshots, settings.auto.max_lr_change, self.knobs)
         self._local = False
         self.probe = Probe(
             outbox=self._outbox,
@@ -195,6 +198,11 @@ class Agent:
             lambda header: Layers(header=header, step=seen.step, names=seen.names, norms=norms, orphans=seen.orphans),
             urgent=False,
         )
+
+    def _tell_knobs(self) -> None:
+        states = self.knobs.changed() if self._identity.rank == 0 else None
+        if states is not None:
+            self._outbox.add_message(lambda header: messages.Knobs(header=header, knobs=states), urgent=False)
 
     def _tell(self, text: str) -> None:
         if not self._local:  # in one process the Engine's own words say more
@@ -353,8 +361,9 @@ class Agent:
     # -- in one process ----------------------------------------------------------------------------------------------
 
     def _after_tick(self) -> None:
-        if self.probe.tick % LIBRARIES_EVERY == 1:
+        if self.probe.tick % LOOK_EVERY == 1:
             self._libraries.find()
+            self._tell_knobs()
         if self._local:
             self._pump_local()
 

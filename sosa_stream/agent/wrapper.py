@@ -32,6 +32,7 @@ from sosa_stream.agent.environment import is_disabled, read_settings
 from sosa_stream.agent.link import LocalLink
 from sosa_stream.agent.monitor import TrainingMonitor
 from sosa_stream.agent.repair.best import BestCheckpoint
+from sosa_stream.agent.repair.knobs import Knob
 from sosa_stream.config import Mode, Settings, load_settings
 from sosa_stream.detect.detectors import BY_KIND
 from sosa_stream.engine import Engine
@@ -194,6 +195,11 @@ class SOSATrainingWrapper:
         """Hand metrics over at the present step, as `sosa_stream.agent.log` does: ``wrapper.log(val_loss=1.2)``."""
         if self._agent is not None:
             self._agent.log(metrics, more)
+
+    def register_knob(self, knob: Knob) -> None:
+        """Let fixes set one of the script's hyperparameters, as `sosa_stream.agent.register_knob` does."""
+        if self._agent is not None:
+            self._agent.knobs.register(knob)
 
     def observe_posterior(self, mu: torch.Tensor, logvar: torch.Tensor) -> None:
         """Hand over a VAE's approximate posterior of one training batch: means and log variances, (batch, latent)."""

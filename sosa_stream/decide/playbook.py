@@ -8,11 +8,13 @@ help: a prior, written down here so that it can be argued with.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sosa_stream.detect.incidents import Incident
 from sosa_stream.protocol.actions import ACTIONS, Action
+from sosa_stream.protocol.messages import KnobState
 
 SPIKE_PATIENCE_STEPS = 15
 """Most spikes heal untouched (82% are back within 10 points on real logs): a spike is left alone for this long."""
@@ -47,6 +49,8 @@ class Situation:
     lr_multiplier: float
     norm_high: float | None
     """The 90% quantile of the gradient norm before the incident."""
+    knobs: Mapping[str, KnobState] = field(default_factory=dict)
+    """What the script lets fixes set, by name."""
 
     @property
     def age(self) -> int:
@@ -134,6 +138,22 @@ def _clip(now: Situation) -> tuple[Action, ...]:
     return (Action(action="clip_grad", params={"max_norm": min(max(CLIP_MARGIN * now.norm_high, bounds.low), 1e12)}),)
 
 
+def _turn(
+    names: tuple[str, ...], factor: float, *, least: float = 0.0, whole: bool = False
+) -> Callable[[Situation], tuple[Action, ...]]:
+    """The first knob of these names times ``factor``, from at least ``least`` on, within its bounds."""
+
+    def build(now: Situation) -> tuple[Action, ...]:
+        for knob in (now.knobs[name] for name in names if name in now.knobs):
+            value = factor * max(knob.value, least)
+            value = min(max(math.floor(value) if whole else value, knob.low), knob.high)
+            if value != knob.value:
+                return (Action(action="set_knob", params={"name": knob.name, "value": value}),)
+        return ()
+
+    return build
+
+
 def _stop(now: Situation) -> tuple[Action, ...]:
     return (Action(action="stop"),)
 
@@ -205,6 +225,42 @@ LADDERS: Mapping[str, tuple[Fix, ...]] = {
     "loss_plateau": (
         Fix(name="higher_lr", confidence=0.3, due=_always, build=_scale(3.0), patience_steps=240),
         Fix(name="lower_lr", confidence=0.2, due=_always, build=_scale(0.3), patience_steps=240),
+    ),
+    # A knob is there because the script's author wants it turned: what it does is known better than what a rate does.
+    "posterior_collapse": (
+        Fix(
+            name="lower_kl_weight",
+            confidence=0.6,
+            due=_always,
+            build=_turn(("beta", "kl_weight"), 0.1),
+            patience_steps=400,
+        ),
+    ),
+    "overfitting": (
+        Fix(
+            name="more_weight_decay",
+            confidence=0.5,
+            due=_always,
+            build=_turn(("weight_decay",), 3.0, least=0.01),
+            patience_steps=400,
+        ),
+        Fix(
+            name="more_dropout",
+            confidence=0.5,
+            due=_always,
+            build=_turn(("dropout",), 1.5, least=0.1),
+            patience_steps=400,
+        ),
+    ),
+    "oom": (
+        Fix(
+            name="smaller_micro_batch",
+            confidence=0.6,
+            due=_always,
+            build=_turn(("micro_batch_size", "micro_batch"), 0.5, least=1.0, whole=True),
+            patience_steps=60,
+            keep=True,
+        ),
     ),
     "vanishing_gradient": (Fix(name="higher_lr", confidence=0.35, due=_always, build=_scale(2.0), patience_steps=240),),
 }

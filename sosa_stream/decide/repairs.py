@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from sosa_stream.config import Mode
 from sosa_stream.decide.commands import CommandRecord, CommandState, Verdict
@@ -15,7 +16,7 @@ from sosa_stream.detect.tracker import OpenIncident, Tracker, in_band, make_id
 from sosa_stream.detect.windows import RunWindows
 from sosa_stream.effects import Effect, Notice, Publish, Withdraw
 from sosa_stream.protocol.actions import Action
-from sosa_stream.protocol.messages import Ack, Command
+from sosa_stream.protocol.messages import Ack, Command, KnobState
 
 HORIZON_TICKS, HORIZON_SECONDS = 500, 10.0
 """A command that no fence has agreed on within this many ticks, and at least this long, is given up."""
@@ -34,6 +35,8 @@ class Repairs:
     def __init__(self, run: str, tracker: Tracker) -> None:
         self.policy = RunPolicy()
         self.generation = ""
+        self.knobs: Mapping[str, KnobState] = {}
+        """What the script lets fixes set, by name."""
         self.ledger = Ledger()
         self._run = run
         self._tracker = tracker
@@ -199,7 +202,7 @@ class Repairs:
         if any(entry.record.incident == incident.id and entry.record.origin == "policy" for entry in self.ledger.live):
             return
         tried = self._tried.setdefault(incident.id, set())
-        choice = choose(_situation(known, windows), frozenset(tried), self.policy)
+        choice = choose(_situation(known, windows, self.knobs), frozenset(tried), self.policy)
         if choice is None:
             return
         if not self._budget.left(incident.kind, self.policy.limits):
@@ -353,7 +356,7 @@ class Repairs:
         self._effects.append(Notice(text=text))
 
 
-def _situation(known: OpenIncident, windows: RunWindows) -> Situation:
+def _situation(known: OpenIncident, windows: RunWindows, knobs: Mapping[str, KnobState]) -> Situation:
     nonfinite = bool(windows.bad_loss or windows.bad_grad)
     return Situation(
         incident=known.incident,
@@ -366,6 +369,7 @@ def _situation(known: OpenIncident, windows: RunWindows) -> Situation:
         lr=windows.lr,
         lr_multiplier=windows.lr_multiplier,
         norm_high=known.norm_high,
+        knobs=knobs,
     )
 
 

@@ -27,6 +27,8 @@ from sosa_stream.protocol.messages import (
     Header,
     Heartbeat,
     Hello,
+    Knobs,
+    KnobState,
     Layers,
     Message,
     MetricFrame,
@@ -100,6 +102,11 @@ def encode(message: Message) -> bytes:
                 "names": list(message.names),
                 "norms": np.ascontiguousarray(message.norms, dtype="<f4").tobytes(),
                 "orphans": list(message.orphans),
+            }
+        case Knobs():
+            body |= _header(message.header) | {
+                "kind": "knobs",
+                "knobs": [[knob.name, knob.value, knob.low, knob.high] for knob in message.knobs],
             }
         case ExceptionReport():
             body |= _header(message.header) | {
@@ -368,6 +375,16 @@ def _layers(body: _Body) -> Layers:
     )
 
 
+def _knobs(body: _Body) -> Knobs:
+    states = []
+    for item in body.items("knobs", body.limits.max_columns):
+        if not isinstance(item, list) or len(item) != 4 or not all(type(number) is float for number in item[1:]):
+            raise ProtocolError(Reject.BAD_FIELD, "a knob is a list of a name and three floats")
+        name = _Body({"name": item[0]}, body.limits).name("name")
+        states.append(KnobState(name=name, value=item[1], low=item[2], high=item[3]))
+    return Knobs(header=body.header(), knobs=tuple(states))
+
+
 def _exception(body: _Body) -> ExceptionReport:
     return ExceptionReport(
         header=body.header(),
@@ -446,6 +463,7 @@ _DECODERS: Mapping[str, Callable[[_Body], Message]] = {
     "heartbeat": _heartbeat,
     "metrics": _metrics,
     "layers": _layers,
+    "knobs": _knobs,
     "exception": _exception,
     "ack": _ack,
     "bye": _bye,

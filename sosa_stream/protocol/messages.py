@@ -135,6 +135,24 @@ class Layers:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KnobState:
+    """A hyperparameter that the script lets fixes set: its value in use, and the bounds for any other."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knobs:
+    """Every knob that the script has registered; sent by rank 0 when anything about them is new."""
+
+    header: Header
+    knobs: tuple[KnobState, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExceptionReport:
     """The script raised and did not catch. ``stack`` is innermost last, ``file:line function``."""
 
@@ -204,6 +222,6 @@ class Announcement:
     text: str
 
 
-AgentMessage = Hello | Heartbeat | MetricFrame | Layers | ExceptionReport | Ack | Bye
+AgentMessage = Hello | Heartbeat | MetricFrame | Layers | Knobs | ExceptionReport | Ack | Bye
 ControlMessage = Command | Received | Announcement
 Message = AgentMessage | ControlMessage

@@ -11,6 +11,7 @@ from typing import Any
 
 from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Undo
 from sosa_stream.agent.repair.clipping import ClipGradients
+from sosa_stream.agent.repair.knobs import Knobs
 from sosa_stream.agent.repair.learning_rate import ScaleLearningRate
 from sosa_stream.agent.repair.rollback import Rollback
 from sosa_stream.agent.repair.skipping import SkipSteps
@@ -136,7 +137,9 @@ class Actuators:
         return redo, f"took back {command_id}"
 
 
-def make_actuators(state: TrainingState, snapshots: SnapshotRing | None, max_lr_change: float) -> Actuators:
+def make_actuators(
+    state: TrainingState, snapshots: SnapshotRing | None, max_lr_change: float, knobs: Knobs | None = None
+) -> Actuators:
     """Every action that this agent carries out."""
     in_force = InForce()
     by_action: dict[str, Actuator] = {
@@ -145,6 +148,7 @@ def make_actuators(state: TrainingState, snapshots: SnapshotRing | None, max_lr_
         "scale_lr": ScaleLearningRate(in_force, max_lr_change),
         "rollback": Rollback(in_force, state, snapshots),
         "stop": Stop(in_force),
+        "set_knob": knobs if knobs is not None else Knobs(lambda text: None),
     }
     return Actuators(in_force, by_action, state.digest)
 
