@@ -93,6 +93,7 @@ class Watch:
             digest_after_fix=True,
             alone=True,
             on_error=lambda error, in_force: self.errors.append((error, in_force)),
+            tell=self.said.append,
         )
         self.fence = OneCommand()
         self.probe.fence = self.fence  # type: ignore[assignment]

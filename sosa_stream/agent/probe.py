@@ -218,6 +218,9 @@ class Probe:
         sharded = gradients.is_sharded(optimizer)
         shared = not sharded and (self._alone or gradients.reduced_by_ddp(optimizer))
         self._kinds[optimizer] = sharded, shared
+        if any(parameter.is_meta for group in optimizer.param_groups for parameter in group["params"]):
+            self.observing = self.guarding = False
+            self._tell("parameters lie on the meta device, where there is nothing to see: training is not watched")
         if self.guarding and not shared:
             self._tell(
                 "the guard acts only where the script's own clip_grad_norm_ gives a reduced norm: not all parameters "
@@ -396,7 +399,7 @@ class Probe:
         now = time.perf_counter()
         seconds = now - self._last_step_at if self._last_step_at else 0.0
         self._last_step_at = now
-        lr = optimizer.param_groups[0].get("lr", 0.0)
+        lr = optimizer.param_groups[0].get("lr", math.nan)
         norm = self._norm
         sampled, inputs, update = self.looks.take(step)
         if (scale := self._taps.loss_scale) is not None:

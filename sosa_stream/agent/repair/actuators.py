@@ -145,7 +145,7 @@ def make_actuators(
     by_action: dict[str, Actuator] = {
         "skip_step": SkipSteps(in_force),
         "clip_grad": ClipGradients(in_force),
-        "scale_lr": ScaleLearningRate(in_force, max_lr_change),
+        "scale_lr": ScaleLearningRate(in_force, state, max_lr_change),
         "rollback": Rollback(in_force, state, snapshots),
         "stop": Stop(in_force),
         "set_knob": knobs if knobs is not None else Knobs(lambda text: None),

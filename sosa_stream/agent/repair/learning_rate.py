@@ -10,19 +10,24 @@ import torch
 from torch.optim import Optimizer
 
 from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Undo
+from sosa_stream.agent.repair.snapshots import TrainingState
 from sosa_stream.errors import RefusedError
 
 
 class ScaleLearningRate(Actuator):
     """All factors in force together stay within ``1 / max_change`` and ``max_change``."""
 
-    def __init__(self, in_force: InForce, max_change: float) -> None:
+    def __init__(self, in_force: InForce, state: TrainingState, max_change: float) -> None:
         self._in_force = in_force
+        self._state = state
         self._max_change = max_change
         # Each under a token of its own, so that any of them can be taken back, in any order.
         self._factors: dict[object, float] = {}
 
     def refusal(self, params: Mapping[str, Any], step: int) -> str:
+        for optimizer in self._state.optimizers:
+            if any("lr" not in group for group in optimizer.param_groups):
+                return f"{type(optimizer).__name__} has a parameter group without a learning rate"
         after = self._in_force.lr_multiplier * params["factor"]
         if 1 / self._max_change <= after <= self._max_change:
             return ""
