@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sosa_stream.agent.core import Agent
+from sosa_stream.agent.guard import Guard
 from sosa_stream.agent.link import LocalLink
 from sosa_stream.agent.outbox import Outbox, Row, Wakeup
 from sosa_stream.agent.probe import Probe
@@ -89,7 +90,7 @@ class Watch:
             state=self.state,
             actuators=self.actuators,
             snapshots=self.ring,
-            guard=guard,
+            guard=Guard(on=guard),
             digest_after_fix=True,
             alone=True,
             on_error=lambda error, in_force: self.errors.append((error, in_force)),

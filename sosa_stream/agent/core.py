@@ -31,6 +31,7 @@ from sosa_stream.agent.embedded import EmbeddedDaemon
 from sosa_stream.agent.fence.fence import Fence
 from sosa_stream.agent.fence.membership import Coordinator, Joiner, Membership
 from sosa_stream.agent.fence.stores import MemoryStore, RegisterStore, TorchStore
+from sosa_stream.agent.guard import Guard
 from sosa_stream.agent.link import Link, LocalLink, TeeLink
 from sosa_stream.agent.outbox import Outbox, Wakeup
 from sosa_stream.agent.probe import Probe
@@ -108,7 +109,7 @@ class Agent:
             state=self.state,
             actuators=self.actuators,
             snapshots=snapshots,
-            guard=settings.guard_wanted,
+            guard=Guard(on=settings.guard_wanted, tell=self._tell),
             digest_after_fix=settings.agent.digest_after_fix,
             alone=world_size == 1,
             on_error=self._on_error,

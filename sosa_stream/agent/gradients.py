@@ -1,11 +1,10 @@
-"""Gradients as the optimizer is about to use them: their norm, clipping them, and keeping them from the weights."""
+"""Gradients as the optimizer is about to use them: whose they are, their norm, and clipping them."""
 
 from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -127,50 +126,6 @@ def clip(gradients: list[torch.Tensor], norm: torch.Tensor, max_norm: float) -> 
 def norm_after_clip(norm: torch.Tensor, clipped_to: float | None) -> torch.Tensor:
     """What is left of ``norm``, which `clip_grad_norm_` returned, after its own clipping at ``clipped_to``."""
     return norm if clipped_to is None else norm * (clipped_to / (norm + 1e-6)).clamp(max=1.0)
-
-
-def hide(optimizer: Optimizer) -> Callable[[], None]:
-    """Make the coming step a true skip: without gradients an optimizer leaves weights and its own state alone.
-
-    (Zeroed gradients would still move AdamW's weights.) Returns what puts the gradients back.
-    """
-    hidden = list(zip(*with_gradients(optimizer), strict=True))
-    for parameter, _ in hidden:
-        parameter.grad = None
-
-    def restore() -> None:
-        for parameter, gradient in hidden:
-            parameter.grad = gradient
-
-    return restore
-
-
-def skips_by_itself(optimizer: Optimizer, num_parameters: int) -> bool:
-    """Whether ``optimizer`` heeds ``found_inf``, which only fused implementations do (foreach ones assert it away).
-
-    Not in its first step with momentum: fused SGD makes its buffers uninitialised and would skip filling them.
-    """
-    groups = optimizer.param_groups
-    started = len(optimizer.state) >= num_parameters or not any(group.get("momentum") for group in groups)
-    return started and all(group.get("fused") for group in groups)
-
-
-def skip_if_bad(optimizer: Any, bad: torch.Tensor) -> Callable[[], None]:
-    """Let a fused optimizer skip by itself where ``bad`` (0-d, 0 or 1) is set, with no read on the host.
-
-    An existing ``found_inf`` (GradScaler's) is kept by taking the larger; it is put back by what is returned.
-    """
-    had = hasattr(optimizer, "found_inf")
-    before = getattr(optimizer, "found_inf", None)
-    optimizer.found_inf = bad if before is None else torch.maximum(before, bad.to(before.device).reshape(before.shape))
-
-    def restore() -> None:
-        if had:
-            optimizer.found_inf = before
-        else:
-            del optimizer.found_inf
-
-    return restore
 
 
 def _by_device(tensors: list[torch.Tensor]) -> Iterator[list[int]]:

@@ -25,6 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from sosa_stream.agent import gradients
 from sosa_stream.agent.fence.fence import Fence, InDoubt
+from sosa_stream.agent.guard import Guard
 from sosa_stream.agent.outbox import Outbox, Row
 from sosa_stream.agent.repair.actuators import Actuators
 from sosa_stream.agent.repair.learning_rate import LearningRate
@@ -38,7 +39,6 @@ from sosa_stream.errors import SosaError
 from sosa_stream.protocol.messages import Ack, AckState, Command, Phase
 
 FORWARD, OPTIMIZER = Phase.FORWARD, Phase.OPTIMIZER  # at every step: to look an enum's member up costs a microsecond
-MOST_SKIPS_TOLD = 10
 HANDOVER_TICKS = 16
 """Ticks of other optimizers after which one that no longer steps is not the primary one: a GAN's take turns sooner."""
 NAMES = {
@@ -53,10 +53,10 @@ class Probe:
     """Hooks around optimizer steps. One per process.
 
     Args:
-        guard: keep non-finite gradients from the weights (one scalar read per step unless the optimizer is fused).
+        guard: keeps non-finite gradients from the weights.
         on_error: told of an internal error; the argument says whether control is lost (True) or only observation.
         alone: this is the only rank, so its gradients are those of all.
-        tell: given a sentence when training is changed: a fix applied, an update skipped.
+        tell: given a sentence when training is changed by a fix.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Probe:
         state: TrainingState,
         actuators: Actuators,
         snapshots: SnapshotRing | None,
-        guard: bool,
+        guard: Guard,
         digest_after_fix: bool,
         alone: bool,
         on_error: Callable[[BaseException, bool], None],
@@ -79,7 +79,7 @@ class Probe:
         self.fence: Fence | None = None
         self.observing = True
         self.controlling = True
-        self.guarding = guard
+        self._guard = guard
         self._outbox = outbox
         self._taps = taps
         taps.on_scaler_skip = self.scaler_skipped
@@ -90,7 +90,6 @@ class Probe:
         self._digest_after_fix = digest_after_fix
         self._on_error = on_error
         self._tell = tell
-        self._num_skips_told = 0
         self._after_tick = after_tick
         self._learning_rate = LearningRate()
         # Step-calls under way, each with the frame that called our hook: one whose frame is gone has raised.
@@ -99,7 +98,6 @@ class Probe:
         self._norm: torch.Tensor | None = None
         self._norm_is_shared = False
         self._clipped_to: float | None = None
-        self._skipped: float | torch.Tensor = 0.0
         self.looks = Looks(lambda error: on_error(error, False))
         self._kinds: weakref.WeakKeyDictionary[Optimizer, tuple[bool, bool]] = weakref.WeakKeyDictionary()
         self._kind = False, False
@@ -204,7 +202,7 @@ class Probe:
             self._kind, self._last = self._kinds[optimizer], weakref.ref(optimizer)
         if self.tick == 0 and self._snapshots is not None:
             self._snapshots.take(0, 0)
-        self._skipped = 0.0
+        self._guard.begin()
         self._norm = None
         self._taps.phase = OPTIMIZER
         command = self.fence.arrive(self.tick) if self.fence is not None else None
@@ -219,9 +217,9 @@ class Probe:
         shared = not sharded and (self._alone or gradients.reduced_by_ddp(optimizer))
         self._kinds[optimizer] = sharded, shared
         if any(parameter.is_meta for group in optimizer.param_groups for parameter in group["params"]):
-            self.observing = self.guarding = False
+            self.observing = self._guard.on = False
             self._tell("parameters lie on the meta device, where there is nothing to see: training is not watched")
-        if self.guarding and not shared:
+        if self._guard.on and not shared:
             self._tell(
                 "the guard acts only where the script's own clip_grad_norm_ gives a reduced norm: not all parameters "
                 "are DistributedDataParallel's, so gradients may differ between ranks"
@@ -286,11 +284,11 @@ class Probe:
                 self._norm = self._norm / grad_scale.to(self._norm.device)
             skip = bool(in_force.skip_left or in_force.stale_gradients)
             if skip:
-                self._skip(optimizer)
+                self._guard.skip(optimizer)
                 in_force.skip_left -= 1 if in_force.skip_left and not in_force.stale_gradients else 0
                 in_force.stale_gradients = False
-            elif self.guarding and self._norm_is_shared:
-                skip = self._guard(optimizer, self._norm, len(parameters))
+            elif self._guard.on and self._norm_is_shared:
+                skip = self._guard.judge(optimizer, self._norm, len(parameters), self.step)
             scaled = isinstance(grad_scale, torch.Tensor)
             if in_force.max_norm is not None and self._norm_is_shared and not skip and not scaled:
                 gradients.clip(local, gradients.norm_after_clip(self._norm, self._clipped_to), in_force.max_norm)
@@ -317,26 +315,6 @@ class Probe:
                 self.looks.skip_update()
         except Exception as error:
             self._lose_sight(error)
-
-    def _guard(self, optimizer: Optimizer, norm: torch.Tensor, num_parameters: int) -> bool:
-        """Whether the step is known, on the host, to be skipped."""
-        if gradients.skips_by_itself(optimizer, num_parameters):
-            bad = (~torch.isfinite(norm)).to(torch.float32)
-            self._restore.append(gradients.skip_if_bad(optimizer, bad))
-            self._skipped = bad
-            return False
-        bad_here = not math.isfinite(norm.item())  # the guard's one scalar read
-        if bad_here:
-            self._skip(optimizer)
-            if self._num_skips_told < MOST_SKIPS_TOLD:
-                self._num_skips_told += 1
-                last = "; further ones are only recorded" if self._num_skips_told == MOST_SKIPS_TOLD else ""
-                self._tell(f"step {self.step}: non-finite gradients, update skipped{last}")
-        return bad_here
-
-    def _skip(self, optimizer: Optimizer) -> None:
-        self._restore.append(gradients.hide(optimizer))
-        self._skipped = 1.0
 
     def _wrap_closure(self, closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
         """Lightning and LBFGS run backward inside ``step``: the gradients are there only after the closure."""
@@ -370,8 +348,7 @@ class Probe:
         if self._open or not self.controlling:
             return
         try:
-            if self._restore:
-                self._put_back()
+            self._put_back()
             primary = self._hand_over(optimizer)
             step = self.step
             self.step += primary
@@ -405,7 +382,7 @@ class Probe:
         if (scale := self._taps.loss_scale) is not None:
             sampled["loss_scale"] = scale
         self.looks.begin(self.step)
-        values = [value for value in (lr, self._skipped, loss, norm, *sampled.values()) if value is not None]
+        values = [value for value in (lr, self._guard.skipped, loss, norm, *sampled.values()) if value is not None]
         self._outbox.add_row(
             Row(
                 step,
@@ -429,6 +406,7 @@ class Probe:
 
     def _put_back(self) -> None:
         """Everything as the script left it: learning rate, gradients, found_inf."""
+        self._guard.put_back()
         while self._restore:
             self._restore.pop()()
 
@@ -438,7 +416,7 @@ class Probe:
         self._on_error(error, False)
 
     def _lose_control(self, error: Exception) -> None:
-        in_force = self.guarding or self._in_force.standing
+        in_force = self._guard.on or self._in_force.standing
         self.controlling = False
         self._put_back()
         self._on_error(error, in_force)
