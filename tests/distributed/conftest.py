@@ -1,4 +1,4 @@
-"""Every test here starts real torchrun jobs; whatever is left of them is ended by its pid."""
+"""Tests with more than one process: torchrun jobs, or a pair of ranks. What is left of them is ended by its pid."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from torchrun_job import Job
+from two_ranks import TwoRanks
 
 
 @pytest.fixture
@@ -21,3 +22,10 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     yield start_job
     for job in jobs:
         job.kill()
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[TwoRanks]:
+    """Two processes that run a function in both; see `TwoRanks`."""
+    with TwoRanks() as pair:
+        yield pair
