@@ -85,6 +85,10 @@ class AutoSettings:
     """Largest factor, up or down, by which all fixes together may multiply the script's learning rate."""
     max_rollback_steps: int = 2000
     """Most steps of training that one rollback may give up."""
+    discount: float = 0.98
+    """What a fix's outcome is still worth after one more of its kind: 1 never forgets, 0.98 remembers about 50."""
+    explore: bool = False
+    """Choose fixes by draws from what is believed of them, instead of the best: to learn, where runs are cheap."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.allow if name not in ACTIONS]
@@ -93,6 +97,7 @@ class AutoSettings:
         _at_least(1, max_fixes_per_error=self.max_fixes_per_error, cooldown_steps=self.cooldown_steps)
         _at_least(0, max_fixes_per_run=self.max_fixes_per_run, max_rollback_steps=self.max_rollback_steps)
         _at_least(1, max_lr_change=self.max_lr_change)
+        _at_least(0.5, 1, discount=self.discount)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,11 +287,17 @@ class Settings:
     """Folder with the store ``sosa.db`` and one folder per run."""
     run: str = ""
     """Name of the run; empty: torchrun's id, else script name, time and randomness."""
+    project: str = "default"
+    """Runs of one project learn from each other which fixes help: name together what is alike."""
     auto: AutoSettings = field(default_factory=AutoSettings)
     agent: AgentSettings = field(default_factory=AgentSettings)
     fence: FenceSettings = field(default_factory=FenceSettings)
     detect: DetectSettings = field(default_factory=DetectSettings)
     daemon: DaemonSettings = field(default_factory=DaemonSettings)
+
+    def __post_init__(self) -> None:
+        if not 0 < len(self.project) <= 100 or not self.project.isprintable():
+            raise ConfigError(f"project must be a name of 1 to 100 printable characters, not {self.project!r}")
 
     @property
     def snapshots_wanted(self) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sosa_stream.config import DetectSettings
 from sosa_stream.decide.commands import CommandRecord
+from sosa_stream.decide.experience import Outcome
 from sosa_stream.detect.incidents import Incident
 from sosa_stream.protocol.messages import AgentMessage, Command
 
@@ -30,7 +31,14 @@ class Reconfigured:
     settings: DetectSettings
 
 
-ShellEvent = Approve | Timer | Reconfigured
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learned:
+    """What earlier runs of the project have taught, oldest first: said once, before the run's first hello."""
+
+    outcomes: tuple[Outcome, ...]
+
+
+ShellEvent = Approve | Timer | Reconfigured | Learned
 """What does not come from an agent."""
 Event = AgentMessage | ShellEvent
 
@@ -47,6 +55,15 @@ class CommandChanged:
     """Store and show this command as it now is."""
 
     record: CommandRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutcomeCounted:
+    """Keep this outcome for the project's later runs. ``id`` is the same in every replay."""
+
+    id: str
+    step: int
+    outcome: Outcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,4 +87,4 @@ class Notice:
     text: str
 
 
-Effect = IncidentChanged | CommandChanged | Publish | Withdraw | Notice
+Effect = IncidentChanged | CommandChanged | OutcomeCounted | Publish | Withdraw | Notice

@@ -23,7 +23,17 @@ from sosa_stream.detect.rules import rule_detectors
 from sosa_stream.detect.sensitivity import admit
 from sosa_stream.detect.tracker import Tracker
 from sosa_stream.detect.windows import Reports, RunWindows
-from sosa_stream.effects import Approve, CommandChanged, Effect, Event, IncidentChanged, Notice, Reconfigured, Timer
+from sosa_stream.effects import (
+    Approve,
+    CommandChanged,
+    Effect,
+    Event,
+    IncidentChanged,
+    Learned,
+    Notice,
+    Reconfigured,
+    Timer,
+)
 from sosa_stream.errors import ConfigError
 from sosa_stream.protocol.messages import (
     Ack,
@@ -117,6 +127,8 @@ class Engine:
             self._repairs.approve(event.command, event.who, self._windows)
         elif isinstance(event, Reconfigured):
             self.reconfigure(event.settings)
+        elif isinstance(event, Learned):
+            self._repairs.learn(event.outcomes)
         elif isinstance(event, ExceptionReport):
             self._note_rank(event.header, now, step=event.step)
             self._report(Reports(exception=event))
@@ -211,13 +223,13 @@ class Engine:
             return
         self._greeted = True
         try:
-            self._repairs.policy = RunPolicy.read(hello.policy)
+            self._repairs.take_policy(RunPolicy.read(hello.policy))
             steps = {name: hello.policy[name] for name in ("warmup_steps", "window_steps") if name in hello.policy}
             if not all(isinstance(value, int) and not isinstance(value, bool) for value in steps.values()):
                 raise ConfigError("policy: warmup_steps and window_steps must be whole numbers")
             self._settings = replace(self._settings, **steps)
         except ConfigError as error:
-            self._repairs.policy = RunPolicy()
+            self._repairs.take_policy(RunPolicy())
             self._effects.append(Notice(text=f"run {self._run} is only observed: {error}"))
         if self._windows.step < 0:
             self._windows.settings = self._settings

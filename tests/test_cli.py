@@ -278,7 +278,7 @@ def test_the_public_records_have_these_keys() -> None:
     ]
     assert list(COMMAND.as_dict()) == [
         *("schema_version", "id", "run", "incident", "actions", "confidence", "state", "applied_step", "verdict"),
-        "reason",
+        *("reason", "why"),
     ]
 
 

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sosa_stream.config import AutoSettings, Mode
+from sosa_stream.decide.choice import choose
 from sosa_stream.decide.commands import FINAL_STATES, TRANSITIONS, CommandRecord, CommandState, Verdict
 from sosa_stream.decide.ledger import Entry, Ledger
 from sosa_stream.decide.playbook import LADDERS, Situation
-from sosa_stream.decide.policy import GATE, Budget, Posterior, RunPolicy, choose
+from sosa_stream.decide.policy import GATE, Budget, RunPolicy
 from sosa_stream.decide.probation import HELPED_STEPS, Probation
 from sosa_stream.detect.incidents import Group
 from sosa_stream.detect.statistics import Level
@@ -144,11 +145,6 @@ def test_every_fix_that_the_playbook_builds_is_a_valid_one(kind: str, lr: float,
         assert all(isinstance(action, Action) for action in fix.build(now))
 
 
-def test_posterior_is_its_prior_until_outcomes_are_counted() -> None:
-    assert Posterior(prior=0.7).mean == pytest.approx(0.7)
-    assert Posterior(prior=0.7, num_failed=10).mean == pytest.approx(0.35)
-
-
 def test_budget_refills_for_a_kind_and_never_for_the_run() -> None:
     limits, budget = AutoSettings(max_fixes_per_error=2, max_fixes_per_run=3, cooldown_steps=100), Budget()
     budget.note("loss_spike", 0, 100)
@@ -248,5 +244,5 @@ def test_no_order_of_acks_breaks_the_table_of_states(acks: list[tuple[int, AckSt
 def test_public_keys_of_a_command_are_frozen() -> None:
     assert list(_entry()[1].record.as_dict()) == [
         *("schema_version", "id", "run", "incident", "actions", "confidence", "state", "applied_step", "verdict"),
-        "reason",
+        *("reason", "why"),
     ]

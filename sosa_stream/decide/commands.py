@@ -65,6 +65,8 @@ class CommandRecord:
     confidence: float
     state: CommandState
     reason: str
+    why: str = ""
+    """The evidence for choosing this fix, in one sentence; empty where nothing was chosen."""
     origin: str = "policy"
     applied_step: int | None = None
     verdict: Verdict | None = None
@@ -82,4 +84,5 @@ class CommandRecord:
             "applied_step": self.applied_step,
             "verdict": None if self.verdict is None else str(self.verdict),
             "reason": self.reason,
+            "why": self.why,
         }

@@ -26,6 +26,10 @@ class Entry:
     record: CommandRecord
     fix: str
     """Name of the playbook's fix."""
+    kind: str = ""
+    """What the incident was treated as; empty: not for counting (the guard's, a revert, a person's)."""
+    first_sick_step: int = 0
+    proposed_step: int = 0
     patience_steps: int
     keep: bool = False
     seq: int

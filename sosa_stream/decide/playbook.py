@@ -18,6 +18,8 @@ from sosa_stream.protocol.messages import KnobState
 
 SPIKE_PATIENCE_STEPS = 15
 """Most spikes heal untouched (82% are back within 10 points on real logs): a spike is left alone for this long."""
+SLOW_PATIENCE_STEPS = 16
+"""What unfolds slowly is left alone for this long after it was found."""
 NONFINITE_STEPS = 3
 """Non-finite steps before skipping them is not enough."""
 ONE_RANK_STEPS = 10
@@ -90,11 +92,16 @@ def _keeps_happening(now: Situation) -> bool:
 
 
 def _keeps_swinging(now: Situation) -> bool:
-    return now.step - now.incident.detected_step >= 16 and now.steps_since_finding <= 16
+    return _stays(now) and now.steps_since_finding <= SLOW_PATIENCE_STEPS
 
 
 def _always(now: Situation) -> bool:
     return True
+
+
+def _stays(now: Situation) -> bool:
+    """Slow kinds are not acted upon at once: what they see may have been a pause."""
+    return now.step - now.incident.detected_step >= SLOW_PATIENCE_STEPS
 
 
 def _scale(factor: float) -> Callable[[Situation], tuple[Action, ...]]:
@@ -223,15 +230,15 @@ LADDERS: Mapping[str, tuple[Fix, ...]] = {
     ),
     # Below the gate: a person's choice. Nothing tells from the loss alone which way the rate is wrong.
     "loss_plateau": (
-        Fix(name="higher_lr", confidence=0.3, due=_always, build=_scale(3.0), patience_steps=240),
-        Fix(name="lower_lr", confidence=0.2, due=_always, build=_scale(0.3), patience_steps=240),
+        Fix(name="higher_lr", confidence=0.3, due=_stays, build=_scale(3.0), patience_steps=240),
+        Fix(name="lower_lr", confidence=0.2, due=_stays, build=_scale(0.3), patience_steps=240),
     ),
     # A knob is there because the script's author wants it turned: what it does is known better than what a rate does.
     "posterior_collapse": (
         Fix(
             name="lower_kl_weight",
             confidence=0.6,
-            due=_always,
+            due=_stays,
             build=_turn(("beta", "kl_weight"), 0.1),
             patience_steps=400,
         ),
@@ -240,14 +247,14 @@ LADDERS: Mapping[str, tuple[Fix, ...]] = {
         Fix(
             name="more_weight_decay",
             confidence=0.5,
-            due=_always,
+            due=_stays,
             build=_turn(("weight_decay",), 3.0, least=0.01),
             patience_steps=400,
         ),
         Fix(
             name="more_dropout",
             confidence=0.5,
-            due=_always,
+            due=_stays,
             build=_turn(("dropout",), 1.5, least=0.1),
             patience_steps=400,
         ),
@@ -262,16 +269,29 @@ LADDERS: Mapping[str, tuple[Fix, ...]] = {
             keep=True,
         ),
     ),
-    "vanishing_gradient": (Fix(name="higher_lr", confidence=0.35, due=_always, build=_scale(2.0), patience_steps=240),),
+    "vanishing_gradient": (Fix(name="higher_lr", confidence=0.35, due=_stays, build=_scale(2.0), patience_steps=240),),
 }
+PRIORS: Mapping[tuple[str, str], float] = {
+    (kind, fix.name): fix.confidence for kind, fixes in LADDERS.items() for fix in fixes
+}
+"""Confidence by kind and fix."""
+
+NATURAL: Mapping[str, tuple[float, float]] = {}
+NATURAL_OTHERWISE = (0.1, 0.1)
+"""P(well within 10 steps | a fix is due and nothing is done), and for each doubling of the time after that."""
 
 GUARD_CONFIDENCE = 0.9
 """How often skipping a non-finite step is all that is needed."""
 
 
-def ladder(now: Situation) -> tuple[Fix, ...]:
-    """The fixes for an incident; one that has damaged the weights beyond skipping is treated as what it has become."""
+def kind_of(now: Situation) -> str:
+    """What an incident is treated as: one that has damaged the weights beyond skipping is what it has become."""
     kind = now.incident.kind
     if kind == "nonfinite_gradient" or (kind not in ("lr_jump", "nan_loss") and _poisoned(now)):
-        kind = "nan_loss"
-    return LADDERS.get(kind, ())
+        return "nan_loss"
+    return kind
+
+
+def ladder(now: Situation) -> tuple[Fix, ...]:
+    """The fixes for an incident, the gentlest first."""
+    return LADDERS.get(kind_of(now), ())

@@ -1,4 +1,4 @@
-"""The choice of a fix within what the run's owner allows."""
+"""What the run's owner allows."""
 
 from __future__ import annotations
 
@@ -7,31 +7,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from sosa_stream.config import AutoSettings, Mode
-from sosa_stream.decide.playbook import Fix, Situation, ladder
+from sosa_stream.decide.playbook import Situation
 from sosa_stream.errors import ConfigError
 from sosa_stream.protocol.actions import Action
 
 GATE = 0.5
 """Confidence below which a fix is proposed to a person and never applied by itself."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Posterior:
-    """A Beta posterior over "this fix helps": mean ``prior``, worth ``strength`` trials, plus counted outcomes.
-
-    So far nothing counts outcomes: the mean is the playbook's prior. Learning changes what is passed in here, and
-    nothing else.
-    """
-
-    prior: float
-    strength: float = 10.0
-    num_helped: float = 0.0
-    num_failed: float = 0.0
-
-    @property
-    def mean(self) -> float:
-        """(strength · prior + helped) / (strength + helped + failed)."""
-        return (self.strength * self.prior + self.num_helped) / (self.strength + self.num_helped + self.num_failed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +40,10 @@ class RunPolicy:
                 if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
                     raise ConfigError(f"policy: allow must be a list of actions, not {value!r}")
                 known["allow"] = tuple(value)
+            elif spec.name == "explore":
+                if not isinstance(value, bool):
+                    raise ConfigError(f"policy: explore must be true or false, not {value!r}")
+                known["explore"] = value
             elif isinstance(value, bool) or not isinstance(value, int | float):
                 raise ConfigError(f"policy: {spec.name} must be a number, not {value!r}")
             else:
@@ -108,38 +93,3 @@ class Budget:
 
     def left(self, kind: str, limits: AutoSettings) -> bool:
         return self._of_kind.get(kind, 0) < limits.max_fixes_per_error and self._of_run < limits.max_fixes_per_run
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """The fix to make now, and whether it goes ahead without a person."""
-
-    fix: Fix
-    actions: tuple[Action, ...]
-    confidence: float
-    automatic: bool
-
-
-def choose(now: Situation, tried: frozenset[str], policy: RunPolicy) -> Choice | None:
-    """The lowest rung of the ladder that is due and was not tried; in `auto`, the lowest that may be applied.
-
-    Rungs above one that is not due yet wait for it. A rung that does not apply or exceeds the limits is passed over.
-    """
-    if policy.mode is Mode.OBSERVE:
-        return None
-    choices = []
-    for fix in ladder(now):
-        if fix.name in tried:
-            continue
-        if not fix.due(now):
-            break
-        actions = fix.build(now)
-        if not policy.snapshots and any(action.action == "rollback" for action in actions):
-            continue  # half of such a fix is none: a lower learning rate does not heal weights that are NaN
-        if not actions or not policy.within_limits(actions, now):
-            continue
-        confidence = Posterior(prior=fix.confidence).mean
-        automatic = policy.may_apply(actions, confidence)
-        choices.append(Choice(fix=fix, actions=actions, confidence=confidence, automatic=automatic))
-    automatic_first = [choice for choice in choices if choice.automatic] + choices
-    return automatic_first[0] if automatic_first else None

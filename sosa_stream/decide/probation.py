@@ -20,10 +20,22 @@ NONFINITE_STEPS = 3
 class Probation:
     """One applied fix under watch, one complete step at a time."""
 
-    def __init__(self, *, applied_step: int, patience_steps: int, level: Level | None, loss: float | None) -> None:
-        """``level`` is the band before the incident, ``loss`` the smoothed loss at the fix, None if non-finite."""
+    def __init__(
+        self,
+        *,
+        applied_step: int,
+        patience_steps: int,
+        level: Level | None,
+        loss: float | None,
+        steady_steps: int = HELPED_STEPS,
+    ) -> None:
+        """``level`` is the band before the incident, ``loss`` the smoothed loss at the fix, None if non-finite.
+
+        ``steady_steps`` is how long a run must stay well: longer for a kind that is not judged at each step.
+        """
         self.applied_step = applied_step
-        self._patience = patience_steps
+        self._steady = max(steady_steps, HELPED_STEPS)
+        self._patience = max(patience_steps, 2 * self._steady)
         self._level = level
         self._loss = loss
         self._streak = 0
@@ -46,7 +58,7 @@ class Probation:
         self._num_nonfinite += nonfinite
         self._streak = self._streak + 1 if in_band else 0
         self._num_in_band += in_band
-        if self._streak >= HELPED_STEPS:
+        if self._streak >= self._steady:
             return Verdict.HELPED
         if self._num_nonfinite >= NONFINITE_STEPS:
             return Verdict.HARMED if self._loss is not None else Verdict.NO_EFFECT
@@ -56,9 +68,10 @@ class Probation:
             return Verdict.INCONCLUSIVE if self._num_in_band >= HELPED_STEPS // 2 else Verdict.NO_EFFECT
         return None
 
-    def end(self) -> Verdict:
-        """The run ended, or began anew, before a verdict."""
-        return Verdict.HELPED if self._streak >= HELPED_STEPS // 2 else Verdict.INCONCLUSIVE
+    @property
+    def steps_until_well(self) -> int:
+        """Steps from the fix to the last one that was not in the band."""
+        return self._num_steps - self._streak
 
     def _worse(self, loss: float | None) -> bool:
         """Farther from the band than at the fix, by half of that distance and three scales."""

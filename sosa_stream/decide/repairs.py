@@ -6,15 +6,17 @@ import math
 from collections.abc import Mapping
 
 from sosa_stream.config import Mode
+from sosa_stream.decide.choice import Choice, choose
 from sosa_stream.decide.commands import CommandRecord, CommandState, Verdict
+from sosa_stream.decide.experience import Outcome
 from sosa_stream.decide.ledger import Entry, Ledger
 from sosa_stream.decide.playbook import GUARD_CONFIDENCE, Situation
-from sosa_stream.decide.policy import Budget, Choice, RunPolicy, choose
-from sosa_stream.decide.probation import Probation
+from sosa_stream.decide.policy import Budget, RunPolicy
+from sosa_stream.decide.trials import Trials
 from sosa_stream.detect.schedule import LR_RATIO
 from sosa_stream.detect.tracker import OpenIncident, Tracker, in_band, make_id
 from sosa_stream.detect.windows import RunWindows
-from sosa_stream.effects import Effect, Notice, Publish, Withdraw
+from sosa_stream.effects import Effect, Notice, OutcomeCounted, Publish, Withdraw
 from sosa_stream.protocol.actions import Action
 from sosa_stream.protocol.messages import Ack, Command, KnobState
 
@@ -42,8 +44,9 @@ class Repairs:
         self._tracker = tracker
         self._budget = Budget()
         self._tried: dict[str, set[str]] = {}
-        self._probations: dict[str, Probation] = {}
-        self._proposed_at: dict[str, int] = {}
+        self._trials = Trials()
+        self._learned: tuple[Outcome, ...] = ()
+        self._step = 0
         self._effects: list[Effect] = []
         self._blocked: set[str] = set()
         # Commands that hold the learning rate down, by what factor, and whether the reason for it has gone.
@@ -71,13 +74,26 @@ class Repairs:
         busy = (entry for entry in self.ledger.live if entry.record.state not in (_S.PROPOSED, _S.APPROVED))
         return frozenset(entry.record.incident for entry in busy)
 
+    def take_policy(self, policy: RunPolicy) -> None:
+        """What the run, or its new generation, may have done to it."""
+        self.policy = policy
+        self._trials.remember(self._learned, policy.limits.discount)
+
+    def learn(self, outcomes: tuple[Outcome, ...]) -> None:
+        """What earlier runs have taught, oldest first."""
+        self._learned = outcomes
+        self._trials.remember(outcomes, self.policy.limits.discount)
+
     def effects(self) -> list[Effect]:
         """What the shell must do, since the last call; incidents' fixes are brought up to date."""
+        for number, outcome in self._trials.counted():
+            self._effects.append(OutcomeCounted(id=make_id("o", self._run, number), step=self._step, outcome=outcome))
         effects, self._effects = self._effects, []
         return effects
 
     def step(self, windows: RunWindows) -> None:
         """A step is complete and its findings are known: note the guard's skips, judge, and choose."""
+        self._step = windows.step
         for known in self._tracker.open:
             self._budget.note(known.incident.kind, windows.step, self.policy.limits.cooldown_steps)
         self._note_guard(windows)
@@ -100,6 +116,7 @@ class Repairs:
             self._say(f"{who} approved {command_id}, which is already {entry.record.state}")
         else:
             entry.approved = True
+            self._trials.end_untreated(entry, windows.step, healed=False)
             self.ledger.move(entry, _S.APPROVED, why=f"approved by {who}")
             if not self._busy():
                 self._publish(entry, windows)
@@ -123,14 +140,7 @@ class Repairs:
             self._reverted(entry)
         else:
             self._note_hold(entry, windows)
-            found = self._tracker.find(entry.record.incident)
-            step = entry.record.applied_step
-            self._probations[entry.record.id] = Probation(
-                applied_step=windows.step if step is None else step,
-                patience_steps=entry.patience_steps,
-                level=found.loss_level if found else None,
-                loss=None if windows.bad_loss else _smoothed(windows),
-            )
+            self._trials.begin(entry, self._tracker.find(entry.record.incident), windows)
         return entry
 
     def end_generation(self, why: str) -> None:
@@ -138,13 +148,14 @@ class Repairs:
         for entry in self.ledger.live:
             state = entry.record.state
             if state in (_S.PROPOSED, _S.APPROVED):
+                self._trials.end_untreated(entry, self._step, healed=False)
                 self.ledger.move(entry, _S.EXPIRED, why=why)
             elif entry.in_flight:
                 self.ledger.move(entry, _S.ABORTED, why=why)
                 self._effects.append(Withdraw(command=entry.record.id))
             else:
-                probation = self._probations.pop(entry.record.id, None)
-                verdict = entry.record.verdict or (probation.end() if probation else Verdict.INCONCLUSIVE)
+                self._trials.drop(entry)
+                verdict = entry.record.verdict or Verdict.INCONCLUSIVE
                 self.ledger.move(entry, _S.VERIFIED, verdict=verdict, why=why)
 
     def end_run(self) -> None:
@@ -186,7 +197,6 @@ class Repairs:
             )
             entry.fix, entry.patience_steps = RELEASE_LR, RELEASE_PATIENCE_STEPS
             self.ledger.add(entry)
-            self._proposed_at[entry.record.id] = windows.step
             if self.policy.may_apply(actions, RELEASE_CONFIDENCE):
                 self._publish(entry, windows)
 
@@ -202,7 +212,13 @@ class Repairs:
         if any(entry.record.incident == incident.id and entry.record.origin == "policy" for entry in self.ledger.live):
             return
         tried = self._tried.setdefault(incident.id, set())
-        choice = choose(_situation(known, windows, self.knobs), frozenset(tried), self.policy)
+        choice = choose(
+            _situation(known, windows, self.knobs),
+            frozenset(tried),
+            self.policy,
+            self._trials.experience,
+            seed=f"{self._run}/{len(self.ledger)}/{incident.id}",
+        )
         if choice is None:
             return
         if not self._budget.left(incident.kind, self.policy.limits):
@@ -213,8 +229,8 @@ class Repairs:
         self._budget.spend(incident.kind)
         tried.add(choice.fix.name)
         entry = self._entry(incident.id, choice.actions, choice.confidence, incident.message, choice)
+        entry.first_sick_step = incident.first_step
         self.ledger.add(entry)
-        self._proposed_at[entry.record.id] = windows.step
         if choice.automatic:
             self._publish(entry, windows)
 
@@ -232,7 +248,10 @@ class Repairs:
                 confidence=confidence,
                 state=_S.PROPOSED,
                 reason=reason,
+                why=choice.why if choice else "",
             ),
+            kind=choice.kind if choice else "",
+            proposed_step=self._step,
             fix=choice.fix.name if choice else "revert",
             patience_steps=choice.fix.patience_steps if choice else 0,
             keep=choice.fix.keep if choice else True,
@@ -288,24 +307,16 @@ class Repairs:
                 origin="guard",
                 applied_step=windows.step,
             )
-            self.ledger.add(Entry(record=record, fix="skip_step", patience_steps=60, keep=True, seq=seq))
-            self._probations[record.id] = Probation(
-                applied_step=windows.step, patience_steps=60, level=known.loss_level, loss=None
-            )
+            entry = Entry(record=record, fix="skip_step", patience_steps=60, keep=True, seq=seq)
+            self.ledger.add(entry)
+            self._trials.begin(entry, known, windows)
 
     def _watch(self, windows: RunWindows) -> None:
-        nonfinite = bool(windows.bad_loss or windows.bad_grad)
         for entry in self.ledger.live:
-            probation = self._probations.get(entry.record.id)
-            if probation is None:
-                continue
             known = self._tracker.find(entry.record.incident)
-            well = known is None or (known.last_found_step < windows.step and in_band(known, windows))
-            verdict = probation.watch(
-                windows.step, in_band=well and not nonfinite, nonfinite=nonfinite, loss=_smoothed(windows)
-            )
-            if verdict is not None:
-                del self._probations[entry.record.id]
+            if entry.record.state is _S.PROPOSED:
+                self._trials.watch_untreated(entry, known, windows)
+            elif (verdict := self._trials.watch(entry, known, windows)) is not None:
                 self._judged(entry, verdict, windows)
 
     def _judged(self, entry: Entry, verdict: Verdict, windows: RunWindows) -> None:
@@ -334,7 +345,7 @@ class Repairs:
         self.ledger.move(entry, _S.VERIFIED, verdict=Verdict.INCONCLUSIVE)
 
     def _not_applied(self, entry: Entry) -> None:
-        self._probations.pop(entry.record.id, None)
+        self._trials.drop(entry)
         original = self.ledger.get(entry.reverts) if entry.reverts else None
         if original is not None and original.record.state is _S.APPLIED:
             self.ledger.move(original, _S.VERIFIED, why=f"could not be taken back: {entry.record.state}")
@@ -345,7 +356,8 @@ class Repairs:
             record = entry.record
             if record.state in (_S.PROPOSED, _S.APPROVED):
                 over = self._tracker.find(record.incident) is None and entry.fix != RELEASE_LR
-                if over or windows.step - self._proposed_at[record.id] > PROPOSAL_STEPS:
+                if over or windows.step - entry.proposed_step > PROPOSAL_STEPS:
+                    self._trials.end_untreated(entry, windows.step, healed=over)
                     self.ledger.move(entry, _S.EXPIRED, why="the incident resolved" if over else "nobody approved it")
             elif record.state in (_S.PUBLISHED, _S.HELD) and windows.tick > entry.expires_tick + LATE_TICKS:
                 self.ledger.move(entry, _S.EXPIRED, why="the ranks did not agree in time")
@@ -371,7 +383,3 @@ def _situation(known: OpenIncident, windows: RunWindows, knobs: Mapping[str, Kno
         norm_high=known.norm_high,
         knobs=knobs,
     )
-
-
-def _smoothed(windows: RunWindows) -> float | None:
-    return windows.losses.smoothed(5) if windows.loss is not None else None
