@@ -142,6 +142,9 @@ class FenceSettings:
     """How far ahead of the fastest rank the agreed tick is chosen; doubled with each attempt that came too late."""
     timeout_seconds: float = 2.0
     """How long a rank that has promised waits at the agreed tick for the verdict before it ends as in doubt."""
+    outcome_seconds: float = 60.0
+    """How long a rank that has applied a command waits for the others to have applied it, before it is taken back on
+    all of them. The slowest action has to fit: a rollback, a checkpoint written by one rank while the others wait."""
     poll_seconds: float = 0.02
     """How often an agent looks at the store while a command is in flight."""
     max_attempts: int = 5
@@ -150,6 +153,7 @@ class FenceSettings:
     def __post_init__(self) -> None:
         _at_least(0, 3600, lead_seconds=self.lead_seconds)
         _at_least(0.01, 3600, timeout_seconds=self.timeout_seconds)
+        _at_least(0.01, 3600, outcome_seconds=self.outcome_seconds)
         _at_least(0.001, 60, poll_seconds=self.poll_seconds)
         _at_least(1, max_attempts=self.max_attempts)
 

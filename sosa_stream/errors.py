@@ -56,3 +56,13 @@ class CommandRefusedError(ProtocolError):
 
 class RefusedError(SosaError):
     """A command names an unknown action, an out-of-bound value, or what this rank may not do."""
+
+
+class HalfAppliedError(SosaError):
+    """A fix could be neither carried out nor taken back whole: this rank's state is no longer that of the others."""
+
+
+def describe(error: BaseException) -> str:
+    """An error in words; with the name of its class unless it is ours, whose words are enough."""
+    text = str(error)
+    return text if isinstance(error, SosaError) and text else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -61,9 +61,14 @@ class OneCommand:
 
     def __init__(self) -> None:
         self.due: dict[int, Command] = {}
+        self.elsewhere = ""
+        """What kept another rank from applying it."""
 
     def arrive(self, tick: int) -> Command | None:
         return self.due.pop(tick, None)
+
+    def conclude(self, failure: str = "") -> str:
+        return failure or self.elsewhere
 
 
 def carry_out(actuators: Actuators, fix: Command, tick: int, step: int) -> str:

@@ -11,10 +11,11 @@ from agent_parts import Watch, act, batches, bits, carry_out, command, toy, trai
 from torch import nn
 from torch.optim import LBFGS, SGD, AdamW
 
+from sosa_stream.agent.repair.actuator import Actuator
 from sosa_stream.agent.repair.actuators import make_actuators
 from sosa_stream.agent.repair.snapshots import TrainingState
 from sosa_stream.agent.repair.stopping import EXIT_STOPPED, StopTraining
-from sosa_stream.errors import RefusedError, SosaError
+from sosa_stream.errors import HalfAppliedError, RefusedError, SosaError
 from sosa_stream.protocol.messages import AckState
 
 
@@ -152,6 +153,73 @@ def test_a_command_that_fails_is_acknowledged_as_failed_with_the_reason() -> Non
     assert "c-unknown" in ack.detail
     assert watch.rows[-1]["lr_multiplier"] == 1.0
     assert not watch.errors
+
+
+def test_what_another_rank_could_not_apply_is_taken_back_here_and_training_goes_on_as_if_nothing_had_been() -> None:
+    watch, model, optimizer = watched(6)
+    untouched = bits(model, optimizer)
+    fix = command(act("rollback", before_step=5), act("scale_lr", factor=0.5))
+    watch.fence.elsewhere = "rank 1: no memory"
+    watch.actuators.apply(fix, 6, 6)
+    assert bits(model, optimizer) != untouched
+    watch.actuators.take_back()
+    assert bits(model, optimizer) == untouched
+    watch.fence.due[6] = fix
+    train(model, optimizer, batches(1, seed=3))
+    (ack,) = watch.acks
+    assert (ack.state, ack.detail, ack.digest) == (AckState.FAILED, "rank 1: no memory", "")
+    assert (watch.actuators.history, watch.errors, watch.actuators.in_force.lr_multiplier) == ([], [], 1.0)
+
+
+def test_a_stop_that_another_rank_could_not_apply_ends_nothing() -> None:
+    watch, model, optimizer = watched()
+    watch.fence.elsewhere = "rank 1: no memory"
+    watch.fence.due[0] = command(act("stop"))
+    train(model, optimizer, batches(2))
+    assert watch.probe.step == 2
+
+
+def test_what_can_be_neither_carried_out_nor_undone_puts_the_rank_in_doubt_once_the_others_have_been_told() -> None:
+    watch, model, optimizer = watched()
+    told: list[str] = []
+    watch.fence.conclude = lambda failure="": told.append(failure) or failure  # type: ignore[method-assign, func-returns-value]
+
+    class Broken(Actuator):
+        def apply(self, params: Any, at: Any) -> Any:
+            def undo() -> None:
+                raise ValueError("cannot go back")
+
+            return undo, "done"
+
+    watch.actuators._by_action["none"] = Broken()  # type: ignore[index]
+    watch.fence.due[1] = command(act("none"), act("scale_lr", factor=0.1), act("scale_lr", factor=1e-6))
+    train(model, optimizer, batches(2))
+    assert told == ["ValueError: cannot go back"]
+    ((error, in_force),) = watch.errors
+    assert isinstance(error, HalfAppliedError)
+    assert in_force
+
+
+def test_a_revert_that_is_refused_half_way_leaves_the_whole_fix_in_force() -> None:
+    watch, *_ = watched(8)
+    first = command(act("rollback", before_step=7), act("scale_lr", factor=0.5))
+    carry_out(watch.actuators, first, 8, 8)
+    carry_out(watch.actuators, command(act("rollback", before_step=5)), 8, 8)
+    with pytest.raises(RefusedError, match="no longer held"):
+        watch.actuators.apply(command(act("revert", command=first.id)), 8, 8)
+    assert watch.actuators.in_force.lr_multiplier == 0.5
+
+
+def test_a_revert_that_fails_elsewhere_is_carried_out_again() -> None:
+    watch, *_ = watched(4)
+    fix = command(act("scale_lr", factor=0.5), act("clip_grad", max_norm=1.0))
+    carry_out(watch.actuators, fix, 4, 4)
+    revert = command(act("revert", command=fix.id))
+    watch.actuators.apply(revert, 5, 5)
+    watch.actuators.take_back()
+    assert (watch.actuators.in_force.lr_multiplier, watch.actuators.in_force.max_norm) == (0.5, 1.0)
+    carry_out(watch.actuators, revert, 6, 6)
+    assert (watch.actuators.in_force.lr_multiplier, watch.actuators.in_force.max_norm) == (1.0, None)
 
 
 def test_all_learning_rate_fixes_together_stay_within_max_lr_change() -> None:

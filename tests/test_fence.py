@@ -9,21 +9,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from sosa_stream.agent.fence.agreement import (
-    IDLE,
-    Agreement,
-    Check,
-    CompareSet,
-    Local,
-    Plant,
-    Reason,
-    Register,
-    Result,
-    Set,
-    State,
-    Terms,
-)
+from sosa_stream.agent.fence.agreement import IDLE, Agreement, Local, Reason, Register, State, Terms
 from sosa_stream.agent.fence.fence import Aborted, Closed, Committed, Fence, Held, InDoubt, Notice
+from sosa_stream.agent.fence.operations import Check, CompareSet, Plant, Result, Set
 from sosa_stream.agent.fence.stores import MemoryStore, RegisterStore
 from sosa_stream.config import FenceSettings
 from sosa_stream.protocol.messages import Command
@@ -250,6 +238,7 @@ class Rank(threading.Thread):
         self.random = random.Random(seed * 1000 + rank)
         self.random.shuffle(self.commands)
         self.applied: list[tuple[int, str]] = []
+        self.taken_back: list[tuple[int, str, str]] = []
         self.notices: list[Notice] = []
         self.stopping = threading.Event()
         self.trainer = threading.Thread(target=self.train, daemon=True)
@@ -268,7 +257,11 @@ class Rank(threading.Thread):
         while not self.stopping.is_set():
             command = self.fence.arrive(tick)
             if command is not None:
-                self.applied.append((tick, command.id))
+                why = self.fence.conclude("by chance" if self.random.random() < 0.1 else "")
+                if why:
+                    self.taken_back.append((tick, command.id, why.rpartition(": ")[-1]))
+                else:
+                    self.applied.append((tick, command.id))
             tick += 1
             time.sleep(self.random.random() * 0.001)
 
@@ -288,7 +281,7 @@ def test_ranks_as_threads_apply_the_same_commands_at_the_same_ticks(world_size: 
     while time.monotonic() < deadline:
         if all(len(rank.finals()) == len(commands) and not rank.fence.busy for rank in ranks):
             committed = sum(final is Committed for final in ranks[0].finals().values())
-            if all(len(rank.applied) == committed for rank in ranks):
+            if all(len(rank.applied) + len(rank.taken_back) == committed for rank in ranks):
                 break
         time.sleep(0.01)
     for rank in ranks:
@@ -298,8 +291,9 @@ def test_ranks_as_threads_apply_the_same_commands_at_the_same_ticks(world_size: 
         rank.trainer.join()
     assert all(rank.finals() == ranks[0].finals() for rank in ranks)
     assert all(rank.applied == ranks[0].applied for rank in ranks)
+    assert all(rank.taken_back == ranks[0].taken_back for rank in ranks)
     assert len(ranks[0].finals()) == len(commands)
-    assert len(ranks[0].applied) >= len(commands) // 2
+    assert len(ranks[0].applied) + len(ranks[0].taken_back) >= len(commands) // 2
 
 
 class Hanging:

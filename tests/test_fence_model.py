@@ -22,22 +22,8 @@ from functools import cache
 
 import pytest
 
-from sosa_stream.agent.fence.agreement import (
-    IDLE,
-    Agreement,
-    Check,
-    CompareSet,
-    Local,
-    Operation,
-    Phase,
-    Plant,
-    Reason,
-    Register,
-    Result,
-    Set,
-    State,
-    Terms,
-)
+from sosa_stream.agent.fence.agreement import IDLE, Agreement, Local, Phase, Reason, Register, State, Terms
+from sosa_stream.agent.fence.operations import Check, CompareSet, Operation, Plant, Result, Set
 
 PREFIX = "c"
 Store = tuple[tuple[str, str], ...]

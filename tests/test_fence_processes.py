@@ -107,7 +107,7 @@ def run_commands(rank: int, fence: Fence, settings: FenceSettings) -> tuple[dict
     everyone = torch.zeros(1)
     while time.monotonic() < deadline and everyone.item() == 0:
         got = fence.arrive(tick)
-        if got is not None:
+        if got is not None and not fence.conclude():
             applied[got.id] = tick
         # As a gradient all-reduce would: the ranks run in step, and all leave the loop at the same tick.
         everyone = torch.tensor([float(len(finals) == NUM_COMMANDS and not fence.busy)])
@@ -118,7 +118,7 @@ def run_commands(rank: int, fence: Fence, settings: FenceSettings) -> tuple[dict
         if len(applied) == sum(final == "Committed" for final in finals.values()):
             break
         got = fence.arrive(later)
-        if got is not None:
+        if got is not None and not fence.conclude():
             applied[got.id] = later
     done.set()
     thread.join()

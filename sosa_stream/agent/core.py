@@ -338,6 +338,7 @@ class Agent:
                 generation=membership.generation,
                 store=store,
                 settings=self.settings.fence,
+                wake=self._wakeup.set,
             )
         self._courier = Courier(
             settings=self.settings,

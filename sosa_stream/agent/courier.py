@@ -101,7 +101,7 @@ class Courier:
     def wait_seconds(self) -> float:
         """How long the thread may sleep before something is due."""
         if self._fence is not None and self._fence.busy:
-            return self._settings.fence.poll_seconds
+            return self._fence.poll_seconds
         return self._settings.agent.flush_seconds
 
     def wait(self) -> None:

@@ -35,7 +35,7 @@ from sosa_stream.agent.watch.looks import Looks
 from sosa_stream.agent.watch.losses import Loss
 from sosa_stream.agent.watch.scalars import fetch
 from sosa_stream.agent.watch.taps import Taps
-from sosa_stream.errors import SosaError
+from sosa_stream.errors import HalfAppliedError, describe
 from sosa_stream.protocol.messages import Ack, AckState, Command, Phase
 
 FORWARD, OPTIMIZER = Phase.FORWARD, Phase.OPTIMIZER  # at every step: to look an enum's member up costs a microsecond
@@ -205,9 +205,11 @@ class Probe:
         self._guard.begin()
         self._norm = None
         self._taps.phase = OPTIMIZER
-        command = self.fence.arrive(self.tick) if self.fence is not None else None
-        if command is not None:
-            self._apply(command)
+        if (fence := self.fence) is not None and (command := fence.arrive(self.tick)) is not None:
+            try:
+                self._apply(command, fence)
+            except Exception as error:  # the others may have managed: this rank must not go on beside them
+                self._on_error(error, True)
 
     def _meet(self, optimizer: Optimizer) -> None:
         """A new optimizer: are its parameters sharded, and its gradients the same on all ranks?"""
@@ -241,18 +243,30 @@ class Probe:
         self._primary, self._primary_tick = weakref.ref(optimizer), self.tick
         return True
 
-    def _apply(self, command: Command) -> None:
+    def _apply(self, command: Command, fence: Fence) -> None:
+        """Carry out what the ranks agreed on; it stays if all of them could.
+
+        Raises:
+            InDoubt: how the others fared could not be learnt.
+            HalfAppliedError: it could be neither finished nor taken back here. The others have been told.
+            Exception: it went wrong here after all had agreed to keep it.
+        """
         tick, step = self.tick, self.step
+        detail = digest = ""
+        failed: Exception | None = None
         try:
             detail = self._actuators.apply(command, tick, step)
+        except Exception as error:
+            failed = error
+        why = fence.conclude(describe(failed) if failed else "")
+        if isinstance(failed, HalfAppliedError):
+            raise failed
+        if not why:
             self._actuators.keep()
-            digest = self._actuators.digest() if self._digest_after_fix else ""
-            state = AckState.APPLIED
-        except SosaError as error:
-            detail, digest, state = str(error), "", AckState.FAILED
-        except Exception as error:  # the other ranks may well have managed: this one must not go on beside them
-            detail, digest, state = f"{type(error).__name__}: {error}", "", AckState.FAILED
-            self._on_error(error, True)
+            digest = self._digest_now()
+        elif failed is None:
+            self._actuators.take_back()
+        state, detail = (AckState.FAILED, why) if why else (AckState.APPLIED, detail)
         self._outbox.add_message(
             lambda header: Ack(
                 header=header, command=command.id, state=state, tick=tick, step=step, detail=detail[:500], digest=digest
@@ -261,6 +275,14 @@ class Probe:
         self._tell(f"step {step}: {state} command {command.id}: {detail} ({command.reason})")
         if self._in_force.stop_wanted:
             raise StopTraining
+
+    def _digest_now(self) -> str:
+        if self._digest_after_fix:
+            try:
+                return self._actuators.digest()
+            except Exception as error:
+                self._on_error(error, False)
+        return ""
 
     def _control(self, optimizer: Optimizer) -> None:
         """With the step's gradients at hand: norm, guard, clip, learning rate."""

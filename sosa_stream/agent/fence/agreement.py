@@ -10,6 +10,8 @@ All that the ranks share are keys under ``sosa/<generation>/cmd/<command>/<attem
     promised/<rank>    the rank will not pass the prepared tick without a verdict
     register           missing -> prepare -> commit | abort, or missing -> abort; the last two never change
 
+What follows a ``commit`` is in `outcome.py`.
+
 Three rules carry the safety, and `tests/test_fence_model.py` checks them over every interleaving:
 
 * A verdict is taken in one place only: a `READ` of a register that a `LOOK` has just seen to exist. What a write
@@ -28,20 +30,18 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Self
 
+from sosa_stream.agent.fence.operations import IMPOSSIBLE, Check, CompareSet, Operation, Plant, Result, Set
 from sosa_stream.errors import SosaError
 
 IDLE = -1
 """The tick of a rank whose training has not ticked yet."""
-
-IMPOSSIBLE = "?"
-"""Held by no key: ``compare_set(key, IMPOSSIBLE, IMPOSSIBLE)`` reads a key, where ``get`` would wait for it."""
 
 PLAUSIBLE_SPREAD_TICKS = 50
 PLAUSIBLE_SPREAD_SECONDS = 5.0
 
 
 class InDoubt(SosaError):
-    """This rank has promised to stop at a tick and could not learn in time whether the others apply a command there.
+    """This rank is bound to a command and could not learn in time what the others do with it.
 
     Going on could split the replicas. The caller must end the process with exit code 75, so that the launcher restarts
     all ranks.
@@ -133,42 +133,6 @@ class Register:
         return register if register.encode() == text else None
 
 
-@dataclass(frozen=True, slots=True)
-class Set:
-    """Write ``value`` whatever is there. Succeeds with True."""
-
-    key: str
-    value: str
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """Succeeds with whether every key exists."""
-
-    keys: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class CompareSet:
-    """Write ``desired`` if the key holds ``expected`` ("" also: if it is missing). Succeeds with what it then holds."""
-
-    key: str
-    expected: str
-    desired: str
-
-
-@dataclass(frozen=True, slots=True)
-class Plant:
-    """Not for the store: make the training thread stop before ``tick``. Succeeds with False if it is already there."""
-
-    tick: int
-
-
-Operation = Set | Check | CompareSet | Plant
-Result = bool | str | None
-"""How an operation ended. None: its fate is unknown; it may have taken effect, not have, or still do so."""
-
-
 class Phase(StrEnum):
     """What the agreement does next."""
 
@@ -223,6 +187,12 @@ class Terms:
 
     def promised(self, attempt: int, rank: int) -> str:
         return f"{self.prefix}/{attempt}/promised/{rank}"
+
+    def applied(self, attempt: int, rank: int) -> str:
+        return f"{self.prefix}/{attempt}/applied/{rank}"
+
+    def outcome(self, attempt: int) -> str:
+        return f"{self.prefix}/{attempt}/outcome"
 
     def lead_ticks(self, attempt: int, step_seconds: float) -> int:
         """How far ahead a tick is chosen; doubled with each attempt."""

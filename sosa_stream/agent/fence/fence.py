@@ -1,8 +1,9 @@
-"""The fence of a training process: drives one `Agreement` at a time between two threads and a store.
+"""The fence of a training process: drives an `Agreement`, then its `Outcome`, between two threads and a store.
 
 The agent's thread hands commands in (`Fence.submit`) and does all the talking to the store (`Fence.pump`). The training
-thread only ever calls `Fence.arrive`, once per optimizer step-call, which costs about a microsecond while nothing is
-planned. The two meet in one place: the tick at which the training thread is to stop, planted and passed under one lock.
+thread calls `Fence.arrive` once per optimizer step-call, which costs about a microsecond while nothing is planned, and
+`Fence.conclude` once it has carried out what `arrive` gave it. The two threads meet in one place: the tick at which the
+training thread is to stop, planted and passed under one lock.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sosa_stream.agent.fence.agreement import (
@@ -17,17 +19,14 @@ from sosa_stream.agent.fence.agreement import (
     EXPLANATIONS,
     IDLE,
     Agreement,
-    Check,
     InDoubt,
     Local,
-    Operation,
-    Plant,
     Reason,
-    Result,
-    Set,
     State,
     Terms,
 )
+from sosa_stream.agent.fence.operations import Check, Operation, Plant, Result, Set
+from sosa_stream.agent.fence.outcome import Decision, Outcome
 from sosa_stream.agent.fence.stores import MemoryStore, RegisterStore
 from sosa_stream.config import FenceSettings
 from sosa_stream.protocol.messages import Command
@@ -43,6 +42,9 @@ LONGEST_STEP_RATIO = 10.0
 
 RANKS_PER_POLL_INTERVAL = 64
 """Beyond this many ranks they poll more rarely in proportion, so that the load on the one store stays the same."""
+
+CONCLUDING_POLLS = 4
+"""How many times as often the store is looked at while the training thread waits for an outcome."""
 
 NEVER = sys.maxsize
 
@@ -83,32 +85,49 @@ Notice = Held | Committed | Aborted | Closed
 
 @dataclass(slots=True)
 class _Flight:
-    """The command being agreed on."""
+    """The command being agreed on and, once this rank has met it at its tick, how it fared."""
 
     command: Command
     agreement: Agreement
+    outcome: Outcome | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Nothing about it is open any more."""
+        if self.agreement.committed:
+            return self.outcome is not None and self.outcome.decision is not None
+        return self.agreement.verdict is not None
 
 
 class Fence:
-    """Has every rank apply a command at the same tick, or none.
+    """Has every rank apply a command at the same tick and keep it, or none.
 
-    ``generation`` is the nonce of this start of the process group, ``store`` one that all its ranks reach. A single
-    rank with a `MemoryStore` needs no agent thread: `arrive` then does its own pumping.
+    ``generation`` is the nonce of this start of the process group, ``store`` one that all its ranks reach; ``wake``
+    gets the agent's thread to call `pump` now. A single rank with a `MemoryStore` needs no such thread.
     """
 
     def __init__(
-        self, *, rank: int, world_size: int, generation: str, store: RegisterStore, settings: FenceSettings
+        self,
+        *,
+        rank: int,
+        world_size: int,
+        generation: str,
+        store: RegisterStore,
+        settings: FenceSettings,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
         self._rank = rank
         self._world_size = world_size
         self._generation = generation
         self._store = store
         self._settings = settings
+        self._wake = wake
         self._pumps_itself = world_size == 1 and isinstance(store, MemoryStore)
         self._poll_seconds = settings.poll_seconds * max(1.0, world_size / RANKS_PER_POLL_INTERVAL)
 
         # Between the threads, under this lock. `_stop` is the tick that the training thread may not begin without a
-        # verdict; `_granted` is set once the verdict is to apply the command there.
+        # verdict; `_granted` is set once the verdict is to apply the command there, `_in_hand` while the training
+        # thread does so, `_failure` once it has said how that went, `_decision` once all ranks know.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._tick = IDLE
@@ -116,7 +135,11 @@ class Fence:
         self._step_seconds = 0.0
         self._stop = NEVER
         self._granted: Command | None = None
+        self._in_hand = False
+        self._failure: str | None = None
+        self._decision: Decision | None = None
         self._waiting = False
+        self._overdue = False
         self._doubt = ""
         self._refusal: Reason | None = None
         self._waiting_commands: dict[str, Command] = {}
@@ -132,14 +155,21 @@ class Fence:
         self._first_ticked_at: float | None = None
         self._left_out_of: Command | None = None
         self._store_error = ""
+        self._answered = 0.0
+        """When the store has answered last."""
 
     @property
     def busy(self) -> bool:
         """A command waits for `pump`. One that is committed only waits for its tick and does not count."""
         flight = self._flight
         if flight is not None:
-            return flight.agreement.verdict is None or self._stop == NEVER
+            return flight.agreement.verdict is None or self._stop == NEVER or self._failure is not None
         return bool(self._waiting_commands)
+
+    @property
+    def poll_seconds(self) -> float:
+        """How soon `pump` wants to be called again while the fence is `busy`."""
+        return self._settings.poll_seconds / (1 if self._failure is None else CONCLUDING_POLLS)
 
     def submit(self, command: Command, *, refuse: bool = False) -> None:
         """Take in a command of this generation, once: an id that is known, applied or given up is ignored.
@@ -192,10 +222,46 @@ class Fence:
                 return None
         return self._stand(tick, now)
 
-    def close(self) -> None:
-        """Take part in nothing any more. Ends an open attempt if the store answers within ``timeout_seconds``.
+    def conclude(self, failure: str = "") -> str:
+        """Tell the other ranks how carrying out the command went that `arrive` gave, and learn whether it stays.
 
-        To be called when training has ended: the other ranks then need not wait for this one at the agreed tick.
+        For the training thread, before it takes the step: ``failure`` says why this rank could not do it, in words, and
+        is empty if it could. Returns why the command is to be taken back, on all ranks alike; nothing if all have
+        applied it. Waits for the others at most ``outcome_seconds``, and ``timeout_seconds`` for the store.
+
+        Raises:
+            InDoubt: it could not be learnt in time. End the process with exit code 75.
+        """
+        if self._world_size == 1:
+            return failure
+        began = time.monotonic()
+        overdue_at = began + self._settings.outcome_seconds
+        with self._changed:
+            self._in_hand, self._failure = False, failure
+        self._wake()
+        with self._changed:
+            while self._decision is None:
+                now = time.monotonic()
+                self._overdue = now >= overdue_at
+                give_up_at = min(max(self._answered, began), overdue_at) + self._settings.timeout_seconds
+                if now >= give_up_at:
+                    self._doubt = (
+                        f"rank {self._rank} could not learn whether all ranks have applied a command: the store has "
+                        f"not answered for {self._settings.timeout_seconds:g} s{self._store_error}; restart all ranks"
+                    )
+                    raise InDoubt(self._doubt)
+                self._changed.wait(give_up_at - now if self._overdue else min(give_up_at, overdue_at) - now)
+            decision, self._decision, self._failure, self._overdue = self._decision, None, None, False
+            self._stop = NEVER
+        if decision.failure and decision.rank != self._rank:
+            return f"rank {decision.rank}: {decision.failure}"
+        return decision.failure
+
+    def close(self) -> None:
+        """Take part in nothing any more. Ends what is open if the store answers within ``timeout_seconds``.
+
+        To be called when training has ended: the other ranks then need not wait for this one at the agreed tick, nor
+        for it to apply the command there.
         """
         with self._changed:
             self._refusal = self._refusal or Reason.LEFT
@@ -212,6 +278,8 @@ class Fence:
         if self._pumps_itself:
             self._pump_here(tick)
         with self._changed:
+            if self._in_hand or self._failure is not None:
+                self._doubt = self._doubt or f"rank {self._rank} was interrupted while it applied a command"
             if self._doubt:
                 raise InDoubt(self._doubt)
             self._waiting = tick >= self._stop and self._granted is None
@@ -230,7 +298,11 @@ class Fence:
                 self._waiting = False
             if tick < self._stop:
                 return None
-            command, self._granted, self._stop = self._granted, None, NEVER
+            command, self._granted = self._granted, None
+            if self._world_size == 1:
+                self._stop = NEVER
+            else:  # the stop stays where it is until `conclude`
+                self._in_hand = True
             return command
 
     def _pump_here(self, tick: int) -> None:
@@ -244,7 +316,7 @@ class Fence:
         deadline = time.monotonic() + self._settings.timeout_seconds
         while time.monotonic() < deadline:
             with self._pumping:
-                if self._flight is None or self._flight.agreement.verdict is not None:
+                if self._flight is None or self._flight.settled:
                     return
                 self._due = 0.0
                 self._advance(0.0)
@@ -258,6 +330,9 @@ class Fence:
         while not self._doubt and self._choose():
             flight = self._flight
             assert flight is not None
+            if flight.agreement.committed:
+                self._conclude(flight, now)
+                return
             if now < self._due and not self._waiting:
                 return
             agreement = flight.agreement.resume(self._local(now))
@@ -280,7 +355,7 @@ class Fence:
             flight = self._flight
             if flight is not None and flight.agreement.verdict is not None:
                 if self._stop != NEVER:
-                    return False
+                    return flight.agreement.committed
                 flight = self._flight = None
             first = min(self._waiting_commands.values(), key=lambda command: command.seq, default=None)
             if first is None or (flight is not None and (flight.agreement.bound or flight.command.seq < first.seq)):
@@ -292,6 +367,29 @@ class Fence:
         self._flight = _Flight(first, Agreement.begin(self._terms(first), Local(tick=tick)))
         self._due = 0.0
         return True
+
+    def _conclude(self, flight: _Flight, now: float) -> None:
+        """Take a committed command's outcome as far as it goes now."""
+        with self._changed:
+            failure, overdue = self._failure, self._overdue
+            if failure is None and self._refusal is Reason.LEFT:
+                failure = EXPLANATIONS[Reason.LEFT]
+        if failure is None or flight.settled or (now < self._due and not overdue):
+            return
+        agreement = flight.agreement
+        assert agreement.verdict is not None
+        outcome = flight.outcome or Outcome.begin(
+            agreement.terms, agreement.attempt, agreement.verdict.members, failure
+        )
+        outcome = outcome.resume(overdue=overdue)
+        while (operation := outcome.operation()) is not None:
+            outcome = outcome.after(self._perform(operation), overdue=overdue)
+        flight.outcome = outcome
+        self._due = now + self._poll_seconds / CONCLUDING_POLLS
+        if outcome.decision is not None:
+            with self._changed:
+                self._decision = outcome.decision
+                self._changed.notify_all()
 
     def _terms(self, command: Command) -> Terms:
         alone = self._world_size == 1
@@ -327,15 +425,18 @@ class Fence:
                 self._stop = operation.tick
                 return True
         try:
+            result: Result = True
             if isinstance(operation, Set):
                 self._store.set(operation.key, operation.value)
-                return True
-            if isinstance(operation, Check):
-                return self._store.check(operation.keys)
-            return self._store.compare_set(operation.key, operation.expected, operation.desired)
+            elif isinstance(operation, Check):
+                result = self._store.check(operation.keys)
+            else:
+                result = self._store.compare_set(operation.key, operation.expected, operation.desired)
         except Exception as error:  # stores fail in many ways, and each leaves the fate of the operation unknown
             self._store_error = f" (the store said: {error})"
             return None
+        self._answered = time.monotonic()
+        return result
 
     def _settle(self, flight: _Flight, before: Agreement, after: Agreement) -> None:
         """Let the training thread and the caller know what the last operation changed."""

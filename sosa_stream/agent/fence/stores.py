@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Protocol
+
+CONNECT_TIMEOUT = timedelta(seconds=5)
+"""For a connection that was lost: torch's five minutes would keep the agent's thread from everything else."""
 
 
 class RegisterStore(Protocol):
@@ -27,11 +32,13 @@ class TorchStore:
     """A client of its own to the store that this torch.distributed job already has.
 
     A torch client serves one call at a time, and a call can block long after its timeout when the host of the store is
-    stopped. So only the agent's thread calls this, never the training thread.
+    stopped. So only the agent's thread calls this, never the training thread. A client whose connection has been lost
+    never finds it again: the next call then makes another client.
     """
 
     def __init__(self, store: Any) -> None:
-        self._store = store.clone()
+        self._lost = False
+        self._connect(store)
 
     @classmethod
     def of_job(cls) -> TorchStore | None:
@@ -46,13 +53,31 @@ class TorchStore:
             return None
 
     def set(self, key: str, value: str) -> None:
-        self._store.set(key, value)
+        with self._connected() as store:
+            store.set(key, value)
 
     def check(self, keys: Sequence[str]) -> bool:
-        return bool(self._store.check(list(keys)))
+        with self._connected() as store:
+            return bool(store.check(list(keys)))
 
     def compare_set(self, key: str, expected: str, desired: str) -> str:
-        return bytes(self._store.compare_set(key, expected, desired)).decode("utf-8", "replace")
+        with self._connected() as store:
+            return bytes(store.compare_set(key, expected, desired)).decode("utf-8", "replace")
+
+    @contextmanager
+    def _connected(self) -> Iterator[Any]:
+        if self._lost:
+            self._connect(self._store)
+        try:
+            yield self._store
+        except Exception:
+            self._lost = True
+            raise
+
+    def _connect(self, store: Any) -> None:
+        self._store = store.clone()
+        self._store.set_timeout(CONNECT_TIMEOUT)  # this client's alone, and the next one's
+        self._lost = False
 
 
 class MemoryStore:

@@ -7,6 +7,7 @@ that fails undoes those of its command that came before it: nothing is left half
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Undo
@@ -17,7 +18,7 @@ from sosa_stream.agent.repair.rollback import Rollback
 from sosa_stream.agent.repair.skipping import SkipSteps
 from sosa_stream.agent.repair.snapshots import SnapshotRing, TrainingState
 from sosa_stream.agent.repair.stopping import Stop
-from sosa_stream.errors import RefusedError
+from sosa_stream.errors import HalfAppliedError, RefusedError, describe
 from sosa_stream.protocol.messages import Command
 
 
@@ -61,8 +62,8 @@ class Actuators:
         `keep` or `take_back` follows, as the other ranks fared.
 
         Raises:
-            SosaError: an action cannot be carried out, on no rank; those before it have been undone.
-            Exception: whatever else went wrong on this rank alone, such as memory; likewise undone.
+            HalfAppliedError: an action failed, and those before it could not all be undone.
+            Exception: an action failed; those before it have been undone.
         """
         undos, words = self._carry_out(command, Moment(command=command.id, tick=tick, step=step))
         self._under_way = command, undos
@@ -92,7 +93,11 @@ class Actuators:
             self._applied[command.id] = command, undos
 
     def take_back(self) -> None:
-        """Another rank has failed to apply the command under way: undo it, before anything has been trained with it."""
+        """Another rank has failed to apply the command under way: undo it, before anything has been trained with it.
+
+        Raises:
+            HalfAppliedError: it could not be undone whole.
+        """
         assert self._under_way is not None
         _, undos = self._under_way
         self._under_way = None
@@ -126,14 +131,23 @@ class Actuators:
     def _revert(self, command_id: str) -> tuple[Undo, str]:
         if command_id not in self._applied:
             raise RefusedError(f"command {command_id} was not applied here")
-        command, undos = self._applied[command_id]
-        _undo(undos)
-        del self._applied[command_id]
+        command, undos = self._applied.pop(command_id)
+        left = list(undos)
 
         def redo() -> None:
-            again, _ = self._carry_out(command, Moment(command=command_id, tick=-1, step=-1))
-            self._applied[command_id] = command, again
+            undone = replace(command, actions=command.actions[len(left) :])
+            again, _ = self._carry_out(undone, Moment(command=command_id, tick=-1, step=-1))
+            self._applied[command_id] = command, [*left, *again]
 
+        try:
+            while left:
+                left[-1]()
+                left.pop()
+        except RefusedError:  # it has changed nothing, but those after it are undone already
+            _undo([redo])
+            raise
+        except Exception as error:
+            raise HalfAppliedError(describe(error)) from error
         return redo, f"took back {command_id}"
 
 
@@ -154,5 +168,16 @@ def make_actuators(
 
 
 def _undo(undos: list[Undo]) -> None:
+    """Take back all that can be, in reverse order.
+
+    Raises:
+        HalfAppliedError: something could not be.
+    """
+    failures: list[Exception] = []
     for undo in reversed(undos):
-        undo()
+        try:
+            undo()
+        except Exception as error:
+            failures.append(error)
+    if failures:
+        raise HalfAppliedError("; ".join(describe(error) for error in failures)) from failures[0]
