@@ -50,7 +50,7 @@ def test_a_fault_reads_back_as_written() -> None:
     assert parse_fault("nan_batch@600:rank=1") == Fault(kind="nan_batch", step=600, rank=1)
     assert parse_fault("lr_jump@350").values == {"factor": 1000.0}
     assert parse_fault("sleep@5:rank=0,seconds=0.5").values == {"seconds": 0.5, "steps": 1.0}
-    for text in ("nan_batch@600:rank=1", "kill@3", "lr_jump@2:rank=0,factor=10"):
+    for text in ("nan_batch@600:rank=1", "kill@3", "lr_jump@2:rank=0,factor=10", "oom@3:above=0,steps=1"):
         assert str(parse_fault(text)) == text
 
 
@@ -206,6 +206,39 @@ def test_an_error_is_raised_in_the_forward_pass_of_its_step(kind: str, error: ty
     model = Model()
     with pytest.raises(error, match=f"injected by {kind}@0:rank=0"):
         tokens_only(model, 0)
+
+
+@pytest.mark.parametrize("call", [positional, keyword, lambda model, step: model(tokens=torch.tensor([1, 2]))])
+def test_memory_that_holds_one_sample_fails_for_two_in_every_pass_of_its_steps(
+    call: Callable[[nn.Module, int], Tensor],
+) -> None:
+    faults.install([parse_fault("oom@1:above=1,steps=2")], rank=0)
+    model = Model()
+    optimizer = SGD(model.parameters(), lr=0.0)
+    failed = []
+    for step in range(4):
+        for _ in range(2):
+            try:
+                call(model, step)
+            except torch.OutOfMemoryError:
+                failed.append(step)
+        assert model(torch.tensor([1])).isfinite(), "one sample fits"
+        optimizer.step()
+    assert failed == [1, 1, 2, 2]
+    assert not torch_module._global_forward_pre_hooks, "a fault that is over costs nothing"
+    assert not torch_module._global_forward_hooks
+
+
+def test_without_a_size_memory_fails_once_in_its_step_and_in_mid_pass() -> None:
+    faults.install([parse_fault("oom@0")], rank=0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    begun, done = [], []
+    model[0].register_forward_pre_hook(lambda *seen: begun.append(1))
+    model[1].register_forward_pre_hook(lambda *seen: done.append(1))
+    with pytest.raises(torch.OutOfMemoryError, match="with 3 samples"):
+        model(torch.zeros(3, 2))
+    assert (begun, done) == ([1], [])
+    assert model(torch.zeros(3, 2)).shape == (3, 1)
 
 
 def test_sleep_lasts_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:

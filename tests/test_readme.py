@@ -88,7 +88,7 @@ def test_the_defaults_that_the_pages_name_are_the_settings_own() -> None:
     assert f"default `{settings.home}`" in page
     assert f"`{json.dumps(settings.auto.allow)}`" in page
     assert settings.auto.allow == ("skip_step", "split_batch")
-    assert "by default `skip_step` alone" in README.read_text("utf-8")
+    assert "by default `skip_step` and `split_batch`" in README.read_text("utf-8")
 
 
 def test_every_make_target_that_the_readme_names_exists() -> None:

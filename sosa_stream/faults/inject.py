@@ -1,7 +1,8 @@
 """Carries faults out inside a training process, through torch's global hooks.
 
 The step is counted by outermost optimizer step-calls. A fault of the forward pass strikes the first module called in
-training mode during its step: the outermost one, and with gradient accumulation in the first part only.
+training mode during its step: the outermost one, and with gradient accumulation in the first part only (one that
+depends on the size of the batch: in every part).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from sosa_stream.faults.learning_rate import LearningRateJump
+from sosa_stream.faults.memory import Memory
 from sosa_stream.faults.spec import Fault
 
 
@@ -34,6 +36,7 @@ class Injector:
         self._forward_seen = False
         self._forward_handle: RemovableHandle | None = None
         self._poison = _Poison()
+        self._memory = Memory()
 
     def install(self) -> None:
         register_optimizer_step_post_hook(self._after_step)
@@ -50,12 +53,18 @@ class Injector:
             self._forward_handle.remove()
             self._forward_handle = None
             self._poison.remove()
+            self._memory.remove()
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self._forward_seen or not module.training or not torch.is_grad_enabled():
+        if not module.training or not torch.is_grad_enabled():
+            return None
+        if self._forward_seen:
+            if self._memory.is_outermost(module):
+                self._begin_oom(module, args, again=True)
             return None
         self._forward_seen = True
         poisoned = None
+        self._begin_oom(module, args)
         for fault in self._at_forward:
             if fault.kind == "nan_batch" and self._step < fault.step:
                 self._poison.watch(module)
@@ -63,9 +72,17 @@ class Injector:
                 continue
             if fault.kind == "nan_batch":
                 poisoned = self._poison.into_arguments(args)
-            else:
+            elif fault.kind in _STRIKES:
                 _STRIKES[fault.kind](fault)
         return poisoned
+
+    def _begin_oom(self, module: nn.Module, args: tuple[Any, ...], again: bool = False) -> None:
+        """A pass of the outermost module begins, the first of its step or ``again`` one."""
+        for fault in self._at_forward:
+            if fault.kind == "oom" and self._step < fault.step:
+                self._memory.watch(module)
+            elif fault.kind == "oom" and self._step <= _last_step(fault) and (fault.values["above"] or not again):
+                self._memory.begin(module, args, fault)
 
 
 class _Poison:
@@ -151,10 +168,6 @@ def _raise_exception(fault: Fault) -> None:
     raise RuntimeError(f"injected by {fault}")
 
 
-def _raise_out_of_memory(fault: Fault) -> None:
-    raise torch.OutOfMemoryError(f"out of memory, injected by {fault}")
-
-
 def _kill(fault: Fault) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -165,7 +178,6 @@ def _sleep(fault: Fault) -> None:
 
 _STRIKES: dict[str, Callable[[Fault], None]] = {
     "exception": _raise_exception,
-    "oom": _raise_out_of_memory,
     "kill": _kill,
     "sleep": _sleep,
 }

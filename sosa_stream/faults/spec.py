@@ -29,7 +29,11 @@ KINDS: Mapping[str, FaultKind] = MappingProxyType(
         ),
         "nan_batch": FaultKind(help="the floating tensors of the batch of STEP hold NaN"),
         "exception": FaultKind(help="the forward pass of STEP raises RuntimeError"),
-        "oom": FaultKind(help="the forward pass of STEP raises torch.OutOfMemoryError"),
+        "oom": FaultKind(
+            help="the first forward pass of STEP raises torch.OutOfMemoryError; with above=N every pass of more than N "
+            "samples does, in STEP and the steps after it, steps of them in all",
+            defaults=MappingProxyType({"above": 0.0, "steps": 1.0}),
+        ),
         "kill": FaultKind(help="the process sends itself SIGKILL in the forward pass of STEP"),
         "sleep": FaultKind(
             help="the forward passes of STEP and the steps after it sleep for seconds each, steps of them in all",
@@ -98,7 +102,7 @@ def parse_fault(text: str) -> Fault:
                 raise UsageError(f"--inject {text}: rank must be a whole number from 0, not {value_text!r}")
             rank = int(value_text)
         else:
-            values[key] = _positive(text, key, value_text)
+            values[key] = _positive(text, key, value_text, kind.defaults[key])
     return Fault(kind=name, step=step, rank=rank, values=MappingProxyType(values))
 
 
@@ -106,11 +110,11 @@ def _is_count(text: str) -> bool:
     return text.isascii() and text.isdecimal()
 
 
-def _positive(fault: str, key: str, text: str) -> float:
+def _positive(fault: str, key: str, text: str, default: float) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
+    if not (0 < value < math.inf or value == default):
         raise UsageError(f"--inject {fault}: {key} must be a number above 0, not {text!r}")
     return value
