@@ -33,7 +33,7 @@ class Reconfigured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learned:
-    """What earlier runs of the project have taught, oldest first: said once, before the run's first hello."""
+    """What the project had learned before this run, oldest first: said once, before a hello."""
 
     outcomes: tuple[Outcome, ...]
 

@@ -94,6 +94,11 @@ def test_the_commands_and_flags_are_frozen() -> None:
         "mute": sorted([*both, "--for", "--home", "--json", "--list", "--reason", "KIND", "RUN"]),
         "unmute": sorted([*both, "--home", "KIND", "RUN"]),
         "feedback": sorted([*both, "--home", "--json", "--note", "INCIDENT", "VERDICT"]),
+        "policy": both,
+        "policy show": sorted([*both, "--home", "--json", "--project"]),
+        "policy export": sorted([*both, "--home", "--project", "FILE"]),
+        "policy import": sorted([*both, "--home", "--project", "--weight", "FILE"]),
+        "policy reset": sorted([*both, "--home", "--kind", "--project", "--yes"]),
         "replay": sorted(
             [*both, *("--fail-on", "--follow", "--format", "--join", "--json", "--map", "--pattern", "PATHS")]
         ),
@@ -119,6 +124,10 @@ def code_of(*arguments: str) -> int:
         ["incidents", "i", "--run", "r"],
         ["approve"],
         ["keys"],
+        ["policy"],
+        ["policy", "show", "--home", "nowhere"],
+        ["policy", "import", "nowhere.json", "--weight", "0.6"],
+        ["policy", "reset", "--kind", "nonsense"],
         ["incidents", "--home", "nowhere"],
         ["commands", "--home", "nowhere"],
         ["approve", "c", "--home", "nowhere"],

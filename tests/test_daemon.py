@@ -20,7 +20,7 @@ from webhook_server import WebhookServer
 from sosa_stream.config import DetectorOverride, DetectSettings
 from sosa_stream.daemon.schema import open_store
 from sosa_stream.detect.incidents import Severity
-from sosa_stream.effects import CommandChanged, Event, IncidentChanged, Publish, Reconfigured
+from sosa_stream.effects import CommandChanged, Event, IncidentChanged, Learned, Publish, Reconfigured
 from sosa_stream.engine import Engine
 from sosa_stream.errors import ProtocolError
 from sosa_stream.protocol.channels import AgentChannel
@@ -37,13 +37,17 @@ def recorded_steps(home: Path, run: str = "run") -> list[int]:
     return [int(step) for event in events if isinstance(event, MetricFrame) for step in event.steps]
 
 
+def _jump(step: int) -> float:
+    return 1000.0 if step >= 200 else 1.0
+
+
 def sick_run(mode: str) -> list[Event]:
     """The messages of a run whose learning rate jumps, up to the one that makes the engine want a fix."""
     job = SimulatedJob(
         seed=1,
         num_steps=400,
         policy={**AUTO_POLICY, "mode": mode},
-        lr_factor=lambda step: 1000.0 if step >= 200 else 1.0,
+        lr_factor=_jump,
         stop_at=260,
     )
     events = job.run().events
@@ -278,6 +282,30 @@ def test_a_person_approves_a_proposal_once(tmp_path: Path, agent_of: Callable[..
         check=True,
     )
     assert command in replayed.stdout
+
+
+def test_what_a_run_has_learned_is_told_to_the_next_one_of_its_project(
+    tmp_path: Path, agent_of: Callable[..., RingAgent]
+) -> None:
+    home = tmp_path / "home"
+    with DaemonProcess(home) as daemon:
+        first = [agent_of(daemon.address, "first", source=f"a{rank}", rank=rank) for rank in range(2)]
+        policy = {**AUTO_POLICY, "mode": "suggest"}
+        feed(first, SimulatedJob(seed=1, num_steps=260, policy=policy, lr_factor=_jump, batch=20).run().events)
+        for name in ("second", "third"):
+            agent = agent_of(daemon.address, name, source=name)
+            agent.add_hello()
+            wait_until(agent.pump, "an acknowledged hello")
+        assert daemon.terminate() == 0
+    recorded = {
+        name: [decode_record(payload) for _, payload in read_recording(home / name / "run.sosa")]
+        for name in ("first", "second", "third")
+    }
+    assert not any(isinstance(event, Learned) for event in recorded["first"])
+    for name in ("second", "third"):
+        (learned,) = [event for event in recorded[name] if isinstance(event, Learned)]
+        assert [(outcome.kind, outcome.fix) for outcome in learned.outcomes] == [("lr_jump", "none")]
+        assert recorded[name].index(learned) < len(recorded[name]) - 1
 
 
 def test_sigterm_and_sigint_end_it_cleanly_with_everything_recorded(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ from sosa_stream.daemon.announce import Announcer
 from sosa_stream.daemon.ingest import Intake, Ledger
 from sosa_stream.daemon.mutes import Mute
 from sosa_stream.daemon.notify import Criticals, Notification
+from sosa_stream.daemon.outcomes import DEFAULT_PROJECT, OutcomeRow, project_of
 from sosa_stream.daemon.schema import APPROVED, RECORDING_NAME, STORE_NAME
 from sosa_stream.daemon.store import Changes, RunRow
 from sosa_stream.decide.commands import CommandState
+from sosa_stream.decide.experience import Outcome
 from sosa_stream.detect.incidents import IncidentState
 from sosa_stream.effects import (
     Approve,
@@ -25,7 +28,9 @@ from sosa_stream.effects import (
     Effect,
     Event,
     IncidentChanged,
+    Learned,
     Notice,
+    OutcomeCounted,
     Publish,
     Reconfigured,
     ShellEvent,
@@ -34,7 +39,7 @@ from sosa_stream.effects import (
 from sosa_stream.engine import RunView
 from sosa_stream.errors import ProtocolError
 from sosa_stream.protocol.codec import Reject
-from sosa_stream.protocol.messages import AgentMessage, Command, ControlMessage
+from sosa_stream.protocol.messages import AgentMessage, Command, ControlMessage, Hello
 from sosa_stream.protocol.recording import Recorder, decode_record, encode_shell_record, read_recording
 
 log = logging.getLogger(__name__)
@@ -98,6 +103,8 @@ class Run:
         in_flight: commands to be published again and again, by id.
         changes: rows that the store does not have yet; whoever writes them takes them out.
         notifications: what to tell at once to those who look at nothing; whoever posts them takes them out.
+        is_taught: what its project had learned before it is in the recording.
+        began_at: when its first message came, in seconds since the epoch; infinity before that.
         mutes: by kind of incident; a muted one is kept from `commit`'s announcements and from ``notifications``.
 
     Raises:
@@ -112,6 +119,9 @@ class Run:
         self.mutes = mutes
         self.in_flight: dict[str, Command] = {}
         self.changes = Changes()
+        self.is_taught = False
+        self.began_at = math.inf
+        self._project = DEFAULT_PROJECT
         self._engine = engine
         self._settings = DetectSettings()
         self._ledger = Ledger()
@@ -144,8 +154,11 @@ class Run:
                 continue
             num_records += 1
             self._now = received_at
+            self.began_at = min(self.began_at, received_at)
             if isinstance(event, Reconfigured):
                 self._settings = event.settings
+            elif isinstance(event, Learned):
+                self.is_taught = True
             elif not isinstance(event, ShellEvent):
                 self._ledger.take(event, received_at)
             for effect in self._handle(event, received_at):
@@ -178,6 +191,7 @@ class Run:
     def _clock(self, now: float) -> float:
         # The engine wants time that does not go back; the host's clock may be set.
         self._now = max(self._now, now)
+        self.began_at = min(self.began_at, self._now)
         return self._now
 
     def commit(self) -> list[ControlMessage]:
@@ -201,6 +215,8 @@ class Run:
         return [*commands, *self._announcer.tell(effect for effect in effects if not self._is_muted(effect))]
 
     def _handle(self, event: Event, now: float) -> list[Effect]:
+        if isinstance(event, Hello):
+            self._project = project_of(event)
         try:
             return self._engine.handle(event, now)
         except Exception:
@@ -221,6 +237,9 @@ class Run:
             case CommandChanged(record=record):
                 self.changes.commands[record.id] = record
                 self._reached.add((record.id, str(record.state), str(record.verdict or "none")))
+            case OutcomeCounted():
+                row = OutcomeRow(project=self._project, run=self.name, at=self._now, counted=effect)
+                self.changes.outcomes[effect.id, row.at] = row
             case Publish(command=command):
                 self.in_flight[command.id] = command
             case Withdraw(command=command_id):
@@ -269,6 +288,11 @@ class Run:
         if settings != self._settings:
             self._settings = settings
             self.tell(Reconfigured(settings=settings), now)
+
+    def teach(self, outcomes: tuple[Outcome, ...], now: float) -> None:
+        """Tell what the project had learned before this run, ahead of its hello."""
+        self.is_taught = True
+        self.tell(Learned(outcomes=outcomes), now)
 
     @property
     def wants_timer(self) -> bool:

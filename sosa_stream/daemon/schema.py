@@ -1,6 +1,6 @@
 """What lies in the daemon's home, for its writer and its readers. Standard library only.
 
-<home>/sosa.db            SQLite: runs, detectors, incidents, commands; what people said; notifications
+<home>/sosa.db            SQLite: runs, detectors, incidents, commands, outcomes; what people said; notifications
 <home>/<run>/run.sosa     the recording, from which runs, incidents and commands can be had again
 """
 
@@ -19,8 +19,8 @@ from sosa_stream.errors import UsageError
 
 STORE_NAME = "sosa.db"
 RECORDING_NAME = "run.sosa"
-SCHEMA_VERSION = 3
-OLDER_VERSIONS = frozenset({1, 2})
+SCHEMA_VERSION = 4
+OLDER_VERSIONS = frozenset({1, 2, 3})
 """Versions whose tables are a part of today's: `SCHEMA` makes them whole."""
 BUSY_TIMEOUT_MS = 5000
 
@@ -57,6 +57,16 @@ CREATE TABLE IF NOT EXISTS notifications (
     incident TEXT NOT NULL, event TEXT NOT NULL, target TEXT NOT NULL, at REAL NOT NULL, outcome TEXT NOT NULL,
     PRIMARY KEY (incident, event, target)
 );
+CREATE TABLE IF NOT EXISTS audit (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, who TEXT NOT NULL, run TEXT NOT NULL, what TEXT NOT NULL,
+    command TEXT NOT NULL, answer TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS outcomes (
+    id TEXT NOT NULL, project TEXT NOT NULL, run TEXT NOT NULL, at REAL NOT NULL, step INTEGER NOT NULL,
+    kind TEXT NOT NULL, fix TEXT NOT NULL, verdict TEXT NOT NULL, weight REAL NOT NULL, lasted_steps INTEGER NOT NULL,
+    imported_from TEXT NOT NULL, reset_at REAL, PRIMARY KEY (project, id, at)
+);
+CREATE INDEX IF NOT EXISTS outcomes_of_project ON outcomes (project, at);
 CREATE INDEX IF NOT EXISTS requests_open ON requests (id) WHERE handled_at IS NULL;
 PRAGMA user_version = {SCHEMA_VERSION};
 """

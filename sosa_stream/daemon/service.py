@@ -21,6 +21,7 @@ from sosa_stream.config import Settings
 from sosa_stream.daemon.exporter import Snapshot
 from sosa_stream.daemon.http import HttpServer
 from sosa_stream.daemon.mutes import Mutes
+from sosa_stream.daemon.outcomes import project_of
 from sosa_stream.daemon.run import TOO_MANY, UNRECORDABLE, EngineFactory, Run, recording_path
 from sosa_stream.daemon.store import Changes, Store
 from sosa_stream.daemon.webhook import DEADLINE_SECONDS, Outcome, Webhook
@@ -29,7 +30,7 @@ from sosa_stream.errors import ConfigError, ProtocolError, SosaError, UsageError
 from sosa_stream.protocol.channels import DaemonChannel
 from sosa_stream.protocol.codec import Reject, decode, encode
 from sosa_stream.protocol.keys import DaemonKeys
-from sosa_stream.protocol.messages import AgentMessage, ControlMessage, Received
+from sosa_stream.protocol.messages import AgentMessage, ControlMessage, Hello, Received
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +208,10 @@ class Daemon:
                 if isinstance(message, ControlMessage):
                     raise ProtocolError(Reject.UNKNOWN_KIND, "a control message among the metrics")
                 source = message.header.source
-                taken.append((await self._run(message.header.run), message, data))
+                run = await self._run(message.header.run)
+                if isinstance(message, Hello) and not run.is_taught:
+                    await self._teach(run, project_of(message))
+                taken.append((run, message, data))
             except ProtocolError as error:
                 self._reject(source, error)
         # From here to the acknowledgement nothing of these runs is awaited but the store.
@@ -239,6 +243,17 @@ class Daemon:
             self._runs[name] = run
             log.info("run %s: recorded in %s", name, recording)
         return run
+
+    async def _teach(self, run: Run, project: str) -> None:
+        """Hand a run that begins what its project has learned, if there is anything."""
+        try:
+            outcomes = await self._store.outcomes(project, run.began_at)
+        except (sqlite3.Error, ValueError) as error:
+            log.warning("run %s: what its project has learned cannot be read: %s", run.name, error)
+            return
+        if outcomes:
+            run.teach(outcomes, time.time())
+            log.info("run %s: project %s has taught %d outcomes of fixes", run.name, project, len(outcomes))
 
     async def _commit(self, runs: Iterable[Run]) -> list[Run]:
         committed = list(runs)

@@ -14,6 +14,7 @@ import aiosqlite
 
 from sosa_stream.daemon.mutes import Mute
 from sosa_stream.daemon.notify import Notification
+from sosa_stream.daemon.outcomes import INSERT, SELECT, OutcomeRow
 from sosa_stream.daemon.schema import (
     BUSY_TIMEOUT_MS,
     OLDER_VERSIONS,
@@ -23,6 +24,7 @@ from sosa_stream.daemon.schema import (
     json_line,
 )
 from sosa_stream.decide.commands import CommandRecord
+from sosa_stream.decide.experience import Outcome
 from sosa_stream.detect.incidents import Incident
 from sosa_stream.errors import ConfigError
 
@@ -45,14 +47,16 @@ class Changes:
     runs: dict[str, RunRow] = field(default_factory=dict)
     incidents: dict[str, Incident] = field(default_factory=dict)
     commands: dict[str, CommandRecord] = field(default_factory=dict)
+    outcomes: dict[tuple[str, float], OutcomeRow] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.runs or self.incidents or self.commands)
+        return bool(self.runs or self.incidents or self.commands or self.outcomes)
 
     def update(self, newer: Changes) -> None:
         self.runs.update(newer.runs)
         self.incidents.update(newer.incidents)
         self.commands.update(newer.commands)
+        self.outcomes.update(newer.outcomes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,10 +137,16 @@ class Store:
                         "state = excluded.state, changed_at = excluded.changed_at, record = excluded.record",
                         [(r.id, r.run, str(r.state), now, json_line(r.as_dict())) for r in records.values()],
                     )
+                await self._db.executemany(INSERT, [row.values() for row in changes.outcomes.values()])
                 await self._db.execute("COMMIT")
             except BaseException:
                 await self._db.execute("ROLLBACK")
                 raise
+
+    async def outcomes(self, project: str, before: float) -> tuple[Outcome, ...]:
+        """What a project's runs had learned by a time in seconds since the epoch, oldest first."""
+        async with self._db.execute(SELECT, (project, before)) as cursor:
+            return tuple([Outcome.from_row(row) async for row in cursor])
 
     async def open_requests(self) -> list[Request]:
         """Requests without an answer, oldest first."""

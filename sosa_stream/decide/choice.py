@@ -86,9 +86,7 @@ def choose(
         value = posterior.quantile(_uniform(f"{seed}/{fix.name}")) if explore else posterior.mean
         share = _uniform(f"{seed}/{NONE}") if explore else None
         idle = known.recovery(kind, fix.patience_steps, share)
-        # What the playbook leaves to people stays theirs until outcomes of this very kind say otherwise.
-        trusted = fix.confidence >= GATE or posterior.num_counted >= MIN_COUNTED
-        automatic = trusted and policy.may_apply(actions, posterior.confidence) and value > idle
+        automatic = is_trusted(fix, posterior) and policy.may_apply(actions, posterior.confidence) and value > idle
         options.append(
             _Option(
                 rung=rung,
@@ -111,6 +109,11 @@ def choose(
         automatic=best.automatic,
         why=_why(kind, best, known, now),
     )
+
+
+def is_trusted(fix: Fix, posterior: Posterior) -> bool:
+    """What the playbook leaves to people stays theirs until outcomes of this very kind say otherwise."""
+    return fix.confidence >= GATE or posterior.num_counted >= MIN_COUNTED
 
 
 def _best(options: Sequence[_Option]) -> _Option | None:

@@ -16,8 +16,9 @@ Thompson sampling [Raj and Kalyani 2017].
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from sosa_stream.decide.beta import quantile
 from sosa_stream.decide.commands import Verdict
@@ -64,6 +65,26 @@ class Outcome:
     def __post_init__(self) -> None:
         if not 0.0 < self.weight <= 1.0 or self.lasted_steps < 0:
             raise ValueError(f"weight {self.weight!r} or lasted_steps {self.lasted_steps!r} is out of bounds")
+
+    def as_row(self) -> tuple[str, str, str, float, int]:
+        """Plain values, of which `from_row` makes the same outcome again."""
+        return self.kind, self.fix, str(self.verdict), self.weight, self.lasted_steps
+
+    @classmethod
+    def from_row(cls, row: Sequence[Any]) -> Outcome:
+        """From plain values, wherever they come from.
+
+        Raises:
+            ValueError: they are not five, or one is of another type, unknown or out of bounds.
+        """
+        if len(row) != 5:
+            raise ValueError(f"an outcome has five values, not {len(row)}")
+        kind, fix, verdict, weight, lasted_steps = row
+        if not isinstance(kind, str) or not isinstance(fix, str):
+            raise ValueError("kind and fix of an outcome must be strings")
+        if type(weight) not in (int, float) or type(lasted_steps) is not int:
+            raise ValueError("weight and lasted_steps of an outcome must be numbers")
+        return cls(kind=kind, fix=fix, verdict=Verdict(verdict), weight=float(weight), lasted_steps=lasted_steps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,8 +138,12 @@ class _Recovery:
     """For each span: how many faults had lasted to its begin and were watched to its end, and how many healed in it."""
 
     spans: list[_Tally] = field(default_factory=lambda: [_Tally() for _ in RECOVERY_POINTS])
+    num_trials: int = 0
+    num_healed: int = 0
 
     def add(self, steps: int, healed: bool, weight: float) -> None:
+        self.num_trials += 1
+        self.num_healed += healed
         for begin, end, span in zip(RECOVERY_POINTS, _ENDS, self.spans, strict=True):
             if steps >= end:
                 span.add(0.0, weight)
@@ -195,6 +220,7 @@ class Experience:
         b = PRIOR_STRENGTH + tally.counted - a
         return a / (a + b) if share is None else quantile(share, a, b)
 
-    def num_untreated(self, kind: str) -> float:
-        """Faults of a kind that were left alone for the first span at least, by weight."""
-        return self._recoveries[kind].spans[0].counted if kind in self._recoveries else 0.0
+    def untreated(self, kind: str) -> tuple[int, int]:
+        """How many faults of a kind were left alone, and how many of them healed; nothing forgotten."""
+        recovery = self._recoveries.get(kind, _Recovery())
+        return recovery.num_trials, recovery.num_healed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from sosa_stream.decide.commands import CommandState, Verdict
-from sosa_stream.decide.experience import CREDIT, NONE, Experience, Outcome
+from sosa_stream.decide.experience import CREDIT, NONE, RECOVERY_POINTS, Experience, Outcome
 from sosa_stream.decide.ledger import Entry
 from sosa_stream.decide.probation import Probation
 from sosa_stream.detect.tracker import OpenIncident, in_band
@@ -91,6 +91,8 @@ class Trials:
         if not entry.kind or self._last_applied_step >= entry.first_sick_step:
             return  # something was done about this fault, or beside it
         lasted_steps = max((last_bad if healed else step) - entry.proposed_step, 0)
+        if not healed and lasted_steps < RECOVERY_POINTS[1]:
+            return  # too short to tell
         verdict = Verdict.HELPED if healed else Verdict.NO_EFFECT
         self._count(Outcome(kind=entry.kind, fix=NONE, verdict=verdict, lasted_steps=lasted_steps))
 

@@ -18,7 +18,8 @@ from typing import Any, BinaryIO
 import msgpack
 
 from sosa_stream.config import detect_settings
-from sosa_stream.effects import Approve, Event, Reconfigured, ShellEvent, Timer
+from sosa_stream.decide.experience import Outcome
+from sosa_stream.effects import Approve, Event, Learned, Reconfigured, ShellEvent, Timer
 from sosa_stream.errors import ConfigError, ProtocolError, SosaError, UsageError
 from sosa_stream.protocol.codec import DEFAULT_LIMITS, Reject, decode
 from sosa_stream.protocol.messages import PROTOCOL_VERSION, ControlMessage
@@ -139,6 +140,8 @@ def encode_shell_record(event: ShellEvent) -> bytes:
             body |= {"kind": "timer"}
         case Reconfigured():
             body |= {"kind": "reconfigured", "detect": event.settings.as_dict()}
+        case Learned():
+            body |= {"kind": "learned", "outcomes": [outcome.as_row() for outcome in event.outcomes]}
     packed: bytes = msgpack.packb(body, use_bin_type=True)
     return packed
 
@@ -175,4 +178,9 @@ def _decode_shell_record(payload: bytes) -> Event:
             return Reconfigured(settings=detect_settings(body.get("detect")))
         except ConfigError as error:
             raise ProtocolError(Reject.BAD_FIELD, f"reconfigured: {error}") from None
+    if kind == "learned":
+        try:
+            return Learned(outcomes=tuple(Outcome.from_row(row) for row in body.get("outcomes", ())))
+        except (TypeError, ValueError) as error:
+            raise ProtocolError(Reject.BAD_FIELD, f"learned: {error}") from None
     raise ProtocolError(Reject.UNKNOWN_KIND, f"kind {str(kind)[:40]!r}")
