@@ -37,11 +37,16 @@ class Mode(StrEnum):
     AUTO = "auto"
 
 
-class Guard(StrEnum):
-    """The in-process guard: ``sync`` reads one scalar per step; ``auto``: ``sync`` in mode auto, else ``off``."""
+class GuardMode(StrEnum):
+    """The in-process guard: ``sync`` reads one scalar per step; ``auto``: ``sync`` in mode auto, else ``off``.
+
+    ``allreduce`` is ``sync``, and where gradients may differ between ranks (FSDP without ``clip_grad_norm_``) it asks
+    all ranks at every step: only for jobs whose ranks all step alike.
+    """
 
     AUTO = "auto"
     SYNC = "sync"
+    ALLREDUCE = "allreduce"
     OFF = "off"
 
 
@@ -106,8 +111,8 @@ class AgentSettings:
 
     daemon: str = ""
     """Address of a standalone daemon, ``tcp://host:7667``; empty: rank 0 starts one on loopback."""
-    guard: Guard = Guard.AUTO
-    """Whether non-finite gradients are kept from the weights."""
+    guard: GuardMode = GuardMode.AUTO
+    """How non-finite gradients are kept from the weights; ``allreduce`` only where all ranks step alike."""
     flush_seconds: float = 0.1
     """How often metric frames leave when nothing is urgent."""
     ring_frames: int = 4096
@@ -310,10 +315,11 @@ class Settings:
         return self.agent.snapshots is Switch.ON
 
     @property
-    def guard_wanted(self) -> bool:
-        if self.agent.guard is Guard.AUTO:
-            return self.mode is Mode.AUTO and "skip_step" in self.auto.allow
-        return self.agent.guard is Guard.SYNC
+    def guard_mode(self) -> GuardMode:
+        """What ``agent.guard`` comes to: never ``auto``."""
+        if self.agent.guard is not GuardMode.AUTO:
+            return self.agent.guard
+        return GuardMode.SYNC if self.mode is Mode.AUTO and "skip_step" in self.auto.allow else GuardMode.OFF
 
 
 def load_settings(

@@ -21,7 +21,7 @@ from sosa_stream.agent.repair.actuators import Actuators, make_actuators
 from sosa_stream.agent.repair.snapshots import SnapshotRing, TrainingState
 from sosa_stream.agent.watch.baseline import InputBaseline
 from sosa_stream.agent.watch.taps import Taps
-from sosa_stream.config import AgentSettings, Mode, load_settings
+from sosa_stream.config import AgentSettings, GuardMode, Mode, load_settings
 from sosa_stream.detect.incidents import Severity
 from sosa_stream.engine import Engine
 from sosa_stream.protocol.actions import Action
@@ -81,13 +81,16 @@ def carry_out(actuators: Actuators, fix: Command, tick: int, step: int) -> str:
 class Watch:
     """A probe with all that it needs."""
 
-    def __init__(self, *, guard: bool = False, snapshots: bool = False, **settings: Any) -> None:
+    def __init__(
+        self, *, guard: bool | GuardMode = False, alone: bool = True, snapshots: bool = False, **settings: Any
+    ) -> None:
         self.outbox = OpenOutbox()
         self.taps = Taps()
         self.state = TrainingState()
         self.said: list[str] = []
         self.errors: list[tuple[BaseException, bool]] = []
         self.ring = SnapshotRing(self.state, AgentSettings(**settings), 2000, self.said.append) if snapshots else None
+        mode = guard if isinstance(guard, GuardMode) else GuardMode.SYNC if guard else GuardMode.OFF
         self.actuators = make_actuators(self.state, self.ring, 10000.0)
         self.probe = Probe(
             outbox=self.outbox,
@@ -95,9 +98,9 @@ class Watch:
             state=self.state,
             actuators=self.actuators,
             snapshots=self.ring,
-            guard=Guard(on=guard),
+            guard=Guard(mode, self.said.append),
             digest_after_fix=True,
-            alone=True,
+            alone=alone,
             on_error=lambda error, in_force: self.errors.append((error, in_force)),
             tell=self.said.append,
         )

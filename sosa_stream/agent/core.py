@@ -109,7 +109,7 @@ class Agent:
             state=self.state,
             actuators=self.actuators,
             snapshots=snapshots,
-            guard=Guard(on=settings.guard_wanted, tell=self._tell),
+            guard=Guard(settings.guard_mode, self._tell),
             digest_after_fix=settings.agent.digest_after_fix,
             alone=world_size == 1,
             on_error=self._on_error,
@@ -183,6 +183,7 @@ class Agent:
 
     def see_inputs(self, model: torch.nn.Module, batch: Any) -> None:
         """The batch that is about to go into ``model``, where no hook looks for it; never raises."""
+        self.probe.before_forward(model)
         if self.probe.observing:
             self.probe.looks.forward.see(model, batch)
 

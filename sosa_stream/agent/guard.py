@@ -1,7 +1,8 @@
 """The in-process guard: a step whose gradients are not finite is left out, on all ranks, inside the step.
 
 How a step is left out depends on the optimizer: a fused one heeds ``found_inf`` on the device, and the host reads
-nothing; from any other the gradients are hidden, for which the host must know, by one scalar read a step.
+nothing; from any other the gradients are hidden, for which the host must know, by one scalar read a step. The buffers
+that its forward pass has changed are put back, so that the batch might never have been.
 """
 
 from __future__ import annotations
@@ -11,32 +12,56 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
 from torch.optim import Optimizer
 
+from sosa_stream.agent.buffers import Buffers
 from sosa_stream.agent.gradients import with_gradients
+from sosa_stream.config import GuardMode
 
 MOST_SKIPS_TOLD = 10
 
 
 class Guard:
-    """Leaves steps out: those with non-finite gradients where it is ``on``, and those that fixes ask for.
+    """Leaves steps out: those with non-finite gradients, unless it is off, and those that fixes ask for.
 
     Args:
-        on: whether non-finite gradients are kept from the weights.
+        mode: any but `GuardMode.AUTO`, which is for the settings to decide.
         tell: given a sentence when an update is skipped.
     """
 
-    def __init__(self, *, on: bool, tell: Callable[[str], None] = lambda text: None) -> None:
-        self.on = on
+    def __init__(self, mode: GuardMode, tell: Callable[[str], None] = lambda text: None) -> None:
+        self.on = mode is not GuardMode.OFF
+        self.reduces = mode is GuardMode.ALLREDUCE
+        """Whether ranks whose gradients may differ ask each other at every step."""
+        self.buffers = Buffers()
         self.skipped: float | torch.Tensor = 0.0
         """1 if the step under way is left out; a 0-d tensor where only the device knows."""
         self._tell = tell
+        self._keeps_buffers = True
+        self._stale = False
         self._num_skips_told = 0
         self._restore: list[Callable[[], None]] = []
 
-    def begin(self) -> None:
-        """A step-call begins."""
-        self.skipped = 0.0
+    def meet(self, parameters: list[torch.Tensor]) -> None:
+        """These are trained, by all optimizers that have stepped."""
+        self._with_buffers(lambda: self.buffers.meet(parameters))
+
+    def before_forward(self, root: nn.Module) -> None:
+        """The first forward pass of a step begins: what the script itself has put into buffers is not to be undone."""
+        self._with_buffers(lambda: self.buffers.meet_root(root))
+        self.keep_buffers()
+
+    def keep_buffers(self) -> None:
+        """The buffers as they are now are what a step that is left out goes back to."""
+        self._with_buffers(self.buffers.keep)
+
+    def begin(self, optimizer: Optimizer) -> None:
+        """A step-call begins, which GradScaler may have told a fused ``optimizer`` to leave out."""
+        found_inf = getattr(optimizer, "found_inf", None)
+        self.skipped = found_inf if isinstance(found_inf, torch.Tensor) else 0.0
+        self._stale = False
 
     def judge(self, optimizer: Optimizer, norm: torch.Tensor, num_parameters: int, step: int) -> bool:
         """Leave the coming update out if ``norm``, the same on all ranks, is not finite.
@@ -46,26 +71,69 @@ class Guard:
         if _skips_by_itself(optimizer, num_parameters):
             bad = (~torch.isfinite(norm)).to(torch.float32)
             self._restore.append(_skip_if_bad(optimizer, bad))
-            self.skipped = bad
+            self.skipped = optimizer.found_inf  # type: ignore[attr-defined]
             return False
-        if math.isfinite(norm.item()):  # the guard's one scalar read
-            return False
-        self.skip(optimizer)
-        if self._num_skips_told < MOST_SKIPS_TOLD:
-            self._num_skips_told += 1
-            last = "; further ones are only recorded" if self._num_skips_told == MOST_SKIPS_TOLD else ""
-            self._tell(f"step {step}: non-finite gradients, update skipped{last}")
-        return True
+        return self._skip_if(not math.isfinite(norm.item()), optimizer, step)  # the guard's one scalar read
 
-    def skip(self, optimizer: Optimizer) -> None:
-        """Leave the coming update out, whatever its gradients."""
+    def agree(self, optimizer: Optimizer, norm: torch.Tensor | None, step: int) -> bool:
+        """As `judge`, by the gradients of all ranks: a collective, which every rank calls at every tick.
+
+        Args:
+            norm: of this rank's gradients, if there are any.
+        """
+        bad = torch.zeros(()) if norm is None else (~torch.isfinite(norm.detach())).to(torch.float32)
+        if bad.is_cpu and dist.get_backend() == "nccl":
+            bad = bad.cuda()
+        dist.all_reduce(bad, dist.ReduceOp.MAX)
+        return self._skip_if(bool(bad.item()), optimizer, step)
+
+    def skip(self, optimizer: Optimizer, *, stale: bool = False) -> None:
+        """Leave the coming update out, whatever its gradients; ``stale`` if a fix has put other weights in place."""
         self._restore.append(_hide(optimizer))
         self.skipped = 1.0
+        self._stale = stale
 
     def put_back(self) -> None:
         """Gradients and ``found_inf`` as the script left them."""
         while self._restore:
             self._restore.pop()()
+
+    def settle(self, *, others_wait: bool) -> None:
+        """The step-call is over: the buffers of a step that was left out are put back, those of any other are kept.
+
+        Args:
+            others_wait: a backward of another optimizer has been, whose step has not: it may yet turn out bad.
+        """
+        bad = self.skipped
+        if isinstance(bad, torch.Tensor) and not bad.is_cpu:
+            self._with_buffers(lambda: self.buffers.settle(bad))
+        elif bad and not self._stale:
+            self.undo_forward()
+        elif not others_wait:
+            self.keep_buffers()
+
+    def undo_forward(self) -> None:
+        """Put the buffers back: GradScaler has left the step out by itself, without calling the optimizer."""
+        self._with_buffers(self.buffers.put_back)
+
+    def _skip_if(self, bad: bool, optimizer: Optimizer, step: int) -> bool:
+        if bad:
+            self.skip(optimizer)
+            if self._num_skips_told < MOST_SKIPS_TOLD:
+                self._num_skips_told += 1
+                last = "; further ones are only recorded" if self._num_skips_told == MOST_SKIPS_TOLD else ""
+                self._tell(f"step {step}: non-finite gradients, update skipped{last}")
+        return bad
+
+    def _with_buffers(self, act: Callable[[], None]) -> None:
+        """Buffers are this rank's own, so that it may fail with them alone: the weights are guarded all the same."""
+        if not (self.on and self._keeps_buffers):
+            return
+        try:
+            act()
+        except Exception as error:
+            self._keeps_buffers = False
+            self._tell(f"buffers are not guarded, only weights: {type(error).__name__}: {error}")
 
 
 def _hide(optimizer: Optimizer) -> Callable[[], None]:

@@ -99,6 +99,7 @@ class Probe:
         self._norm_is_shared = False
         self._clipped_to: float | None = None
         self.looks = Looks(lambda error: on_error(error, False))
+        self.looks.forward.before = self.before_forward
         self._kinds: weakref.WeakKeyDictionary[Optimizer, tuple[bool, bool]] = weakref.WeakKeyDictionary()
         self._kind = False, False
         """That of the optimizer whose tick it is: whether it is sharded, and its gradients shared by all ranks."""
@@ -117,6 +118,7 @@ class Probe:
         if not (self.observing and self.controlling):
             return
         try:
+            self._guard.undo_forward()
             loss, own = self._taps.losses.take()
             seen = [("loss", loss), ("skipped", 1.0)]
             sampled = {} if (scale := self._taps.loss_scale) is None else {"loss_scale": scale}
@@ -133,6 +135,11 @@ class Probe:
             self.step += 1
         except Exception as error:
             self._lose_sight(error)
+
+    def before_forward(self, root: torch.nn.Module) -> None:
+        """The first forward pass of a step is about to begin; never raises."""
+        if self.controlling:
+            self._guard.before_forward(root)
 
     def install(self, optimizer: Optimizer | None = None) -> None:
         """Watch one optimizer, or every optimizer of the process."""
@@ -202,7 +209,7 @@ class Probe:
             self._kind, self._last = self._kinds[optimizer], weakref.ref(optimizer)
         if self.tick == 0 and self._snapshots is not None:
             self._snapshots.take(0, 0)
-        self._guard.begin()
+        self._guard.begin(optimizer)
         self._norm = None
         self._taps.phase = OPTIMIZER
         if (fence := self.fence) is not None and (command := fence.arrive(self.tick)) is not None:
@@ -221,10 +228,14 @@ class Probe:
         if any(parameter.is_meta for group in optimizer.param_groups for parameter in group["params"]):
             self.observing = self._guard.on = False
             self._tell("parameters lie on the meta device, where there is nothing to see: training is not watched")
-        if self._guard.on and not shared:
+        if self._guard.on:
+            owned = [p for known in self._state.optimizers for group in known.param_groups for p in group["params"]]
+            self._guard.meet(owned)
+        if self._guard.on and not shared and not self._guard.reduces:
             self._tell(
-                "the guard acts only where the script's own clip_grad_norm_ gives a reduced norm: not all parameters "
-                "are DistributedDataParallel's, so gradients may differ between ranks"
+                "not all parameters are DistributedDataParallel's, so gradients may differ between ranks: the guard "
+                "acts only where the script's own clip_grad_norm_ gives a reduced norm of sharded ones. Where all "
+                'ranks step alike, agent.guard = "allreduce" lets them ask each other'
             )
 
     def _hand_over(self, optimizer: Optimizer) -> bool:
@@ -289,7 +300,6 @@ class Probe:
         in_force = self._in_force
         parameters, local = gradients.with_gradients(optimizer)
         norms: list[torch.Tensor] | None = None
-        skip = False
         sharded, shared = self._kind
         if parameters:
             self._norm, self._clipped_to = self._taps.take_norm(parameters)
@@ -304,22 +314,34 @@ class Probe:
             grad_scale = getattr(optimizer, "grad_scale", None)
             if isinstance(grad_scale, torch.Tensor):
                 self._norm = self._norm / grad_scale.to(self._norm.device)
-            skip = bool(in_force.skip_left or in_force.stale_gradients)
-            if skip:
-                self._guard.skip(optimizer)
-                in_force.skip_left -= 1 if in_force.skip_left and not in_force.stale_gradients else 0
-                in_force.stale_gradients = False
-            elif self._guard.on and self._norm_is_shared:
-                skip = self._guard.judge(optimizer, self._norm, len(parameters), self.step)
-            scaled = isinstance(grad_scale, torch.Tensor)
-            if in_force.max_norm is not None and self._norm_is_shared and not skip and not scaled:
-                gradients.clip(local, gradients.norm_after_clip(self._norm, self._clipped_to), in_force.max_norm)
-        in_force.stale_gradients = False
+        skip = self._leave_out(optimizer, len(parameters))
+        scaled = isinstance(getattr(optimizer, "grad_scale", None), torch.Tensor)
+        if parameters and in_force.max_norm is not None and self._norm_is_shared and not skip and not scaled:
+            assert self._norm is not None
+            gradients.clip(local, gradients.norm_after_clip(self._norm, self._clipped_to), in_force.max_norm)
         if self.observing and not sharded and self.looks.are_due(self.step):
             self._look(optimizer, parameters, local, norms, skip)
         if in_force.lr_multiplier != 1.0:
             self._restore.append(self._learning_rate.restore)
             self._learning_rate.scale(optimizer, in_force.lr_multiplier)
+
+    def _leave_out(self, optimizer: Optimizer, num_gradients: int) -> bool:
+        """Leave the coming update out where a fix or the guard wants it so. Returns whether the host knows it does."""
+        in_force, guard = self._in_force, self._guard
+        stale, in_force.stale_gradients = in_force.stale_gradients, False
+        # A scaler looks for what is not finite itself, and where it skips a step no hook is called to ask.
+        asks = guard.on and guard.reduces and not self._kind[1] and self._taps.loss_scale is None
+        if not num_gradients and not asks:
+            return False
+        if stale or in_force.skip_left:
+            guard.skip(optimizer, stale=stale)
+            in_force.skip_left -= not stale
+            return True
+        if asks:
+            return guard.agree(optimizer, self._norm, self.step)
+        if guard.on and self._norm_is_shared and self._norm is not None:
+            return guard.judge(optimizer, self._norm, num_gradients, self.step)
+        return False
 
     def _look(
         self,
@@ -343,7 +365,9 @@ class Probe:
 
         def wrapped() -> Any:
             self._put_back()  # LBFGS calls its closure many times in one step
-            self._in_force.stale_gradients = False  # gradients of the restored weights: nothing is stale
+            if self._in_force.stale_gradients:  # its gradients will be those of the restored weights
+                self._in_force.stale_gradients = False
+                self._guard.keep_buffers()
             try:
                 result = closure()
             except BaseException:  # no after-hook will come
@@ -371,6 +395,7 @@ class Probe:
             return
         try:
             self._put_back()
+            self._guard.settle(others_wait=self.observing and self._taps.losses.others_wait(optimizer))
             primary = self._hand_over(optimizer)
             step = self.step
             self.step += primary

@@ -26,6 +26,8 @@ class Forward:
         self.roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.compiles = False
         """Set once the script has asked for a compiled module."""
+        self.before: Callable[[nn.Module], None] = lambda root: None
+        """Called before the first forward pass of a step, where a hook sees it."""
         self.failed = False
         self._on_error = on_error
         self._activations = Activations(self._fail)
@@ -95,6 +97,7 @@ class Forward:
         if torch.compiler.is_compiling() or not module.training or not torch.is_grad_enabled():
             return
         self._hooks.pop(self._outermost.id, None)
+        self.before(module)
         self.see(module, args)
         if self.inputs is None:  # a global hook is not shown keywords; one of the module's own, after the call, is
             self._keywords = module.register_forward_hook(self._see_keywords, with_kwargs=True)

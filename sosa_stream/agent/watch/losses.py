@@ -53,6 +53,10 @@ class Losses:
         losses = [loss for reached in mine if (loss := self._waiting.pop(reached)) is not None]
         return (sum(losses[1:], losses[0]) if losses else None), bool(mine)
 
+    def others_wait(self, optimizer: Optimizer) -> bool:
+        """Whether there was a backward for other optimizers alone, which none of them has stepped on yet."""
+        return any(reached and id(optimizer) not in reached for reached in self._waiting)
+
     def mark(self) -> Mark:
         """Before a backward, and before its loss is added."""
         return self._waiting.copy(), self._gradients()
