@@ -7,16 +7,9 @@ from dataclasses import dataclass
 from sosa_stream.config import DetectSettings
 from sosa_stream.decide.commands import CommandRecord
 from sosa_stream.decide.experience import Outcome
+from sosa_stream.decide.requests import Request
 from sosa_stream.detect.incidents import Incident
 from sosa_stream.protocol.messages import AgentMessage, Command
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Approve:
-    """A person lets a proposed command go ahead."""
-
-    command: str
-    who: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +31,7 @@ class Learned:
     outcomes: tuple[Outcome, ...]
 
 
-ShellEvent = Approve | Timer | Reconfigured | Learned
+ShellEvent = Request | Timer | Reconfigured | Learned
 """What does not come from an agent."""
 Event = AgentMessage | ShellEvent
 

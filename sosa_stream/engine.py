@@ -14,8 +14,10 @@ import numpy as np
 
 from sosa_stream.config import DetectSettings
 from sosa_stream.decide.commands import CommandRecord
+from sosa_stream.decide.people import People
 from sosa_stream.decide.policy import RunPolicy
 from sosa_stream.decide.repairs import Repairs
+from sosa_stream.decide.requests import Reply, Request
 from sosa_stream.detect.alignment import AT, Alignment, Block, Logged, Row
 from sosa_stream.detect.detectors import ALL, Detector, DetectorState, On
 from sosa_stream.detect.incidents import Incident
@@ -24,7 +26,6 @@ from sosa_stream.detect.sensitivity import admit
 from sosa_stream.detect.tracker import Tracker
 from sosa_stream.detect.windows import Reports, RunWindows
 from sosa_stream.effects import (
-    Approve,
     CommandChanged,
     Effect,
     Event,
@@ -84,6 +85,11 @@ class RunView:
     commands: tuple[CommandRecord, ...]
     detectors: tuple[tuple[str, str], ...]
     knobs: tuple[KnobState, ...] = ()
+    mode: str = "observe"
+    paused: str = ""
+    """Who has paused repairs, or nothing."""
+    standing: tuple[str, ...] = ()
+    """Commands that are in force."""
 
 
 class Engine:
@@ -101,9 +107,11 @@ class Engine:
         self._heard: dict[int, float] = {}
         self._heard_since = -math.inf
         """Every live rank has been heard since then, or later."""
-        self._last_event: float | None = None
+        self._last_event = math.nan
+        """When the event at hand came in."""
         self._tracker = Tracker(run)
         self._repairs = Repairs(run, self._tracker)
+        self._people = People(self._repairs)
         self._firing: dict[str, int] = {}
         self._ended = False
         self._effects: list[Effect] = []
@@ -123,8 +131,8 @@ class Engine:
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take one event in, received at ``now`` (seconds, monotone over calls); returns what the shell must do."""
         self._pass_time(now)
-        if isinstance(event, Approve):
-            self._repairs.approve(event.command, event.who, self._windows)
+        if isinstance(event, Request):
+            self._people.carry_out(event, self._windows, anybody_there=bool(self._members()))
         elif isinstance(event, Reconfigured):
             self.reconfigure(event.settings)
         elif isinstance(event, Learned):
@@ -137,6 +145,10 @@ class Engine:
         self._flush()
         effects, self._effects = self._effects, []
         return effects
+
+    def reply(self, request: Request) -> Reply:
+        """What a person's request would come to as things stand, before it is recorded and handled."""
+        return self._people.reply(request, anybody_there=bool(self._members()))
 
     def reconfigure(self, settings: DetectSettings) -> None:
         """Detect by these settings from the next step on; the lengths of windows are those of the run's hello."""
@@ -166,6 +178,9 @@ class Engine:
             commands=self._repairs.ledger.records,
             detectors=tuple((detector.kind, str(self._detector_state(detector))) for detector in self._detectors),
             knobs=tuple(self._repairs.knobs.values()),
+            mode=str(self._repairs.policy.mode),
+            paused=self._repairs.paused.who if self._repairs.paused else "",
+            standing=tuple(fix.entry.record.id for fix in self._repairs.standing.in_force),
         )
 
     def _hear(self, event: Hello | Heartbeat | MetricFrame | Layers | Knobs | Ack | Bye, now: float) -> None:
@@ -259,7 +274,7 @@ class Engine:
 
     def _pass_time(self, now: float) -> None:
         last, self._last_event = self._last_event, now
-        if last is not None and now - last > LOST_AFTER_SECONDS:
+        if now - last > LOST_AFTER_SECONDS:
             # it is us who were away: nobody can be called silent for a time in which nobody listened
             self._heard = {rank: heard + (now - last) for rank, heard in self._heard.items()}
             return
@@ -336,7 +351,7 @@ class Engine:
                 value = float(finite.mean()) if len(finite) else math.nan
                 self._log((Logged(name=name, step=row.step, value=value),))
         self._tracker.pass_step(self._windows, self._repairs.kept_open)
-        self._repairs.step(self._windows)
+        self._repairs.step(self._windows, self._last_event)
         self._flush()
 
     def _report(self, reports: Reports) -> None:
@@ -368,7 +383,7 @@ class Engine:
     def _flush(self) -> None:
         """Show what has changed: incidents first, since commands refer to them."""
         records = self._repairs.ledger.changed()
-        for incident in dict.fromkeys(record.incident for record in records):
+        for incident in dict.fromkeys(record.incident for record in records if record.incident):
             self._tracker.set_fixes(incident, self._repairs.ledger.of_incident(incident))
         self._effects += [IncidentChanged(incident=incident) for incident in self._tracker.changed()]
         self._effects += [CommandChanged(record=record) for record in records]

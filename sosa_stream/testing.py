@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sosa_stream.decide.commands import CommandRecord
+from sosa_stream.decide.requests import Request
 from sosa_stream.detect.incidents import Group, Incident, IncidentState, Severity
 from sosa_stream.effects import Effect, Event, Publish, Withdraw
 from sosa_stream.engine import Engine
@@ -139,6 +140,10 @@ class SimulatedJob:
     """Ends the run this early; the schedule is still that of ``num_steps``."""
     batch: int = 1
     """Steps that one frame holds."""
+    asks: Mapping[int, Callable[[Engine], Request]] = field(default_factory=dict)
+    """What a person asks for before a step."""
+    restarts: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    """Steps at which new processes go on, as they were told to by a policy: what was done to the old ones is gone."""
 
     def run(self) -> Simulation:
         """Train to the end with an engine that watches."""
@@ -157,6 +162,7 @@ class Simulation:
         self._rng = np.random.default_rng(job.seed)
         self._now = NOW
         self._due: list[tuple[int, Command]] = []
+        self._generation = "g1"
         self._multiplier = 1.0
         self._ruined_since: int | None = None
         self._undo: dict[str, float] = {}
@@ -172,18 +178,35 @@ class Simulation:
 
     def run(self) -> Simulation:
         job = self.job
-        for rank in range(job.world_size):
-            self._tell(hello(rank, job.world_size, policy=job.policy))
+        self._join(job.policy)
         num_steps = job.num_steps if job.stop_at is None else job.stop_at
         for step in range(num_steps):
+            if step in job.restarts:
+                self._restart(step, job.restarts[step])
+            if step in job.asks:
+                self._tell(job.asks[step](self.engine))
             self._carry_out(step)
             self._train(step)
             if (step + 1) % job.batch == 0:
                 self._send(step)
         self._send(num_steps - 1)
         for rank in range(job.world_size):
-            self._tell(bye(rank, job.world_size))
+            self._tell(bye(rank, job.world_size, generation=self._generation))
         return self
+
+    def _join(self, policy: Mapping[str, Any]) -> None:
+        for rank in range(self.job.world_size):
+            self._tell(hello(rank, self.job.world_size, policy=policy, generation=self._generation))
+
+    def _restart(self, step: int, policy: Mapping[str, Any]) -> None:
+        self._send(step - 1)
+        self._generation = f"g{step}"
+        self._multiplier = 1.0
+        self._due, self._undo = [], {}
+        self._join(policy)
+
+    def _head(self, rank: int) -> Header:
+        return header(rank, self.job.world_size, generation=self._generation)
 
     def _train(self, step: int) -> None:
         job, rng = self.job, self._rng
@@ -208,8 +231,7 @@ class Simulation:
         for rank, rows in enumerate(self._rows):
             if rows:
                 steps = np.arange(last_step + 1 - len(rows), last_step + 1, dtype=np.int64)
-                head = header(rank, self.job.world_size)
-                self._tell(MetricFrame(header=head, columns=COLUMNS, steps=steps, values=np.array(rows)))
+                self._tell(MetricFrame(header=self._head(rank), columns=COLUMNS, steps=steps, values=np.array(rows)))
                 rows.clear()
 
     def _tell(self, event: Event) -> None:
@@ -240,8 +262,9 @@ class Simulation:
     def _say(self, command: Command, states: Sequence[AckState], step: int) -> None:
         for state in states:
             for rank in range(self.job.world_size):
-                head = header(rank, self.job.world_size)
-                self._tell(Ack(header=head, command=command.id, state=state, tick=step, step=step, digest="d"))
+                self._tell(
+                    Ack(header=self._head(rank), command=command.id, state=state, tick=step, step=step, digest="d")
+                )
 
     def _apply(self, command: Command, step: int) -> None:
         before = self._multiplier

@@ -90,6 +90,11 @@ def test_the_commands_and_flags_are_frozen() -> None:
         "incidents": sorted([*both, "--home", "--json", "--run", "INCIDENT"]),
         "commands": sorted([*both, "--home", "--json", "--run"]),
         "approve": sorted([*both, "--home", "COMMAND"]),
+        "undo": sorted([*both, "--home", "COMMAND"]),
+        "fix": sorted([*both, "--home", "--on-probation", "ACTION", "PARAMS", "RUN"]),
+        "pause": sorted([*both, "--home", "--reason", "RUN"]),
+        "resume": sorted([*both, "--home", "RUN"]),
+        "audit": sorted([*both, "--home", "--json", "--run"]),
         "ack": sorted([*both, "--home", "--note", "INCIDENT"]),
         "mute": sorted([*both, "--for", "--home", "--json", "--list", "--reason", "KIND", "RUN"]),
         "unmute": sorted([*both, "--home", "KIND", "RUN"]),
@@ -321,7 +326,7 @@ def test_only_a_proposed_command_that_there_is_can_be_approved(home: Path, capsy
 def test_approving_without_a_daemon_says_so_and_leaves_nothing_for_a_later_one(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sosa_stream.cli.approve.ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr("sosa_stream.cli.control.ANSWER_SECONDS", 0.1)
     assert code_of("approve", "c1", "--home", str(home)) == 1
     assert "no daemon has answered" in capsys.readouterr().err
     assert open_requests(home) == 0
@@ -332,14 +337,14 @@ def test_an_approval_that_is_broken_off_leaves_nothing_either(home: Path, monkey
         assert open_requests(home) == 1
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sosa_stream.cli.approve.time.sleep", ctrl_c)
+    monkeypatch.setattr("sosa_stream.cli.control.time.sleep", ctrl_c)
     assert code_of("approve", "c1", "--home", str(home)) == 130
     assert open_requests(home) == 0
 
 
 def open_requests(home: Path) -> int:
     with contextlib.closing(open_store(home)) as store:
-        (num,) = store.execute("SELECT count(*) FROM requests WHERE handled_at IS NULL").fetchone()
+        (num,) = store.execute("SELECT count(*) FROM audit WHERE answered_at IS NULL").fetchone()
     return int(num)
 
 

@@ -271,7 +271,7 @@ def test_a_person_approves_a_proposal_once(tmp_path: Path, agent_of: Callable[..
         assert agents[0].commands[0].approved
         again = sosa("approve", command)
         assert again.returncode == 2
-        assert "only a proposed" in again.stderr
+        assert "`sosa approve` is for one that is proposed" in again.stderr
     events = [decode_record(payload) for _, payload in read_recording(home / "run" / "run.sosa")]
     assert sum(type(event).__name__ == "Approve" for event in events) == 1
     # What a person did is part of the recording: a replay comes to the same commands.
@@ -306,6 +306,56 @@ def test_what_a_run_has_learned_is_told_to_the_next_one_of_its_project(
         (learned,) = [event for event in recorded[name] if isinstance(event, Learned)]
         assert [(outcome.kind, outcome.fix) for outcome in learned.outcomes] == [("lr_jump", "none")]
         assert recorded[name].index(learned) < len(recorded[name]) - 1
+
+
+def test_what_people_ask_is_carried_out_survives_a_killed_daemon_and_is_audited(
+    tmp_path: Path, agent_of: Callable[..., RingAgent]
+) -> None:
+    home = tmp_path / "home"
+
+    def sosa(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "sosa_stream.cli", *arguments, "--home", str(home)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+
+    def pump(agents: list[RingAgent]) -> bool:
+        return sum(agent.pump() for agent in agents) == len(agents)
+
+    with DaemonProcess(home) as daemon:
+        agents = [agent_of(daemon.address, source=f"s{rank}", rank=rank) for rank in range(2)]
+        events = sick_run("auto")
+        feed(agents, events[:200])
+        paused = sosa("pause", "run", "--reason", "a demo")
+        assert (paused.returncode, paused.stderr) == (0, "")
+        again = sosa("pause", "run")
+        assert (again.returncode, "has paused it already" in again.stderr) == (1, True)
+        daemon.kill()
+    with DaemonProcess(home, bind=daemon.address) as daemon:
+        feed(agents, events[200:])
+        wait_until(lambda: "proposed" in sosa("commands").stdout, "a proposal, for it is paused still")
+        assert not any(agent.commands for agent in agents)
+        unknown = sosa("fix", "run", "scale_lr", "factor=5e9")
+        assert (unknown.returncode, "outside [1e-06, 1000]" in unknown.stderr) == (2, True)
+        fixed = sosa("fix", "run", "scale_lr", "factor=0.5", "--on-probation")
+        assert (fixed.returncode, fixed.stderr) == (0, "")
+        command = fixed.stdout.split()[0]
+        wait_until(lambda: pump(agents) and agents[0].commands, "the command")
+        asked = agents[0].commands[0]
+        assert (asked.id, asked.approved, dict(asked.actions[0].params)) == (command, True, {"factor": 0.5})
+        early = sosa("undo", command)
+        assert (early.returncode, "is for one that is applied or verified" in early.stderr) == (2, True)
+        assert sosa("resume", "run").returncode == 0
+    rows = [json.loads(line) for line in sosa("audit", "--run", "run", "--json").stdout.splitlines()]
+    assert [(row["what"], row["done"]) for row in rows] == [
+        ("pause", True),
+        ("pause", False),
+        ("fix", True),
+        ("resume", True),
+    ]
+    assert rows[2]["command"] == command
+    assert all(row["who"] and row["at"] > 1e9 for row in rows)
+    shown = sosa("audit").stdout.splitlines()
+    assert "pause (a demo)" in shown[1]
+    assert "fix scale_lr factor=0.5 --on-probation" in shown[3]
 
 
 def test_sigterm_and_sigint_end_it_cleanly_with_everything_recorded(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from sosa_stream.decide.commands import FINAL_STATES, CommandRecord, CommandState, Verdict
+from sosa_stream.decide.requests import Approve
 from sosa_stream.detect.incidents import Incident, IncidentState
-from sosa_stream.effects import Approve, CommandChanged, Event, IncidentChanged, Notice, Publish, Timer, Withdraw
+from sosa_stream.effects import CommandChanged, Event, IncidentChanged, Notice, Publish, Timer, Withdraw
 from sosa_stream.engine import LOST_AFTER_SECONDS, Engine
 from sosa_stream.protocol.codec import encode
 from sosa_stream.protocol.messages import Ack, AckState, Command, MetricFrame

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sosa_stream.config import DetectorOverride, DetectSettings, MetricRule, Sensitivity, SeverityName
-from sosa_stream.effects import Approve, Reconfigured, ShellEvent, Timer
+from sosa_stream.decide.requests import Approve, Fix, Pause, Resume, Undo
+from sosa_stream.effects import Reconfigured, ShellEvent, Timer
 from sosa_stream.errors import ProtocolError, SosaError, UsageError
+from sosa_stream.protocol.actions import Action
 from sosa_stream.protocol.codec import encode
 from sosa_stream.protocol.messages import Received
 from sosa_stream.protocol.recording import MAGIC, Recorder, decode_record, encode_shell_record, read_recording
@@ -124,7 +126,17 @@ RECONFIGURED = Reconfigured(
 )
 
 
-@pytest.mark.parametrize("event", [Timer(), Approve(command="c", who="ann"), RECONFIGURED])
+SCALE = Action(action="scale_lr", params={"factor": 0.5})
+REQUESTS = (
+    Approve(command="c", who="ann"),
+    Undo(command="c", who="ann"),
+    Pause(who="ann", reason="a demo"),
+    Resume(who="ann"),
+    Fix(action=SCALE, who="ann", on_probation=True),
+)
+
+
+@pytest.mark.parametrize("event", [Timer(), *REQUESTS, RECONFIGURED])
 def test_shell_records_come_back(event: ShellEvent) -> None:
     assert decode_record(encode_shell_record(event)) == event
 
@@ -134,6 +146,12 @@ def test_shell_records_are_frozen() -> None:
     assert encode_shell_record(Approve(command="c", who="w")) == (
         b"\x84\xa1v\x01\xa4kind\xa7approve\xa7command\xa1c\xa3who\xa1w"
     )
+    assert [msgpack.unpackb(encode_shell_record(request)) for request in REQUESTS[1:]] == [
+        {"v": 1, "kind": "undo", "command": "c", "who": "ann"},
+        {"v": 1, "kind": "pause", "reason": "a demo", "who": "ann"},
+        {"v": 1, "kind": "resume", "who": "ann"},
+        {"v": 1, "kind": "fix", **SCALE.as_dict(), "on_probation": True, "who": "ann"},
+    ]
     assert msgpack.unpackb(encode_shell_record(RECONFIGURED)) == {
         "v": 1,
         "kind": "reconfigured",
@@ -174,6 +192,10 @@ def test_a_replay_detects_with_the_settings_that_were_in_force(
         b"\xc1",
         b"\x82\xa1v\x01\xa4kind\xa5other",
         b"\x82\xa1v\x01\xa4kind\xa7approve",
+        msgpack.packb({"v": 1, "kind": "fix", "who": "ann", "action": "format_disk", "params": {}}),
+        msgpack.packb({"v": 1, "kind": "fix", "who": "ann", "action": "scale_lr", "params": {"factor": 1e9}}),
+        msgpack.packb({"v": 1, "kind": "fix", "who": "ann", "action": "scale_lr", "params": 3}),
+        msgpack.packb({"v": 1, "kind": "pause", "who": 7}),
         b"\x82\xa1v\x01\xa4kind\xacreconfigured",
         msgpack.packb({"v": 1, "kind": "reconfigured", "detect": {"sensitivity": "lowest"}}),
         msgpack.packb({"v": 1, "kind": "reconfigured", "detect": {"warmup_steps": 0}}),

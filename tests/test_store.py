@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from sosa_stream.daemon.schema import APPROVED, json_line, open_store
+from sosa_stream.daemon.schema import json_line, open_store
 from sosa_stream.daemon.store import Changes, RunRow, Store
 from sosa_stream.decide.commands import CommandRecord, CommandState
+from sosa_stream.decide.requests import Reply
 from sosa_stream.detect.incidents import Incident, IncidentState
 from sosa_stream.errors import ConfigError, UsageError
 from sosa_stream.protocol.actions import Action
@@ -66,13 +67,33 @@ def test_a_row_is_the_newest_public_record_and_keeps_its_place(tmp_path: Path) -
 def test_a_request_is_answered_once(tmp_path: Path) -> None:
     async def act(store: Store) -> None:
         writer = open_store(tmp_path, read_only=False)
-        writer.execute("INSERT INTO requests (command, action, who, at) VALUES ('c1', 'approve', 'ann', 1.0)")
-        (request,) = await store.open_requests()
-        assert (request.command, request.action, request.who) == ("c1", "approve", "ann")
-        await store.answer(request.id, APPROVED)
-        await store.answer(request.id, "something else")
-        assert await store.open_requests() == []
-        assert writer.execute("SELECT answer FROM requests").fetchall() == [(APPROVED,)]
+        writer.execute(
+            "INSERT INTO audit (at, who, run, what, details) VALUES (1.0, 'ann', 'run', 'fix', '{\"a\": 1}')"
+        )
+        (asked,) = await store.unanswered()
+        assert (asked.at, asked.who, asked.run, asked.what, asked.details) == (1.0, "ann", "run", "fix", {"a": 1})
+        await store.answer(asked.id, Reply(done=True, text="done", command="c1"))
+        await store.answer(asked.id, Reply(done=False, text="something else"))
+        assert await store.unanswered() == []
+        assert writer.execute("SELECT done, command, answer FROM audit").fetchall() == [(1, "c1", "done")]
+        writer.close()
+
+    with_store(tmp_path, act)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["DELETE FROM audit", "UPDATE audit SET who = 'bob'", "UPDATE audit SET answer = 'no', answered_at = NULL"],
+)
+def test_the_audit_can_only_be_added_to(tmp_path: Path, change: str) -> None:
+    async def act(store: Store) -> None:
+        writer = open_store(tmp_path, read_only=False)
+        writer.execute("INSERT INTO audit (at, who, run, what, details) VALUES (1.0, 'ann', 'run', 'resume', '{}')")
+        await store.answer(1, Reply(done=True, text="repairs go on"))
+        before = writer.execute("SELECT * FROM audit").fetchall()
+        with pytest.raises(sqlite3.IntegrityError, match="append only"):
+            writer.execute(change)
+        assert writer.execute("SELECT * FROM audit").fetchall() == before
         writer.close()
 
     with_store(tmp_path, act)

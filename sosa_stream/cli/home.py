@@ -73,6 +73,13 @@ def find_record(store: sqlite3.Connection, what: str, beginning: str, home: Path
     return record
 
 
+def check_run(store: sqlite3.Connection, run: str) -> None:
+    """Raises UsageError: the store knows no such run."""
+    runs = [name for (name,) in store.execute("SELECT run FROM runs ORDER BY run")]
+    if run not in runs:
+        raise UsageError(f"no run {run!r} here; known are {', '.join(runs) or 'none'}")
+
+
 def who() -> str:
     """Whoever types the command, as the records name them."""
     try:

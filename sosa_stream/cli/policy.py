@@ -201,7 +201,7 @@ def _change(
     try:
         store.executemany(statement, values)
         store.execute(
-            "INSERT INTO audit (at, who, run, what, command, answer) VALUES (?, ?, '', ?, '', ?)",
+            "INSERT INTO audit (at, who, run, what, answered_at, done, answer) VALUES (?1, ?2, '', ?3, ?1, 1, ?4)",
             (time.time(), who(), f"{what} (project {project})", answer),
         )
         store.execute("COMMIT")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sosa_stream.cli.alarms import add_incident, mutes_in_force
-from sosa_stream.cli.home import add_home, find_record, home_of, opened_store, table
+from sosa_stream.cli.home import add_home, check_run, find_record, home_of, opened_store, table
 from sosa_stream.cli.incident_words import unseen, whole, words_of
 from sosa_stream.daemon.schema import json_line
 from sosa_stream.errors import UsageError
@@ -81,9 +81,7 @@ def read_records(arguments: argparse.Namespace, what: str) -> list[dict[str, Any
     """
     with opened_store(home_of(arguments)) as store:
         if arguments.run is not None:
-            runs = [run for (run,) in store.execute("SELECT run FROM runs ORDER BY run")]
-            if arguments.run not in runs:
-                raise UsageError(f"no run {arguments.run!r} here; known are {', '.join(runs) or 'none'}")
+            check_run(store, arguments.run)
         rows = store.execute(
             f"SELECT record FROM {what} WHERE ?1 IS NULL OR run = ?1 ORDER BY rowid", (arguments.run,)
         ).fetchall()

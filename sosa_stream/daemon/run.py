@@ -17,13 +17,12 @@ from sosa_stream.daemon.ingest import Intake, Ledger
 from sosa_stream.daemon.mutes import Mute
 from sosa_stream.daemon.notify import Criticals, Notification
 from sosa_stream.daemon.outcomes import DEFAULT_PROJECT, OutcomeRow, project_of
-from sosa_stream.daemon.schema import APPROVED, RECORDING_NAME, STORE_NAME
+from sosa_stream.daemon.schema import RECORDING_NAME, STORE_NAME
 from sosa_stream.daemon.store import Changes, RunRow
-from sosa_stream.decide.commands import CommandState
 from sosa_stream.decide.experience import Outcome
+from sosa_stream.decide.requests import Reply, Request
 from sosa_stream.detect.incidents import IncidentState
 from sosa_stream.effects import (
-    Approve,
     CommandChanged,
     Effect,
     Event,
@@ -59,6 +58,7 @@ class EngineLike(Protocol):
     def handle(self, event: Event, now: float) -> list[Effect]: ...
     @property
     def has_commands_in_flight(self) -> bool: ...
+    def reply(self, request: Request) -> Reply: ...
     def view(self) -> RunView: ...
 
 
@@ -269,19 +269,12 @@ class Run:
             self.notifications += self._criticals.take(change.incident, now)
         return [*self._announcer.tell(changed)]
 
-    def approve(self, command: str, who: str, now: float) -> str | None:
-        """Let a proposed command go ahead; `commit` afterwards.
-
-        Returns:
-            `APPROVED`, the reason why not, or None: this run has no such command.
-        """
-        record = next((record for record in self._engine.view().commands if record.id == command), None)
-        if record is None:
-            return None
-        if record.state is not CommandState.PROPOSED:
-            return f"command {command} is {record.state}; only a proposed command can be approved"
-        self.tell(Approve(command=command, who=who), now)
-        return APPROVED
+    def ask(self, request: Request, now: float) -> Reply:
+        """Take what a person asks for into the batch, unless it cannot be done; `commit` afterwards."""
+        reply = self._engine.reply(request)
+        if reply.done:
+            self.tell(request, now)
+        return reply
 
     def reconfigure(self, settings: DetectSettings, now: float) -> None:
         """Detect with these settings from now on, unless it is done already; `commit` afterwards."""

@@ -24,9 +24,6 @@ OLDER_VERSIONS = frozenset({1, 2, 3})
 """Versions whose tables are a part of today's: `SCHEMA` makes them whole."""
 BUSY_TIMEOUT_MS = 5000
 
-APPROVED = "approved"
-"""The answer to a request that was carried out; any other answer says why it was not."""
-
 SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS runs (
     run TEXT PRIMARY KEY, generation TEXT NOT NULL, step INTEGER NOT NULL,
@@ -39,10 +36,17 @@ CREATE TABLE IF NOT EXISTS incidents (
 CREATE TABLE IF NOT EXISTS commands (
     id TEXT PRIMARY KEY, run TEXT NOT NULL, state TEXT NOT NULL, changed_at REAL NOT NULL, record TEXT NOT NULL
 );
-CREATE TABLE IF NOT EXISTS requests (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, command TEXT NOT NULL, action TEXT NOT NULL, who TEXT NOT NULL,
-    at REAL NOT NULL, handled_at REAL, answer TEXT
+CREATE TABLE IF NOT EXISTS audit (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, who TEXT NOT NULL, run TEXT NOT NULL, what TEXT NOT NULL,
+    details TEXT NOT NULL DEFAULT '{{}}', answered_at REAL, done INTEGER, command TEXT NOT NULL DEFAULT '', answer TEXT
 );
+CREATE INDEX IF NOT EXISTS audit_open ON audit (id) WHERE answered_at IS NULL;
+CREATE TRIGGER IF NOT EXISTS audit_is_kept BEFORE DELETE ON audit
+BEGIN SELECT RAISE(ABORT, 'the audit is append only'); END;
+CREATE TRIGGER IF NOT EXISTS audit_is_answered_once BEFORE UPDATE ON audit
+WHEN OLD.answered_at IS NOT NULL OR (OLD.id, OLD.at, OLD.who, OLD.run, OLD.what, OLD.details)
+    IS NOT (NEW.id, NEW.at, NEW.who, NEW.run, NEW.what, NEW.details)
+BEGIN SELECT RAISE(ABORT, 'the audit is append only'); END;
 CREATE TABLE IF NOT EXISTS acks (
     incident TEXT PRIMARY KEY, who TEXT NOT NULL, at REAL NOT NULL, note TEXT NOT NULL
 );
@@ -57,17 +61,12 @@ CREATE TABLE IF NOT EXISTS notifications (
     incident TEXT NOT NULL, event TEXT NOT NULL, target TEXT NOT NULL, at REAL NOT NULL, outcome TEXT NOT NULL,
     PRIMARY KEY (incident, event, target)
 );
-CREATE TABLE IF NOT EXISTS audit (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, who TEXT NOT NULL, run TEXT NOT NULL, what TEXT NOT NULL,
-    command TEXT NOT NULL, answer TEXT NOT NULL
-);
 CREATE TABLE IF NOT EXISTS outcomes (
     id TEXT NOT NULL, project TEXT NOT NULL, run TEXT NOT NULL, at REAL NOT NULL, step INTEGER NOT NULL,
     kind TEXT NOT NULL, fix TEXT NOT NULL, verdict TEXT NOT NULL, weight REAL NOT NULL, lasted_steps INTEGER NOT NULL,
     imported_from TEXT NOT NULL, reset_at REAL, PRIMARY KEY (project, id, at)
 );
 CREATE INDEX IF NOT EXISTS outcomes_of_project ON outcomes (project, at);
-CREATE INDEX IF NOT EXISTS requests_open ON requests (id) WHERE handled_at IS NULL;
 PRAGMA user_version = {SCHEMA_VERSION};
 """
 

@@ -23,10 +23,11 @@ from sosa_stream.daemon.http import HttpServer
 from sosa_stream.daemon.mutes import Mutes
 from sosa_stream.daemon.outcomes import project_of
 from sosa_stream.daemon.run import TOO_MANY, UNRECORDABLE, EngineFactory, Run, recording_path
-from sosa_stream.daemon.store import Changes, Store
+from sosa_stream.daemon.store import Asked, Changes, Store
 from sosa_stream.daemon.webhook import DEADLINE_SECONDS, Outcome, Webhook
+from sosa_stream.decide.requests import Reply, read_request
 from sosa_stream.effects import Timer
-from sosa_stream.errors import ConfigError, ProtocolError, SosaError, UsageError
+from sosa_stream.errors import ConfigError, ProtocolError, RefusedError, SosaError, UsageError
 from sosa_stream.protocol.channels import DaemonChannel
 from sosa_stream.protocol.codec import Reject, decode, encode
 from sosa_stream.protocol.keys import DaemonKeys
@@ -38,6 +39,8 @@ MAX_RUNS = 1024
 MAX_LOGGED_REJECTS = 1024
 DRAIN_POLL_SECONDS = 0.1
 REQUEST_POLL_SECONDS = 0.2
+TOO_LATE_SECONDS = 600.0
+"""Age of a request that is no longer carried out; clocks of hosts that share a home may differ by as much."""
 SNAPSHOT_SECONDS = 0.2
 TIMER_SECONDS = 1.0
 FORGET_SECONDS = 600.0
@@ -56,6 +59,17 @@ class Ready:
     address: str
     http: str
     pid: int
+
+
+def _reply(asked: Asked, run: Run) -> Reply:
+    """Take a request up, or say why not."""
+    now = time.time()
+    if now - asked.at > TOO_LATE_SECONDS:  # who asked was killed while waiting
+        return Reply(done=False, text="too late: nobody waits for it any more")
+    try:
+        return run.ask(read_request(asked.what, asked.who, asked.details), now)
+    except RefusedError as error:
+        return Reply(done=False, text=str(error))
 
 
 class Daemon:
@@ -320,14 +334,14 @@ class Daemon:
 
     async def _serve_requests(self) -> None:
         try:
-            for request in await self._store.open_requests():
-                answers = (run.approve(request.command, request.who, time.time()) for run in self._runs.values())
-                # A command of no run of ours may be another daemon's, which shares the home.
-                answer = next((answer for answer in answers if answer is not None), None)
-                if answer is not None:
-                    await self._commit(self._runs.values())
-                    await self._store.answer(request.id, answer)
-                    log.info("%s asked to approve command %s: %s", request.who, request.command, answer)
+            for asked in await self._store.unanswered():
+                run = self._runs.get(asked.run)
+                if run is None:  # it may be another daemon's, which shares the home
+                    continue
+                reply = _reply(asked, run)
+                await self._commit([run])
+                await self._store.answer(asked.id, reply)
+                log.info("run %s: %s asked: %s %s: %s", run.name, asked.who, asked.what, asked.details, reply.text)
         except sqlite3.Error as error:
             log.warning("requests cannot be read, for now: %s", error)
 

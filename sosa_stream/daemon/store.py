@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sqlite3
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import aiosqlite
 
@@ -25,6 +27,7 @@ from sosa_stream.daemon.schema import (
 )
 from sosa_stream.decide.commands import CommandRecord
 from sosa_stream.decide.experience import Outcome
+from sosa_stream.decide.requests import Reply
 from sosa_stream.detect.incidents import Incident
 from sosa_stream.errors import ConfigError
 
@@ -60,13 +63,15 @@ class Changes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What a person asked for on the command line and no daemon has answered yet."""
+class Asked:
+    """What a person asked for on the command line and no daemon has answered yet: a row of the audit."""
 
     id: int
-    command: str
-    action: str
+    at: float
     who: str
+    run: str
+    what: str
+    details: Mapping[str, Any]
 
 
 class Store:
@@ -148,18 +153,22 @@ class Store:
         async with self._db.execute(SELECT, (project, before)) as cursor:
             return tuple([Outcome.from_row(row) async for row in cursor])
 
-    async def open_requests(self) -> list[Request]:
+    async def unanswered(self) -> list[Asked]:
         """Requests without an answer, oldest first."""
-        query = "SELECT id, command, action, who FROM requests WHERE handled_at IS NULL ORDER BY id"
+        keys = ("id", "at", "who", "run", "what")
+        query = f"SELECT {', '.join(keys)}, details FROM audit WHERE answered_at IS NULL ORDER BY id"
         async with self._db.execute(query) as cursor:
-            return [Request(id=row[0], command=row[1], action=row[2], who=row[3]) async for row in cursor]
+            return [
+                Asked(**dict(zip(keys, row[:-1], strict=True)), details=json.loads(row[-1])) async for row in cursor
+            ]
 
-    async def answer(self, request: int, answer: str) -> None:
+    async def answer(self, asked: int, reply: Reply) -> None:
         """Answer a request. What is answered already stays as it is."""
         async with self._write_lock:
             await self._db.execute(
-                "UPDATE requests SET handled_at = ?, answer = ? WHERE id = ? AND handled_at IS NULL",
-                (time.time(), answer, request),
+                "UPDATE audit SET answered_at = ?, done = ?, command = ?, answer = ? "
+                "WHERE id = ? AND answered_at IS NULL",
+                (time.time(), reply.done, reply.command, reply.text, asked),
             )
 
     async def mutes(self, ended_after: float) -> list[Mute]:

@@ -43,19 +43,25 @@ TRANSITIONS: Mapping[CommandState, frozenset[CommandState]] = {
     _S.COMMITTED: frozenset({_S.APPLIED, _S.ABORTED}),
     # `aborted` after `applied`: an action failed on a rank
     _S.APPLIED: frozenset({_S.VERIFIED, _S.REVERTED, _S.ABORTED}),
-    _S.VERIFIED: frozenset(),
+    # `reverted` after `verified`: a person took it back
+    _S.VERIFIED: frozenset({_S.REVERTED}),
     _S.REVERTED: frozenset(),
     _S.REJECTED: frozenset(),
     _S.EXPIRED: frozenset(),
     _S.ABORTED: frozenset(),
 }
-FINAL_STATES = frozenset(state for state, after in TRANSITIONS.items() if not after)
+FINAL_STATES = frozenset({_S.VERIFIED, _S.REVERTED, _S.REJECTED, _S.EXPIRED, _S.ABORTED})
+"""Nothing leads on from here by itself."""
 IN_FLIGHT_STATES = frozenset({_S.PUBLISHED, _S.HELD, _S.COMMITTED})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommandRecord:
-    """One command, whoever asked for it: ``origin`` is ``policy`` or ``guard`` (done in the process, in the step)."""
+    """One command, whoever asked for it.
+
+    ``origin`` is ``policy``, ``guard`` (done in the process, in the step), ``person``, or ``standing`` (what was in
+    force in an earlier generation, applied again).
+    """
 
     id: str
     run: str

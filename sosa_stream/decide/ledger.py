@@ -37,6 +37,10 @@ class Entry:
     expires_tick: int = 0
     reverts: str | None = None
     """The command that this one takes back."""
+    releases: str | None = None
+    """The command whose learning rate this one lets go."""
+    withheld: bool = False
+    """Only proposed because repairs are paused or the hours quiet: decided anew once that is over."""
     acks: dict[int, AckState] = field(default_factory=dict)
     applied_steps: list[int] = field(default_factory=list)
     digests: dict[int, str] = field(default_factory=dict)
@@ -113,6 +117,11 @@ class Ledger:
         )
         if entry.final:
             self._live.pop(record.id, None)
+        self._changed.append(entry.record)
+
+    def note(self, entry: Entry, why: str) -> None:
+        """Add to the reason of a command, which stays in its state."""
+        entry.record = replace(entry.record, reason=f"{entry.record.reason}; {why}")
         self._changed.append(entry.record)
 
     def judge(self, entry: Entry, verdict: Verdict) -> None:

@@ -6,12 +6,14 @@ import math
 from collections.abc import Mapping
 
 from sosa_stream.config import Mode
-from sosa_stream.decide.choice import Choice, choose
+from sosa_stream.decide.choice import choose
 from sosa_stream.decide.commands import CommandRecord, CommandState, Verdict
 from sosa_stream.decide.experience import Outcome
 from sosa_stream.decide.ledger import Entry, Ledger
 from sosa_stream.decide.playbook import GUARD_CONFIDENCE, Situation
 from sosa_stream.decide.policy import Budget, RunPolicy
+from sosa_stream.decide.requests import Pause
+from sosa_stream.decide.standing import Standing
 from sosa_stream.decide.trials import Trials
 from sosa_stream.detect.schedule import LR_RATIO
 from sosa_stream.detect.tracker import OpenIncident, Tracker, in_band, make_id
@@ -24,9 +26,13 @@ HORIZON_TICKS, HORIZON_SECONDS = 500, 10.0
 """A command that no fence has agreed on within this many ticks, and at least this long, is given up."""
 LATE_TICKS = 100
 """Ticks past the expiry before the daemon calls it expired: the agents do so first."""
+STANDING = "standing"
+"""Origin of what was in force in an earlier generation."""
 RELEASE_LR, RELEASE_CONFIDENCE, RELEASE_PATIENCE_STEPS = "release_lr", 0.9, 60
 PROPOSAL_STEPS = 2000
 """Steps after which a proposal that nobody approved is out of date."""
+JUDGES_NOTHING = frozenset({"none", "save_checkpoint", "dump_diagnostics", "stop"})
+"""Actions that leave the training as it is: there is nothing to judge them by."""
 
 _S = CommandState
 
@@ -40,6 +46,9 @@ class Repairs:
         self.knobs: Mapping[str, KnobState] = {}
         """What the script lets fixes set, by name."""
         self.ledger = Ledger()
+        self.standing = Standing()
+        self.paused: Pause | None = None
+        """Set while nothing may be applied by itself."""
         self._run = run
         self._tracker = tracker
         self._budget = Budget()
@@ -53,6 +62,8 @@ class Repairs:
         self._holding: dict[str, float] = {}
         self._asked_at_lr: dict[str, float] = {}
         self._released: set[str] = set()
+        self._withheld = ""
+        """Why nothing is applied by itself now, or nothing."""
 
     @property
     def in_flight(self) -> bool:
@@ -74,6 +85,18 @@ class Repairs:
         busy = (entry for entry in self.ledger.live if entry.record.state not in (_S.PROPOSED, _S.APPROVED))
         return frozenset(entry.record.incident for entry in busy)
 
+    @property
+    def worst_incident(self) -> str:
+        """The id of the most severe open incident, the newest of those; or nothing."""
+        incidents = [known.incident for known in self._tracker.open]
+        worst = max(incidents, key=lambda incident: (incident.severity, incident.detected_step), default=None)
+        return worst.id if worst is not None else ""
+
+    @property
+    def next_id(self) -> str:
+        """The id of the next command that is made."""
+        return make_id("c", self._run, len(self.ledger) + 1)
+
     def take_policy(self, policy: RunPolicy) -> None:
         """What the run, or its new generation, may have done to it."""
         self.policy = policy
@@ -91,17 +114,19 @@ class Repairs:
         effects, self._effects = self._effects, []
         return effects
 
-    def step(self, windows: RunWindows) -> None:
+    def step(self, windows: RunWindows, now: float) -> None:
         """A step is complete and its findings are known: note the guard's skips, judge, and choose."""
+        self._withheld = f"{self.paused.who} has paused repairs" if self.paused else ""
         self._step = windows.step
         for known in self._tracker.open:
             self._budget.note(known.incident.kind, windows.step, self.policy.limits.cooldown_steps)
         self._note_guard(windows)
         self._watch(windows)
         self._expire(windows)
+        self._decide_anew(windows)
         for entry in self.ledger.live:
             if entry.record.state is _S.APPROVED and not self._busy():
-                self._publish(entry, windows)
+                self.publish(entry, windows)
         self._release_lr(windows)
         for known in self._tracker.open:
             if not self._busy():
@@ -110,22 +135,34 @@ class Repairs:
     def approve(self, command_id: str, who: str, windows: RunWindows) -> None:
         """A person lets a proposal go ahead; it is published as soon as no other fix is under way."""
         entry = self.ledger.get(command_id)
-        if entry is None:
-            self._say(f"{who} approved {command_id}, which this run does not know")
-        elif entry.record.state is not _S.PROPOSED:
-            self._say(f"{who} approved {command_id}, which is already {entry.record.state}")
-        else:
-            entry.approved = True
-            self._trials.end_untreated(entry, windows.step, healed=False)
-            self.ledger.move(entry, _S.APPROVED, why=f"approved by {who}")
-            if not self._busy():
-                self._publish(entry, windows)
+        assert entry is not None
+        entry.approved = True
+        self._trials.end_untreated(entry, windows.step, healed=False)
+        self.ledger.move(entry, _S.APPROVED, why=f"approved by {who}")
+        if not self._busy():
+            self.publish(entry, windows)
+
+    def take_back(self, command_id: str, why: str, windows: RunWindows, *, asked: bool = False) -> None:
+        """Publish the inverse of an applied command. ``asked``: by a person, whatever its trial would have shown."""
+        original = self.ledger.get(command_id)
+        assert original is not None
+        if asked and command_id not in self.standing:  # it waits for the new generation
+            self.standing.drop(command_id)
+            self.say(f"{command_id} will not be applied again: {why}")
+            return
+        if asked:
+            self._trials.drop(original)
+        action = Action(action="revert", params={"command": command_id})
+        origin = "person" if asked else "policy"
+        revert = self.new_entry(original.record.incident, (action,), 1.0, why, origin=origin)
+        revert.reverts, revert.approved = command_id, asked
+        self.publish(revert, windows)
 
     def acknowledge(self, ack: Ack, members: tuple[int, ...], windows: RunWindows) -> Entry | None:
         """A rank's word on a command; returns the entry once it is applied on all ranks."""
         known = self.ledger.get(ack.command)
         if known is not None and known.final and str(ack.state) in ("applied", "committed"):
-            self._say(f"rank {ack.header.rank} says {ack.command} is {ack.state}, but it is {known.record.state} here")
+            self.say(f"rank {ack.header.rank} says {ack.command} is {ack.state}, but it is {known.record.state} here")
         entry = self.ledger.acknowledge(ack, members)
         if entry is None:
             return None
@@ -139,9 +176,20 @@ class Repairs:
         if entry.reverts is not None:
             self._reverted(entry)
         else:
-            self._note_hold(entry, windows)
-            self._trials.begin(entry, self._tracker.find(entry.record.incident), windows)
+            self._applied(entry, windows)
         return entry
+
+    def _applied(self, entry: Entry, windows: RunWindows) -> None:
+        if entry.releases is not None:
+            self.standing.release(entry.releases, by=entry.record.id)
+        else:
+            self.standing.add(entry)
+        self._note_hold(entry, windows)
+        record = entry.record
+        if record.origin == STANDING or all(action.action in JUDGES_NOTHING for action in record.actions):
+            self.ledger.move(entry, _S.VERIFIED, verdict=Verdict.INCONCLUSIVE)
+        else:
+            self._trials.begin(entry, self._tracker.find(record.incident), windows)
 
     def end_generation(self, why: str) -> None:
         """The process group is gone, or new: every command gets a final state."""
@@ -168,6 +216,8 @@ class Repairs:
 
     def forget_holds(self) -> None:
         """Another model is trained: the agents have let go of what was done to the last one."""
+        if stood := self.standing.clear():
+            self.say(f"another model is trained: {', '.join(stood)} no longer in force")
         self._holding.clear()
         self._released.clear()
 
@@ -192,24 +242,42 @@ class Repairs:
             if held is None or held.record.state is _S.REVERTED:
                 continue
             actions = (Action(action="scale_lr", params={"factor": 1.0 / factor}),)
-            entry = self._entry(
-                held.record.incident, actions, RELEASE_CONFIDENCE, "the script's own learning rate is back", None
-            )
-            entry.fix, entry.patience_steps = RELEASE_LR, RELEASE_PATIENCE_STEPS
-            self.ledger.add(entry)
-            if self.policy.may_apply(actions, RELEASE_CONFIDENCE):
-                self._publish(entry, windows)
+            why = "the script's own learning rate is back"
+            entry = self.new_entry(held.record.incident, actions, RELEASE_CONFIDENCE, why)
+            entry.fix, entry.patience_steps, entry.releases = RELEASE_LR, RELEASE_PATIENCE_STEPS, command_id
+            self._propose(entry, windows, automatic=self.policy.may_apply(actions, RELEASE_CONFIDENCE))
+
+    def _propose(self, entry: Entry, windows: RunWindows, *, automatic: bool) -> None:
+        """Publish a fix at once where it goes ahead without a person; where only the time is wrong, later."""
+        entry.withheld = automatic and bool(self._withheld)
+        if entry.withheld:
+            self.ledger.note(entry, f"only proposed: {self._withheld}")
+        elif automatic:
+            self.publish(entry, windows)
+
+    def _decide_anew(self, windows: RunWindows) -> None:
+        """What was only proposed because of the time is chosen again by what is known now, once that is over."""
+        for entry in self.ledger.live:
+            if not entry.withheld or self._withheld or entry.record.state is not _S.PROPOSED:
+                continue
+            entry.withheld = False
+            if entry.releases is not None:
+                self.publish(entry, windows)
+                continue
+            self._tried[entry.record.incident].discard(entry.fix)
+            self._trials.end_untreated(entry, windows.step, healed=False)
+            self.ledger.move(entry, _S.EXPIRED, why="decided anew, since repairs go on")
 
     def _busy(self) -> bool:
         """A fix is in flight or on probation. The guard's skips are done, and do not count."""
         return any(
-            entry.in_flight or (entry.record.state is _S.APPLIED and entry.record.origin == "policy")
+            entry.in_flight or (entry.record.state is _S.APPLIED and entry.record.origin != "guard")
             for entry in self.ledger.live
         )
 
     def _consider(self, known: OpenIncident, windows: RunWindows) -> None:
         incident = known.incident
-        if any(entry.record.incident == incident.id and entry.record.origin == "policy" for entry in self.ledger.live):
+        if any(entry.record.incident == incident.id and entry.record.origin != "guard" for entry in self.ledger.live):
             return
         tried = self._tried.setdefault(incident.id, set())
         choice = choose(
@@ -224,23 +292,30 @@ class Repairs:
         if not self._budget.left(incident.kind, self.policy.limits):
             if incident.id not in self._blocked:
                 self._blocked.add(incident.id)
-                self._say(f"{incident.kind} ({incident.id}): the limit of fixes is reached; left to a person")
+                self.say(f"{incident.kind} ({incident.id}): the limit of fixes is reached; left to a person")
             return
-        self._budget.spend(incident.kind)
         tried.add(choice.fix.name)
-        entry = self._entry(incident.id, choice.actions, choice.confidence, incident.message, choice)
-        entry.first_sick_step = incident.first_step
-        self.ledger.add(entry)
-        if choice.automatic:
-            self._publish(entry, windows)
+        entry = self.new_entry(incident.id, choice.actions, choice.confidence, incident.message, why=choice.why)
+        entry.fix, entry.patience_steps, entry.keep = choice.fix.name, choice.fix.patience_steps, choice.fix.keep
+        entry.kind, entry.first_sick_step = choice.kind, incident.first_step
+        self._propose(entry, windows, automatic=choice.automatic)
+        if not entry.withheld:
+            self._budget.spend(incident.kind)
 
-    def _entry(
-        self, incident: str, actions: tuple[Action, ...], confidence: float, reason: str, choice: Choice | None
+    def new_entry(
+        self,
+        incident: str,
+        actions: tuple[Action, ...],
+        confidence: float,
+        reason: str,
+        *,
+        why: str = "",
+        origin: str = "policy",
     ) -> Entry:
-        seq = len(self.ledger) + 1
-        return Entry(
+        """A proposed command, in the ledger."""
+        entry = Entry(
             record=CommandRecord(
-                id=make_id("c", self._run, seq),
+                id=self.next_id,
                 run=self._run,
                 generation=self.generation,
                 incident=incident,
@@ -248,17 +323,20 @@ class Repairs:
                 confidence=confidence,
                 state=_S.PROPOSED,
                 reason=reason,
-                why=choice.why if choice else "",
+                why=why,
+                origin=origin,
             ),
-            kind=choice.kind if choice else "",
             proposed_step=self._step,
-            fix=choice.fix.name if choice else "revert",
-            patience_steps=choice.fix.patience_steps if choice else 0,
-            keep=choice.fix.keep if choice else True,
-            seq=seq,
+            fix="revert",
+            patience_steps=0,
+            keep=True,
+            seq=len(self.ledger) + 1,
         )
+        self.ledger.add(entry)
+        return entry
 
-    def _publish(self, entry: Entry, windows: RunWindows) -> None:
+    def publish(self, entry: Entry, windows: RunWindows) -> None:
+        """Let all ranks apply a command as soon as they have agreed on a step."""
         seconds = windows.step_seconds or 0.0
         horizon = max(HORIZON_TICKS, math.ceil(HORIZON_SECONDS / seconds) if seconds > 1e-6 else 0)
         entry.expires_tick = windows.tick + horizon
@@ -325,31 +403,27 @@ class Repairs:
             self.ledger.move(entry, _S.VERIFIED, verdict=verdict)
             return
         self.ledger.judge(entry, verdict)
-        revert = self._entry(
-            entry.record.incident,
-            (Action(action="revert", params={"command": entry.record.id}),),
-            1.0,
-            f"{entry.fix}: {verdict}",
-            None,
-        )
-        revert.reverts = entry.record.id
-        self.ledger.add(revert)
-        self._publish(revert, windows)
+        self.take_back(entry.record.id, f"{entry.fix}: {verdict}", windows)
 
     def _reverted(self, entry: Entry) -> None:
         original = self.ledger.get(entry.reverts or "")
         assert original is not None
-        if original.record.state is _S.APPLIED:
-            self.ledger.move(original, _S.REVERTED)
+        self.standing.drop(original.record.id)
+        if original.record.state in (_S.APPLIED, _S.VERIFIED):
+            # taken back before it had a verdict: nobody knows what it would have done
+            self.ledger.move(original, _S.REVERTED, verdict=original.record.verdict or Verdict.INCONCLUSIVE)
         # a revert is done once it is applied: whether the run is well is the next fix's question
         self.ledger.move(entry, _S.VERIFIED, verdict=Verdict.INCONCLUSIVE)
 
     def _not_applied(self, entry: Entry) -> None:
         self._trials.drop(entry)
+        self.standing.drop(entry.record.id)  # it failed on a rank after others had said `applied`
         original = self.ledger.get(entry.reverts) if entry.reverts else None
         if original is not None and original.record.state is _S.APPLIED:
-            self.ledger.move(original, _S.VERIFIED, why=f"could not be taken back: {entry.record.state}")
-            self._say(f"{original.record.id} could not be taken back ({entry.record.reason})")
+            verdict = original.record.verdict or Verdict.INCONCLUSIVE
+            why = f"could not be taken back: {entry.record.state}"
+            self.ledger.move(original, _S.VERIFIED, verdict=verdict, why=why)
+            self.say(f"{original.record.id} could not be taken back ({entry.record.reason})")
 
     def _expire(self, windows: RunWindows) -> None:
         for entry in self.ledger.live:
@@ -364,7 +438,8 @@ class Repairs:
                 self._effects.append(Withdraw(command=record.id))
                 self._not_applied(entry)
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """One sentence for the daemon's log."""
         self._effects.append(Notice(text=text))
 
 

@@ -43,7 +43,8 @@ class Trials:
         self._probations[entry.record.id] = Probation(
             applied_step=applied,
             patience_steps=entry.patience_steps,
-            level=known.loss_level if known else None,
+            # What a person did to a run that was well can only have harmed it: judged by where the run was.
+            level=windows.loss_level() if not entry.record.incident else known.loss_level if known else None,
             loss=None if by_guard or windows.bad_loss else _smoothed(windows),
             steady_steps=known.detector.quiet_points if known else 0,
         )
@@ -58,11 +59,13 @@ class Trials:
         if probation is None:
             return None
         nonfinite = bool(windows.bad_loss or windows.bad_grad)
-        verdict = probation.watch(
-            windows.step, in_band=_well(known, windows), nonfinite=nonfinite, loss=_smoothed(windows)
-        )
+        was_sick = bool(entry.record.incident)
+        well = was_sick and _well(known, windows)
+        verdict = probation.watch(windows.step, in_band=well, nonfinite=nonfinite, loss=_smoothed(windows))
         if verdict is None:
             return None
+        if not was_sick and verdict is not Verdict.HARMED:
+            verdict = Verdict.INCONCLUSIVE
         steps = probation.steps_until_well
         by_itself = self.experience.recovery(entry.kind, steps) if entry.kind else 0.0
         if verdict is Verdict.HELPED and by_itself >= entry.record.confidence:

@@ -41,10 +41,14 @@ class Param:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActionSpec:
-    """What an action takes, and whether it can be taken back."""
+    """What an action takes, whether it can be taken back, and whether it stands.
+
+    What stands is wanted for as long as nobody takes it back: a new generation of the run applies it again.
+    """
 
     params: Mapping[str, Param]
     irreversible: bool = False
+    stands: bool = False
 
 
 ACTIONS: Mapping[str, ActionSpec] = MappingProxyType(
@@ -58,23 +62,23 @@ ACTIONS: Mapping[str, ActionSpec] = MappingProxyType(
         # Let this many batches of the training data go by unused; the data does not come back.
         "skip_data": ActionSpec(params={"num_batches": Param(type=int, low=1, high=10_000)}, irreversible=True),
         # Scale gradients so that their total norm is at most this (unscaled, per optimizer step).
-        "clip_grad": ActionSpec(params={"max_norm": Param(type=float, low=1e-12, high=1e12)}),
+        "clip_grad": ActionSpec(params={"max_norm": Param(type=float, low=1e-12, high=1e12)}, stands=True),
         # Multiply the learning rate in force; the script's own scheduler goes on underneath.
-        "scale_lr": ActionSpec(params={"factor": Param(type=float, low=1e-6, high=1e3)}),
+        "scale_lr": ActionSpec(params={"factor": Param(type=float, low=1e-6, high=1e3)}, stands=True),
         # Restore the state of the newest good snapshot taken before this step.
         "rollback": ActionSpec(params={"before_step": Param(type=int, low=0, high=2**62)}),
         # Forget the optimizers' moments and step counts, as if they had just been made.
         "reset_optimizer_state": ActionSpec(params={}),
         # Update once in this many optimizer steps, with the mean of their gradients; 1 is every step.
-        "grad_accumulation": ActionSpec(params={"num_steps": Param(type=int, low=1, high=1024)}),
+        "grad_accumulation": ActionSpec(params={"num_steps": Param(type=int, low=1, high=1024)}, stands=True),
         # Run each batch as this many micro-batches with the same gradient, in `training_step`; 1 is whole batches.
-        "split_batch": ActionSpec(params={"num_parts": Param(type=int, low=1, high=1024)}),
+        "split_batch": ActionSpec(params={"num_parts": Param(type=int, low=1, high=1024)}, stands=True),
         # Set the scale of every GradScaler.
         "set_loss_scale": ActionSpec(params={"scale": Param(type=float, low=2.0**-20, high=2.0**40)}),
         # Copy parameters and optimizer state from this rank to all others; what the others held is gone.
         "resync": ActionSpec(params={"source": Param(type=int, low=0, high=2**16)}, irreversible=True),
         # Set a knob that the script has registered, within the knob's own bounds.
-        "set_knob": ActionSpec(params={"name": Param(type=str), "value": Param(type=float)}),
+        "set_knob": ActionSpec(params={"name": Param(type=str), "value": Param(type=float)}, stands=True),
         # Write a checkpoint to disk, named ``<name>_<step>``, or ``last``.
         "save_checkpoint": ActionSpec(params={"name": Param(type=str, required=False)}),
         # Write this rank's stacks, memory and fixes in force to a file.

@@ -19,8 +19,9 @@ import msgpack
 
 from sosa_stream.config import detect_settings
 from sosa_stream.decide.experience import Outcome
-from sosa_stream.effects import Approve, Event, Learned, Reconfigured, ShellEvent, Timer
-from sosa_stream.errors import ConfigError, ProtocolError, SosaError, UsageError
+from sosa_stream.decide.requests import REQUESTS, Approve, Fix, Pause, Resume, Undo, read_request, words_of
+from sosa_stream.effects import Event, Learned, Reconfigured, ShellEvent, Timer
+from sosa_stream.errors import ConfigError, ProtocolError, RefusedError, SosaError, UsageError
 from sosa_stream.protocol.codec import DEFAULT_LIMITS, Reject, decode
 from sosa_stream.protocol.messages import PROTOCOL_VERSION, ControlMessage
 
@@ -134,14 +135,15 @@ def encode_shell_record(event: ShellEvent) -> bytes:
     """The payload of what did not come from an agent."""
     body: dict[str, Any] = {"v": PROTOCOL_VERSION}
     match event:
-        case Approve():
-            body |= {"kind": "approve", "command": event.command, "who": event.who}
         case Timer():
             body |= {"kind": "timer"}
         case Reconfigured():
             body |= {"kind": "reconfigured", "detect": event.settings.as_dict()}
         case Learned():
             body |= {"kind": "learned", "outcomes": [outcome.as_row() for outcome in event.outcomes]}
+        case Approve() | Undo() | Pause() | Resume() | Fix():
+            what, who, details = words_of(event)
+            body |= {"kind": what, **details, "who": who}
     packed: bytes = msgpack.packb(body, use_bin_type=True)
     return packed
 
@@ -168,11 +170,11 @@ def _decode_shell_record(payload: bytes) -> Event:
     kind = body.get("kind")
     if kind == "timer":
         return Timer()
-    if kind == "approve":
-        command, who = body.get("command"), body.get("who")
-        if not isinstance(command, str) or not isinstance(who, str):
-            raise ProtocolError(Reject.BAD_FIELD, "approve: command and who must be strings")
-        return Approve(command=command, who=who)
+    if kind in REQUESTS:
+        try:
+            return read_request(kind, body.get("who"), body)
+        except RefusedError as error:
+            raise ProtocolError(Reject.BAD_FIELD, str(error)) from None
     if kind == "reconfigured":
         try:
             return Reconfigured(settings=detect_settings(body.get("detect")))

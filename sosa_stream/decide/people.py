@@ -1,0 +1,115 @@
+"""What people ask of a run, carried out: they may do more than `auto`, and every fix of theirs says whose it is."""
+
+from __future__ import annotations
+
+from sosa_stream.config import Mode
+from sosa_stream.decide.commands import CommandState
+from sosa_stream.decide.repairs import Repairs
+from sosa_stream.decide.requests import Approve, Fix, Pause, Reply, Request, Resume, Undo
+from sosa_stream.detect.windows import RunWindows
+
+BY_HAND, BY_HAND_PATIENCE_STEPS = "by_hand", 120
+NOT_BY_HAND = {
+    "revert": "`sosa undo COMMAND` takes a command back",
+    "none": "there is nothing to apply",
+}
+
+
+class People:
+    """Answers and carries out requests, by the `Repairs` of the run."""
+
+    def __init__(self, repairs: Repairs) -> None:
+        self._repairs = repairs
+
+    def reply(self, request: Request, *, anybody_there: bool) -> Reply:
+        """What a request would come to as things stand. Changes nothing."""
+        if not anybody_there and not isinstance(request, Pause | Resume):
+            return _no("no rank of this run is there: nothing can be applied or taken back")
+        match request:
+            case Approve(command=command):
+                return self._may_approve(command)
+            case Undo(command=command):
+                return self._may_undo(command)
+            case Fix():
+                return self._may_fix(request)
+            case Pause():
+                paused = self._repairs.paused
+                return _no(f"{paused.who} has paused it already") if paused else _yes("nothing is applied by itself")
+            case Resume():
+                return _yes("repairs go on") if self._repairs.paused else _no("it is not paused")
+
+    def carry_out(self, request: Request, windows: RunWindows, *, anybody_there: bool) -> None:
+        """Do what was asked, if it can still be done; otherwise say why not."""
+        repairs = self._repairs
+        reply = self.reply(request, anybody_there=anybody_there)
+        if not reply.done:
+            what = type(request).__name__.lower()
+            about = f" {request.command}" if isinstance(request, Approve | Undo) else ""
+            repairs.say(f"{request.who} asked to {what}{about}: {reply.text}")
+            return
+        match request:
+            case Approve(command=command):
+                repairs.approve(command, request.who, windows)
+            case Undo(command=command):
+                repairs.take_back(command, f"{request.who} asked for it", windows, asked=True)
+            case Fix():
+                self._fix(request, windows)
+            case Pause():
+                repairs.paused = request
+                repairs.say(f"{request.who} has paused repairs" + (f": {request.reason}" if request.reason else ""))
+            case Resume():
+                repairs.paused = None
+                repairs.say(f"{request.who} has resumed repairs")
+
+    def _may_approve(self, command: str) -> Reply:
+        entry = self._repairs.ledger.get(command)
+        if entry is None:
+            return _no(f"this run does not know command {command}")
+        if entry.record.state is not CommandState.PROPOSED:
+            return _no(f"command {command} is {entry.record.state}; only a proposed command can be approved")
+        return _yes("its ranks apply it as soon as they have agreed on a step", command)
+
+    def _may_undo(self, command: str) -> Reply:
+        repairs = self._repairs
+        entry, fix = repairs.ledger.get(command), repairs.standing.get(command)
+        if entry is None:
+            return _no(f"this run does not know command {command}")
+        if any(known.reverts == command and known.in_flight for known in repairs.ledger.live):
+            return _no(f"command {command} is being taken back already")
+        if fix is not None and fix.released_by:
+            return _no(f"command {fix.released_by} has let its learning rate go: to take it back now would raise it")
+        if fix is not None:
+            return _yes("its ranks take it back as soon as they have agreed on a step", repairs.next_id)
+        if any(waiting.entry is entry for waiting in repairs.standing.waiting):
+            return _yes("it will not be applied again", command)
+        if again := repairs.standing.successor(command):
+            return _no(f"command {command} is in force again as {again}: undo that one")
+        state = entry.record.state
+        if state in (CommandState.APPLIED, CommandState.VERIFIED):
+            return _no(f"command {command} is {state}, and there is nothing of it left that could be taken back")
+        return _no(f"command {command} is {state}; only what is in force can be taken back")
+
+    def _may_fix(self, fix: Fix) -> Reply:
+        if fix.action.action in NOT_BY_HAND:
+            return _no(NOT_BY_HAND[fix.action.action])
+        if self._repairs.policy.mode is Mode.OBSERVE:
+            return _no("this run is only observed (mode observe): its ranks apply nothing")
+        return _yes("its ranks apply it as soon as they have agreed on a step", self._repairs.next_id)
+
+    def _fix(self, fix: Fix, windows: RunWindows) -> None:
+        repairs = self._repairs
+        how = "on probation" if fix.on_probation else "kept whatever becomes of it"
+        entry = repairs.new_entry(
+            repairs.worst_incident, (fix.action,), 1.0, f"{fix.who} asked for it, {how}", origin="person"
+        )
+        entry.fix, entry.patience_steps, entry.keep = BY_HAND, BY_HAND_PATIENCE_STEPS, not fix.on_probation
+        entry.approved = True
+        repairs.publish(entry, windows)
+
+
+def _yes(text: str, command: str = "") -> Reply:
+    return Reply(done=True, text=text, command=command)
+
+
+def _no(text: str) -> Reply:
+    return Reply(done=False, text=text)

@@ -1,0 +1,112 @@
+"""What people ask of a run: each is recorded, then carried out by the Engine, and kept in the audit with its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sosa_stream.errors import RefusedError
+from sosa_stream.protocol.actions import Action
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Approve:
+    """Let a proposed command go ahead."""
+
+    command: str
+    who: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Undo:
+    """Take an applied command back, whoever applied it."""
+
+    command: str
+    who: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pause:
+    """Let nothing be applied by itself until `Resume`. What is in force stays so, and harmful fixes are taken back."""
+
+    who: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resume:
+    """End a pause."""
+
+    who: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fix:
+    """Apply an action because a person says so. ``on_probation``: take it back by itself if it does not help."""
+
+    action: Action
+    who: str
+    on_probation: bool = False
+
+
+Request = Approve | Undo | Pause | Resume | Fix
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """What becomes of a request: whether it is carried out, in words, and the command that it is about or makes."""
+
+    done: bool
+    text: str
+    command: str = ""
+
+
+def words_of(request: Request) -> tuple[str, str, dict[str, Any]]:
+    """A request for a file or a table: what is asked, by whom, and details that `read_request` reads."""
+    match request:
+        case Approve(command=command) | Undo(command=command):
+            details: dict[str, Any] = {"command": command}
+        case Pause(reason=reason):
+            details = {"reason": reason}
+        case Resume():
+            details = {}
+        case Fix():
+            details = {**request.action.as_dict(), "on_probation": request.on_probation}
+    return type(request).__name__.lower(), request.who, details
+
+
+def read_request(what: str, who: Any, details: Mapping[str, Any]) -> Request:
+    """What `words_of` gave.
+
+    Raises:
+        RefusedError: it is of another version, damaged, or asks for an action that there is not.
+    """
+    try:
+        if not isinstance(who, str):
+            raise TypeError("who")
+        match what:
+            case "approve":
+                return Approve(command=_text(details["command"]), who=who)
+            case "undo":
+                return Undo(command=_text(details["command"]), who=who)
+            case "pause":
+                return Pause(who=who, reason=_text(details.get("reason", "")))
+            case "resume":
+                return Resume(who=who)
+            case "fix":
+                action = Action(action=_text(details["action"]), params=dict(details["params"]))
+                return Fix(action=action, who=who, on_probation=details.get("on_probation") is True)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RefusedError(f"{what}: {error} is missing or of another kind") from None
+    raise RefusedError(f"nobody here knows the request {what[:40]!r}")
+
+
+REQUESTS = ("approve", "undo", "pause", "resume", "fix")
+"""What can be asked."""
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(repr(value)[:40])
+    return value

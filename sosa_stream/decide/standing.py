@@ -1,0 +1,94 @@
+"""The fixes in force: what can be taken back, and what a new generation of the run is to have again.
+
+What stands (`ActionSpec.stands`) is desired state: processes come and go, and a learning rate that was held down for a
+reason stays so until somebody, or a verdict, takes it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from sosa_stream.decide.ledger import Entry
+from sosa_stream.protocol.actions import ACTIONS, Action
+
+
+@dataclass(slots=True, kw_only=True)
+class InForce:
+    """A command that all ranks have applied and not taken back. ``actions`` are those of it that stand."""
+
+    entry: Entry
+    actions: tuple[Action, ...]
+    released_by: str = ""
+    """The command that has let its learning rate go: taken back as a whole, it would now raise it."""
+
+
+class Standing:
+    """The fixes in force in this generation, in the order in which they were applied, and those that wait for the next.
+
+    A command applied again goes by its new id; `successor` tells it.
+    """
+
+    def __init__(self) -> None:
+        self._in_force: dict[str, InForce] = {}
+        self._waiting: dict[str, InForce] = {}
+        self._successors: dict[str, str] = {}
+
+    def __contains__(self, command: str) -> bool:
+        return command in self._in_force
+
+    @property
+    def in_force(self) -> tuple[InForce, ...]:
+        return tuple(self._in_force.values())
+
+    @property
+    def waiting(self) -> tuple[InForce, ...]:
+        """What is to be applied again once the new generation is there."""
+        return tuple(self._waiting.values())
+
+    def get(self, command: str) -> InForce | None:
+        return self._in_force.get(command)
+
+    def successor(self, command: str) -> str:
+        """The command by which a fix of an earlier generation is in force again, or nothing."""
+        return self._successors.get(command, "")
+
+    def add(self, entry: Entry) -> None:
+        """Applied on all ranks."""
+        if all(action.irreversible for action in entry.record.actions):
+            return
+        standing = tuple(action for action in entry.record.actions if ACTIONS[action.action].stands)
+        self._in_force[entry.record.id] = InForce(entry=entry, actions=standing)
+
+    def release(self, command: str, by: str) -> None:
+        """The learning rate that ``command`` holds is let go by another command; the two cancel out."""
+        if command in self._in_force:
+            fix = self._in_force[command]
+            fix.released_by = by
+            fix.actions = tuple(action for action in fix.actions if action.action != "scale_lr")
+
+    def drop(self, command: str) -> None:
+        """Taken back, or not to be applied again."""
+        self._in_force.pop(command, None)
+        self._waiting.pop(command, None)
+
+    def begin_generation(self, unproven: Collection[str]) -> list[InForce]:
+        """The ranks' processes are new: nothing is in force. Returns what is not to be applied again: ``unproven``."""
+        left = {command: fix for command, fix in self._in_force.items() if fix.actions}
+        self._waiting |= {command: fix for command, fix in left.items() if command not in unproven}
+        self._in_force.clear()
+        return [fix for command, fix in left.items() if command in unproven]
+
+    def take_waiting(self) -> list[InForce]:
+        waiting, self._waiting = self.waiting, {}
+        return list(waiting)
+
+    def applied_again(self, commands: Collection[str], by: str) -> None:
+        self._successors |= dict.fromkeys(commands, by)
+
+    def clear(self) -> tuple[str, ...]:
+        """Another model is trained: the agents have let go of all. Returns what stood."""
+        stood = tuple(command for command, fix in self._in_force.items() if fix.actions)
+        self._in_force.clear()
+        self._waiting.clear()
+        return stood
