@@ -127,6 +127,8 @@ class AgentSettings:
     """Memory that all kept snapshots together may take on this rank."""
     quarantine_ticks: int = 10
     """Healthy optimizer steps after a snapshot before it counts as last-good."""
+    rollback_schedulers: Switch = Switch.AUTO
+    """Whether a rollback puts schedulers back too; ``auto``: those that follow a metric, not those that count steps."""
     digest_after_fix: bool = False
     """Send a digest of parameters and optimizer state after each fix, compared over ranks by the daemon."""
 

@@ -18,7 +18,9 @@ from sosa_stream.agent.link import LocalLink
 from sosa_stream.agent.outbox import Outbox, Row, Wakeup
 from sosa_stream.agent.probe import Probe
 from sosa_stream.agent.repair.actuators import Actuators, make_actuators
-from sosa_stream.agent.repair.snapshots import SnapshotRing, TrainingState
+from sosa_stream.agent.repair.registry import Registry
+from sosa_stream.agent.repair.snapshots import SnapshotRing
+from sosa_stream.agent.repair.training_state import TrainingState
 from sosa_stream.agent.watch.baseline import InputBaseline
 from sosa_stream.agent.watch.taps import Taps
 from sosa_stream.config import AgentSettings, GuardMode, Mode, load_settings
@@ -86,8 +88,9 @@ class Watch:
     ) -> None:
         self.outbox = OpenOutbox()
         self.taps = Taps()
-        self.state = TrainingState()
         self.said: list[str] = []
+        self.registry = Registry(self.said.append)
+        self.state = TrainingState(self.registry)
         self.errors: list[tuple[BaseException, bool]] = []
         self.ring = SnapshotRing(self.state, AgentSettings(**settings), 2000, self.said.append) if snapshots else None
         mode = guard if isinstance(guard, GuardMode) else GuardMode.SYNC if guard else GuardMode.OFF
@@ -120,11 +123,13 @@ class Watch:
         """Watching, as under the runner; with an ``optimizer`` only that one, as the wrapper does."""
         self.probe.install(optimizer)
         self.taps.install()
+        self.registry.install()
         try:
             yield self
         finally:
             self.probe.remove()
             self.taps.remove()
+            self.registry.remove()
 
 
 _ids = itertools.count()

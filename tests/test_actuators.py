@@ -13,8 +13,8 @@ from torch.optim import LBFGS, SGD, AdamW
 
 from sosa_stream.agent.repair.actuator import Actuator
 from sosa_stream.agent.repair.actuators import make_actuators
-from sosa_stream.agent.repair.snapshots import TrainingState
 from sosa_stream.agent.repair.stopping import EXIT_STOPPED, StopTraining
+from sosa_stream.agent.repair.training_state import TrainingState
 from sosa_stream.errors import HalfAppliedError, RefusedError, SosaError
 from sosa_stream.protocol.messages import AckState
 

@@ -17,7 +17,7 @@ from sosa_stream import agent, wrap_training
 from sosa_stream.agent import Knob
 from sosa_stream.agent.repair.actuators import make_actuators
 from sosa_stream.agent.repair.knobs import MAX_KNOBS, Knobs
-from sosa_stream.agent.repair.snapshots import TrainingState
+from sosa_stream.agent.repair.training_state import TrainingState
 from sosa_stream.config import load_settings
 from sosa_stream.engine import Engine
 from sosa_stream.errors import RefusedError, UsageError

@@ -13,7 +13,8 @@ from agent_parts import Watch, batches, bits, toy, train
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from sosa_stream.agent.repair.snapshots import NoSnapshotError, SnapshotRing, TrainingState
+from sosa_stream.agent.repair.snapshots import SnapshotRing
+from sosa_stream.agent.repair.training_state import NoSnapshotError, Snapshot, TrainingState
 from sosa_stream.config import AgentSettings
 
 ONE = torch.tensor(1.0)
@@ -35,6 +36,7 @@ class Kept:
         self.norm = norm
         self.tick = 0
         self.ring.take(0, 0)
+        self.ring.complete()
 
     def run(self, ticks: int) -> Kept:
         for _ in range(ticks):
@@ -42,7 +44,14 @@ class Kept:
             with torch.no_grad():
                 self.parameter.fill_(self.tick)
             self.ring.observe(self.tick, self.tick, torch.tensor(self.norm(self.tick - 1)))
+            self.ring.complete()
         return self
+
+    def choose(self, before_step: int, present_step: int) -> Snapshot:
+        return self.ring.candidates(before_step, present_step)[0]
+
+    def go_back(self, to: Snapshot) -> None:
+        self.ring.went_back(to, self.tick)
 
     @property
     def held(self) -> list[int]:
@@ -55,21 +64,21 @@ def test_the_schedule_is_a_pure_function_of_the_tick() -> None:
 
 def test_a_snapshot_holds_the_state_from_before_its_step() -> None:
     kept = Kept().run(27)
-    snapshot = kept.ring.choose(25, 27)
+    snapshot = kept.choose(25, 27)
     assert snapshot.step == 20
-    assert torch.equal(snapshot.tensors[0], torch.full((2,), 20.0))
+    assert torch.equal(snapshot.parameters[0].host, torch.full((2,), 20.0))
 
 
 def test_a_snapshot_within_the_quarantine_of_the_onset_is_not_chosen() -> None:
     kept = Kept().run(40)
-    assert kept.ring.choose(35, 40).step == 30
-    assert kept.ring.choose(34, 40).step == 20
+    assert kept.choose(35, 40).step == 30
+    assert kept.choose(34, 40).step == 20
 
 
 def test_a_non_finite_norm_in_its_quarantine_disqualifies_a_snapshot() -> None:
     for bad, chosen in [(29, 30), (30, 20), (34, 20), (35, 30), (20, 30)]:
         kept = Kept(norm=lambda tick, bad=bad: math.nan if tick == bad else 1.0).run(45)  # type: ignore[misc]
-        assert kept.ring.choose(38, 45).step == chosen, bad
+        assert kept.choose(38, 45).step == chosen, bad
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -78,21 +87,22 @@ def test_a_non_finite_snapshot_is_never_chosen(value: float) -> None:
     with torch.no_grad():
         kept.parameter[0] = value
     kept.ring.observe(20, 20, ONE)
+    kept.ring.complete()
     assert kept.held == [0, 10, 20]
-    assert kept.ring.choose(100, 30).step == 10
+    assert kept.choose(100, 30).step == 10
 
 
 def test_a_second_rollback_that_asks_for_it_goes_further_back() -> None:
     kept = Kept().run(40)
-    first = kept.ring.choose(36, 40)
-    kept.ring.forget_after(first.step)
+    first = kept.choose(36, 40)
+    kept.go_back(first)
     assert kept.held == [0, 10, 20, 30]
-    assert kept.ring.choose(first.step, 41).step < first.step
+    assert kept.choose(first.step, 41).step < first.step
 
 
 def test_what_was_copied_after_the_target_is_forgotten() -> None:
     kept = Kept().run(60)
-    kept.ring.forget_after(20)
+    kept.go_back(kept.choose(25, 60))
     assert kept.held == [0, 10, 20]
     assert kept.run(5).held == [0, 10, 20]
     assert kept.run(5).held == [0, 10, 20, 70]
@@ -101,14 +111,14 @@ def test_what_was_copied_after_the_target_is_forgotten() -> None:
 def test_nothing_old_enough_is_said_with_what_there_is() -> None:
     kept = Kept().run(20)
     with pytest.raises(NoSnapshotError, match=r"5 steps before step 3 \(held: 0, 10, 20\)"):
-        kept.ring.choose(3, 20)
+        kept.choose(3, 20)
 
 
 def test_a_rollback_gives_up_at_most_max_rollback_steps() -> None:
     kept = Kept(max_rollback_steps=15).run(30)
-    assert kept.ring.choose(25, 30).step == 20
+    assert kept.choose(25, 30).step == 20
     with pytest.raises(NoSnapshotError):
-        kept.ring.choose(24, 30)
+        kept.choose(24, 30)
 
 
 @pytest.mark.parametrize("keep", [4, 8])
@@ -134,7 +144,7 @@ def test_what_lies_beyond_max_rollback_steps_makes_room() -> None:
 def test_memory_is_bounded_by_keeping_fewer() -> None:
     kept = Kept(snapshot_max_bytes=3 * 8).run(100)
     assert len(kept.held) == 3
-    assert kept.said == ["snapshots: 0.0 kB each, up to 3 kept in memory"]
+    assert kept.said == ["snapshots: 8 B each, up to 3 in host memory (24 B) on this rank"]
 
 
 def test_snapshots_that_cannot_fit_twice_are_turned_off_with_a_sentence() -> None:
@@ -143,7 +153,7 @@ def test_snapshots_that_cannot_fit_twice_are_turned_off_with_a_sentence() -> Non
     assert len(kept.said) == 1
     assert "snapshot_max_bytes" in kept.said[0]
     with pytest.raises(NoSnapshotError, match="held: none"):
-        kept.ring.choose(40, 50)
+        kept.choose(40, 50)
 
 
 def test_the_optimizers_state_counts_toward_the_memory() -> None:
@@ -162,10 +172,10 @@ def test_the_optimizers_state_counts_toward_the_memory() -> None:
 def test_memory_is_reused_and_what_is_held_stays_what_it_was() -> None:
     kept = Kept(snapshot_keep=3).run(200)
     for snapshot in kept.ring._snapshots:
-        assert torch.equal(snapshot.tensors[0], torch.full((2,), float(snapshot.step)))
-    pointers = {snapshot.tensors[0].data_ptr() for snapshot in kept.ring._snapshots}
+        assert torch.equal(snapshot.parameters[0].host, torch.full((2,), float(snapshot.step)))
+    pointers = {snapshot.parameters[0].host.data_ptr() for snapshot in kept.ring._snapshots}
     kept.run(100)
-    assert {snapshot.tensors[0].data_ptr() for snapshot in kept.ring._snapshots} == pointers
+    assert {snapshot.parameters[0].host.data_ptr() for snapshot in kept.ring._snapshots} == pointers
 
 
 def test_restoring_does_not_share_memory_with_the_snapshot() -> None:
@@ -178,8 +188,8 @@ def test_restoring_does_not_share_memory_with_the_snapshot() -> None:
         before = bits(model, optimizer)
         for seed in (5, 6):  # the second time from what the first has trained on top of
             train(model, optimizer, batches(3, seed=seed))
-            watch.state.restore(watch.ring.choose(3, watch.probe.step))
-            watch.ring.forget_after(2)
+            (target,) = [snapshot for snapshot in watch.ring._snapshots if snapshot.step == 2]
+            watch.state.restore(target, target)
             assert bits(model, optimizer) == before
 
 
@@ -187,7 +197,8 @@ def test_steps_without_gradients_keep_a_snapshot_healthy() -> None:
     kept = Kept()
     for tick in range(1, 31):
         kept.ring.observe(tick, tick, None)
-    assert kept.ring.choose(25, 30).step == 20
+        kept.ring.complete()
+    assert kept.choose(25, 30).step == 20
 
 
 def test_buffers_of_modules_that_do_not_own_the_parameters_are_left_alone() -> None:
@@ -195,6 +206,6 @@ def test_buffers_of_modules_that_do_not_own_the_parameters_are_left_alone() -> N
     optimizer = SGD(model.parameters(), lr=0.1)
     state = TrainingState()
     state.meet(optimizer)
-    held = {id(t) for t in state.tensors()}
-    assert {id(b) for b in model.buffers()} <= held
+    held = {id(t) for t in state.buffers}
+    assert held == {id(b) for b in model.buffers()}
     assert not {id(b) for b in stranger.buffers()} & held

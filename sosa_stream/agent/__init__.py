@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sosa_stream.agent.core import Agent
     from sosa_stream.agent.repair.knobs import Knob
 
-__all__ = ["Knob", "log", "observe_posterior", "register_knob"]
+__all__ = ["Knob", "log", "observe_posterior", "register_knob", "register_state"]
 
 
 def __getattr__(name: str) -> Any:
@@ -50,6 +50,19 @@ def register_knob(knob: Knob) -> None:
     agent = _agent()
     if agent is not None:
         agent.knobs.register(knob)
+
+
+def register_state(name: str, thing: Any) -> None:
+    """Have snapshots hold, and rollbacks restore, state that only the script knows of: an EMA, statistics of its own.
+
+    Args:
+        name: what a person is told was restored.
+        thing: has ``state_dict()`` and ``load_state_dict(state)``, called on the training thread. What is to move on in
+            a rollback, as the position in the data does, is better not registered.
+    """
+    agent = _agent()
+    if agent is not None:
+        agent.registry.register(name, thing)
 
 
 def _agent() -> Agent | None:

@@ -37,7 +37,9 @@ from sosa_stream.agent.outbox import Outbox, Wakeup
 from sosa_stream.agent.probe import Probe
 from sosa_stream.agent.repair.actuators import make_actuators
 from sosa_stream.agent.repair.knobs import Knobs
-from sosa_stream.agent.repair.snapshots import SnapshotRing, TrainingState
+from sosa_stream.agent.repair.registry import Registry
+from sosa_stream.agent.repair.snapshots import SnapshotRing
+from sosa_stream.agent.repair.training_state import TrainingState
 from sosa_stream.agent.watch.looks import Census
 from sosa_stream.agent.watch.metrics import Libraries, columns_of
 from sosa_stream.agent.watch.taps import Taps
@@ -96,7 +98,8 @@ class Agent:
         self.taps = Taps()
         self._wakeup = Wakeup()
         self._outbox = Outbox(settings.agent.ring_frames, self._wakeup)
-        self.state = TrainingState()
+        self.registry = Registry(self.say)
+        self.state = TrainingState(self.registry, settings.agent.rollback_schedulers)
         snapshots = None
         if settings.snapshots_wanted:
             snapshots = SnapshotRing(self.state, settings.agent, settings.auto.max_rollback_steps, self.say)
@@ -134,6 +137,7 @@ class Agent:
     def start(self) -> None:
         """Watch, with a thread that talks to the daemon."""
         self.probe.install(self._optimizer)
+        self.registry.install()
         if self._optimizer is None:
             self.taps.install()
         self._thread = threading.Thread(target=self._serve, name="sosa-agent", daemon=True)
@@ -153,6 +157,7 @@ class Agent:
         """Watch with the Engine in this process: detection and repair happen inside the step."""
         self._local = True
         self.probe.install(self._optimizer)
+        self.registry.install()
         self._join(self._alone(""), link, MemoryStore())
         self._pump_local()
         _started(self)
@@ -409,6 +414,7 @@ class Agent:
         _ended(self)
         self.probe.remove()
         self.taps.remove()
+        self.registry.remove()
         self._libraries.remove()
         if self._local:
             assert self._courier is not None
@@ -426,6 +432,7 @@ class Agent:
         self.probe.observing = False
         self.probe.looks.remove()
         self.taps.remove()
+        self.registry.remove()
         if self._embedded is not None:
             self._embedded.after_fork_in_child()
 

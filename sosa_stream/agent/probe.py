@@ -29,8 +29,9 @@ from sosa_stream.agent.guard import Guard
 from sosa_stream.agent.outbox import Outbox, Row
 from sosa_stream.agent.repair.actuators import Actuators
 from sosa_stream.agent.repair.learning_rate import LearningRate
-from sosa_stream.agent.repair.snapshots import SnapshotRing, TrainingState
+from sosa_stream.agent.repair.snapshots import SnapshotRing
 from sosa_stream.agent.repair.stopping import StopTraining
+from sosa_stream.agent.repair.training_state import TrainingState
 from sosa_stream.agent.watch.looks import Looks
 from sosa_stream.agent.watch.losses import Loss
 from sosa_stream.agent.watch.scalars import fetch
@@ -207,8 +208,10 @@ class Probe:
             if self._state.meet(optimizer):
                 self._meet(optimizer)
             self._kind, self._last = self._kinds[optimizer], weakref.ref(optimizer)
-        if self.tick == 0 and self._snapshots is not None:
-            self._snapshots.take(0, 0)
+        if self._snapshots is not None:
+            if self.tick == 0:
+                self._keep_copies(lambda ring: ring.take(0, 0))
+            self._keep_copies(SnapshotRing.complete)
         self._guard.begin(optimizer)
         self._norm = None
         self._taps.phase = OPTIMIZER
@@ -417,7 +420,8 @@ class Probe:
             except Exception as error:
                 self._lose_sight(error)
         if self._snapshots is not None:
-            self._copy_snapshot()
+            norm = self._norm if self._norm_is_shared else None
+            self._keep_copies(lambda ring: ring.observe(self.tick, self.step, norm))
 
     def _note(self, optimizer: Optimizer, step: int, loss: Loss) -> None:
         now = time.perf_counter()
@@ -443,10 +447,10 @@ class Probe:
         )
         self._num_objectives = 0
 
-    def _copy_snapshot(self) -> None:
+    def _keep_copies(self, act: Callable[[SnapshotRing], None]) -> None:
         assert self._snapshots is not None
         try:
-            self._snapshots.observe(self.tick, self.step, self._norm if self._norm_is_shared else None)
+            act(self._snapshots)
         except Exception as error:
             self._snapshots.lose()  # this rank then refuses to hold a rollback, before any rank is bound
             self._on_error(error, False)

@@ -201,6 +201,11 @@ class SOSATrainingWrapper:
         if self._agent is not None:
             self._agent.knobs.register(knob)
 
+    def register_state(self, name: str, thing: Any) -> None:
+        """Have a rollback restore this too, as `sosa_stream.agent.register_state` does."""
+        if self._agent is not None:
+            self._agent.registry.register(name, thing)
+
     def observe_posterior(self, mu: torch.Tensor, logvar: torch.Tensor) -> None:
         """Hand over a VAE's approximate posterior of one training batch: means and log variances, (batch, latent)."""
         if self._agent is not None:

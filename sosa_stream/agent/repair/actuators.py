@@ -16,8 +16,9 @@ from sosa_stream.agent.repair.knobs import Knobs
 from sosa_stream.agent.repair.learning_rate import ScaleLearningRate
 from sosa_stream.agent.repair.rollback import Rollback
 from sosa_stream.agent.repair.skipping import SkipSteps
-from sosa_stream.agent.repair.snapshots import SnapshotRing, TrainingState
+from sosa_stream.agent.repair.snapshots import SnapshotRing
 from sosa_stream.agent.repair.stopping import Stop
+from sosa_stream.agent.repair.training_state import TrainingState
 from sosa_stream.errors import HalfAppliedError, RefusedError, describe
 from sosa_stream.protocol.messages import Command
 

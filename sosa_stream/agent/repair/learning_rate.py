@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Undo
-from sosa_stream.agent.repair.snapshots import TrainingState
+from sosa_stream.agent.repair.training_state import TrainingState
 from sosa_stream.errors import RefusedError
 
 

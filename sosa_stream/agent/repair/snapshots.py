@@ -1,147 +1,33 @@
-"""Copies of parameters, buffers and optimizer state in memory, to go back to.
+"""The snapshots kept in memory: when they are taken, which make room, and which may be gone back to.
 
-The schedule is a pure function of the tick and promotion depends only on what is equal on all ranks (the reduced
-gradient norm), so every rank holds the same snapshots and picks the same one without talking.
+The schedule is a pure function of the tick, and what a snapshot's health is judged by (the reduced gradient norm) is
+equal on all ranks, so every rank keeps the same ones.
 """
 
 from __future__ import annotations
 
-import gc
-import hashlib
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
-from sosa_stream.agent.gradients import to_local
+from sosa_stream.agent.repair.training_state import NoSnapshotError, Snapshot, TrainingState
 from sosa_stream.config import AgentSettings
-from sosa_stream.errors import SosaError
+
+NEAR = 3
+"""The newest ones stand at the base spacing; the ages of the others spread out geometrically."""
+
+FARTHER_STEPS = 200
+"""Trouble this soon after a rollback means that its snapshot was not good: the next one goes further back."""
 
 
-class NoSnapshotError(SosaError):
-    """There is no good snapshot to go back to."""
+@dataclass(frozen=True, slots=True)
+class Return:
+    """A rollback: the snapshot that it went to, and when."""
 
-
-@dataclass(slots=True)
-class Snapshot:
-    """State as it was before tick ``tick`` and step ``step`` were taken."""
-
-    tick: int
-    step: int
-    tensors: list[torch.Tensor]
-    optimizer_state: list[dict[int, dict[str, Any]]]
-    num_parameters: int = 0
-    size_bytes: int = 0
-
-    def is_finite(self) -> bool:
-        """Whether all parameters are; buffers may differ between ranks, and the answer must not."""
-        parameters = self.tensors[: self.num_parameters]
-        return all(bool(torch.isfinite(t).all()) for t in parameters if t.is_floating_point())
-
-
-class TrainingState:
-    """Where the state lives: the script's optimizers, and the buffers of the modules that own their parameters.
-
-    Nothing here keeps a model alive that the script has let go.
-    """
-
-    def __init__(self) -> None:
-        self._optimizers: list[weakref.ref[Optimizer]] = []
-        # Owner and name of each, because a module may put a new tensor in a buffer's place.
-        self._buffers: list[tuple[weakref.ref[nn.Module], str]] | None = None
-
-    @property
-    def optimizers(self) -> list[Optimizer]:
-        """Those that have stepped and are still there, in the order in which they first did."""
-        return [optimizer for ref in self._optimizers if (optimizer := ref()) is not None]
-
-    def meet(self, optimizer: Optimizer) -> bool:
-        """Note an optimizer that is about to step; whether it is new."""
-        for ref in self._optimizers:
-            if ref() is optimizer:
-                return False
-        self._optimizers = [ref for ref in self._optimizers if ref() is not None] + [weakref.ref(optimizer)]
-        self._buffers = None
-        return True
-
-    def tensors(self) -> list[torch.Tensor]:
-        parameters = self._parameters()
-        if self._buffers is None:
-            self._buffers = _find_buffers(parameters)
-        owners = [(module, name) for ref, name in self._buffers if (module := ref()) is not None]
-        buffers = [module._buffers.get(name) for module, name in owners]
-        return [*parameters, *(b for b in buffers if b is not None)]
-
-    def _parameters(self) -> list[torch.Tensor]:
-        unique = {
-            id(p): p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]
-        }
-        return list(unique.values())
-
-    def capture(self, tick: int, step: int, reuse: Snapshot | None = None) -> Snapshot:
-        """A copy of everything, into the memory of ``reuse`` where shapes fit."""
-        live = self.tensors()
-        old = reuse.tensors if reuse is not None and len(reuse.tensors) == len(live) else [None] * len(live)
-        tensors = [_copy(tensor, into) for tensor, into in zip(live, old, strict=True)]
-        state = [
-            {index: {k: _copy_value(v) for k, v in values.items()} for index, values in _by_position(optimizer)}
-            for optimizer in self.optimizers
-        ]
-        size = sum(t.numel() * t.element_size() for t in tensors)
-        size += sum(
-            v.numel() * v.element_size()
-            for per_optimizer in state
-            for values in per_optimizer.values()
-            for v in values.values()
-            if isinstance(v, torch.Tensor)
-        )
-        return Snapshot(
-            tick=tick,
-            step=step,
-            tensors=tensors,
-            optimizer_state=state,
-            num_parameters=len(self._parameters()),
-            size_bytes=size,
-        )
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """Copy a snapshot back in place: the script's own references stay valid.
-
-        Raises:
-            NoSnapshotError: the model or its optimizers have changed shape since. Nothing has been changed then.
-        """
-        live = self.tensors()
-        if len(live) != len(snapshot.tensors) or len(self.optimizers) != len(snapshot.optimizer_state):
-            raise NoSnapshotError("the parameters or optimizers are no longer those of the snapshot")
-        if any(to_local(a).shape != b.shape for a, b in zip(live, snapshot.tensors, strict=True)):
-            raise NoSnapshotError("a parameter has changed its shape since the snapshot")
-        with torch.no_grad():
-            for tensor, saved in zip(live, snapshot.tensors, strict=True):
-                to_local(tensor).copy_(saved)
-            for optimizer, saved_state in zip(self.optimizers, snapshot.optimizer_state, strict=True):
-                _restore_optimizer(optimizer, saved_state)
-
-    def local_tensors(self) -> Iterable[torch.Tensor]:
-        """Parameters and optimizer state as they lie in this process, in a fixed order (buffers may differ)."""
-        for parameter in self._parameters():
-            yield to_local(parameter)
-        for optimizer in self.optimizers:
-            for _, values in _by_position(optimizer):
-                for _, value in sorted(values.items()):
-                    if isinstance(value, torch.Tensor):
-                        yield to_local(value)
-
-    def digest(self) -> str:
-        """A digest of parameters and optimizer state as they lie in this process, to be compared between replicas."""
-        digest = hashlib.blake2b(digest_size=16)
-        for tensor in self.local_tensors():
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+    to_tick: int
+    at_step: int
 
 
 class SnapshotRing:
@@ -157,10 +43,14 @@ class SnapshotRing:
         self._settings = settings
         self._max_rollback_steps = max_rollback_steps
         self._say = say
-        self._keep = settings.snapshot_keep
+        self._keep = 0
+        self._told = 0
+        """Bytes of a snapshot, as the user was told."""
         self._snapshots: list[Snapshot] = []
         # Gradient norms of recent ticks, left on their device: they are looked at only when a rollback asks.
         self._norms: deque[tuple[int, torch.Tensor]] = deque(maxlen=max_rollback_steps + settings.quarantine_ticks)
+        self._incomplete: tuple[Snapshot, Snapshot | None] | None = None
+        self._last: Return | None = None
         self._off = self._lost = False
 
     def observe(self, tick: int, step: int, norm: torch.Tensor | None) -> None:
@@ -177,133 +67,115 @@ class SnapshotRing:
             self.take(tick, step)
 
     def take(self, tick: int, step: int) -> None:
-        """Copy the state now, into the memory of the snapshot that it replaces."""
-        reuse = self._snapshots.pop(self._victim(step)) if len(self._snapshots) >= self._keep else None
-        snapshot = self._state.capture(tick, step, reuse)
-        if len(self._snapshots) < 2 and reuse is None:  # the first has no optimizer state yet, the second has it all
-            self._fit(snapshot)
-        if not self._off:
-            self._snapshots.append(snapshot)
+        """Copy the state right behind a step-call, into the memory of the snapshot that it replaces."""
+        if not self._snapshots:
+            self._budget(*self._state.estimate_bytes())
+        if self._off:
+            return
+        reuse = None
+        while len(self._snapshots) >= self._keep:
+            reuse = self._snapshots.pop(self._victim(step))
+        self._snapshots.append(self._state.capture(tick, step, reuse))
+        self._incomplete = self._snapshots[-1], reuse
 
-    def choose(self, before_step: int, present_step: int) -> Snapshot:
-        """The newest finite snapshot whose whole quarantine lies before ``before_step``.
+    def complete(self) -> None:
+        """Right before the next step-call: what the script has brought forward since the last one."""
+        if self._incomplete is not None:
+            (snapshot, reuse), self._incomplete = self._incomplete, None
+            self._state.complete(snapshot, reuse)
+            self._budget(snapshot.size_bytes)  # the second holds optimizer state that the first did not
+
+    def candidates(self, before_step: int, present_step: int) -> list[Snapshot]:
+        """The snapshots that may be gone back to, the newest first: finite, and with their whole quarantine healthy and
+        before ``before_step``.
+
+        A rollback soon after another goes further back than that one did.
 
         Raises:
-            NoSnapshotError: none is old and healthy enough, or it would give up more than ``max_rollback_steps``: on no
-                rank, for all hold the same.
-            RuntimeError: this rank alone has lost its snapshots.
+            NoSnapshotError: there is none, or it would give up more than ``max_rollback_steps``.
         """
-        if self._lost:  # after this rank had promised: it alone knows, and must not pass for all
-            raise RuntimeError("this rank has lost its snapshots")
-        quarantine = self._settings.quarantine_ticks
+        if self._lost:
+            raise NoSnapshotError("a copy has failed for want of memory, and no snapshots are kept since")
         finite = {tick: bool(torch.isfinite(norm)) for tick, norm in self._norms}
-        for snapshot in reversed(self._snapshots):
-            healthy = all(finite.get(tick, True) for tick in range(snapshot.tick, snapshot.tick + quarantine))
-            if snapshot.step + quarantine <= before_step and healthy and snapshot.is_finite():
-                if present_step - snapshot.step > self._max_rollback_steps:
-                    break
-                return snapshot
-        held = ", ".join(str(s.step) for s in self._snapshots) or "none"
-        raise NoSnapshotError(f"no healthy snapshot {quarantine} steps before step {before_step} (held: {held})")
+        quarantine = self._settings.quarantine_ticks
+        found = [
+            snapshot
+            for snapshot in self._within(before_step, present_step)
+            if all(finite.get(tick, True) for tick in range(snapshot.tick, snapshot.tick + quarantine))
+            and snapshot.is_finite()
+        ]
+        if not found:
+            held = ", ".join(str(s.step) for s in self._snapshots) or "none"
+            raise NoSnapshotError(f"no healthy snapshot {quarantine} steps before step {before_step} (held: {held})")
+        return found
 
     def may_choose(self, before_step: int, present_step: int) -> bool:
         """Whether a snapshot of that age is held at all: what can be told without reading the device."""
-        oldest = present_step - self._max_rollback_steps
-        newest = before_step - self._settings.quarantine_ticks
-        return any(oldest <= snapshot.step <= newest for snapshot in tuple(self._snapshots))
+        return bool(self._within(before_step, present_step))
+
+    def went_back(self, to: Snapshot, at_step: int) -> None:
+        """A rollback stays: what was copied after its snapshot may be poisoned."""
+        self._snapshots = [s for s in self._snapshots if s.tick <= to.tick]
+        self._last = Return(to.tick, at_step)
 
     def begin_anew(self) -> None:
         """Another model is trained from here on: what was copied is no longer of use."""
         self._snapshots.clear()
         self._norms.clear()
+        self._incomplete = self._last = None
 
     def lose(self) -> None:
         """A copy has failed on this rank: keep none and take none from here on."""
         self._off = self._lost = True
+        self._incomplete = None
         self._snapshots.clear()
 
-    def forget_after(self, step: int) -> None:
-        """After a rollback: what was copied later may be poisoned."""
-        self._snapshots = [s for s in self._snapshots if s.step <= step]
+    def _within(self, before_step: int, present_step: int) -> list[Snapshot]:
+        """Those of a fitting age, the newest first."""
+        oldest = present_step - self._max_rollback_steps
+        newest = before_step - self._settings.quarantine_ticks
+        last = self._last
+        farther = max(self._settings.quarantine_ticks, FARTHER_STEPS)
+        soon = last is not None and 0 <= present_step - last.at_step < farther
+        tried = last.to_tick if soon and last is not None else None
+        whole = [s for s in tuple(self._snapshots) if self._incomplete is None or s is not self._incomplete[0]]
+        return [s for s in reversed(whole) if oldest <= s.step <= newest and s.tick != tried]
 
     def _victim(self, step: int) -> int:
+        """The place of the snapshot that makes room for one of ``step``."""
         held = [s.step for s in self._snapshots]
-        if len(held) < 3 or step - held[0] > self._max_rollback_steps:
+        if (bad := next((i for i, s in enumerate(self._snapshots) if s.is_bad), None)) is not None:
+            return bad
+        old = range(1, len(held) - NEAR + 1)
+        if not old or step - held[0] > self._max_rollback_steps:
             return 0
-        return min(range(1, len(held) - 1), key=lambda i: (held[i + 1] - held[i - 1]) / (step - held[i] + 1))
+        return min(old, key=lambda i: (held[i + 1] - held[i - 1]) / (step - held[i] + 1))
 
-    def _fit(self, snapshot: Snapshot) -> None:
-        size = max(1, snapshot.size_bytes)
-        self._keep = min(self._settings.snapshot_keep, self._settings.snapshot_max_bytes // size)
+    def _budget(self, size: int, estimated: bool = False) -> None:
+        """Reckon how many snapshots of ``size`` bytes fit, and say what they cost before they cost it."""
+        told, kept = self._told, self._keep
+        if size < told and len(self._snapshots) == 1:  # the state that was estimated is still to come
+            return
+        self._keep = min(self._settings.snapshot_keep, self._settings.snapshot_max_bytes // max(1, size))
+        if self._keep == kept and abs(size - told) <= 0.1 * told:
+            return
+        self._told = size
+        about = "about " if estimated else ""
         if self._keep < 2:
             self._off = True
             self._snapshots.clear()
-            self._say(f"snapshots are off: agent.snapshot_max_bytes holds fewer than two of {_readable(size)}")
-        elif self._snapshots:
-            self._say(f"snapshots: {_readable(size)} each, up to {self._keep} kept in memory")
+            self._say(f"snapshots are off: agent.snapshot_max_bytes holds fewer than two of {about}{readable(size)}")
+            return
+        del self._snapshots[: -self._keep]
+        self._say(
+            f"snapshots: {about}{readable(size)} each, up to {self._keep} in host memory "
+            f"({readable(self._keep * size)}) {self._state.where}"
+        )
 
 
-def _readable(size_bytes: int) -> str:
-    return f"{size_bytes / 1e6:.1f} MB" if size_bytes >= 1e5 else f"{size_bytes / 1e3:.1f} kB"
-
-
-def _find_buffers(parameters: list[torch.Tensor]) -> list[tuple[weakref.ref[nn.Module], str]]:
-    """The buffers of every module tree that owns one of the parameters. Done once: it looks at all live objects."""
-    wanted = {id(p) for p in parameters}
-    buffers: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
-    for module in [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]:
-        try:
-            if any(id(p) in wanted for p in module.parameters()):
-                for owner in module.modules():
-                    named = owner._buffers.items()
-                    buffers.update({id(b): (weakref.ref(owner), name) for name, b in named if b is not None})
-        except Exception:  # a module that is half built is not ours to judge
-            continue
-    return list(buffers.values())
-
-
-def _by_position(optimizer: Optimizer) -> Iterable[tuple[int, dict[str, Any]]]:
-    position = 0
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter in optimizer.state:
-                yield position, optimizer.state[parameter]
-            position += 1
-
-
-def _restore_optimizer(optimizer: Optimizer, saved: dict[int, dict[str, Any]]) -> None:
-    position = 0
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            before = saved.get(position)
-            position += 1
-            if before is None:
-                optimizer.state.pop(parameter, None)
-                continue
-            now = optimizer.state[parameter]
-            for name in set(now) - set(before):
-                del now[name]
-            for name, value in before.items():
-                present = now.get(name)
-                if isinstance(present, torch.Tensor) and isinstance(value, torch.Tensor):
-                    to_local(present).copy_(to_local(value))
-                else:
-                    now[name] = _copy_value(value)
-
-
-def _copy(tensor: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
-    local = to_local(tensor.detach())
-    if into is not None and into.shape == local.shape and into.dtype == local.dtype and into.device == local.device:
-        return into.copy_(local)
-    return local.clone()
-
-
-def _copy_value(value: Any) -> Any:
-    """A copy that later steps cannot reach; LBFGS keeps lists of tensors, which it changes in place."""
-    if isinstance(value, torch.Tensor):
-        return _copy(value, None)
-    if isinstance(value, dict):
-        return {key: _copy_value(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_copy_value(item) for item in value)
-    return value
+def readable(size_bytes: int) -> str:
+    """A size for people: ``1.2 GB`` (10⁹ bytes)."""
+    for unit, divisor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size_bytes >= divisor:
+            return f"{size_bytes / divisor:.1f} {unit}"
+    return f"{size_bytes} B"
