@@ -8,10 +8,10 @@ import pytest
 
 pytest.importorskip("torch")
 
-from benchmarks.rescuing.arms import grid  # noqa: E402
-from benchmarks.rescuing.cases import SEEDS, TUNING, Case, held_out  # noqa: E402
-from benchmarks.rescuing.judge import Result, Target, search, target  # noqa: E402
-from benchmarks.rescuing.ranks import Outcome, Ranks  # noqa: E402
+from benchmarks.rescuing.arms import grid
+from benchmarks.rescuing.cases import SEEDS, TUNING, Case, held_out
+from benchmarks.rescuing.judge import Result, Target, search, target
+from benchmarks.rescuing.ranks import Outcome, Ranks
 
 
 def outcome(value: float, ended: str = "") -> Outcome:

@@ -114,12 +114,12 @@ class Ranks:
         except (EOFError, OSError):
             codes = [process.exitcode for process in self._processes]
             self._end()
-            dead = f"a rank died or hung (exit codes {codes})"
-            answers = [{"value": math.inf, "initial": 0.0, "num_steps": 0, "ended": dead, "seconds": 0.0,
-                        "cpu_seconds": 0.0, "digest": ""}] * 2  # fmt: skip
+            nothing = {"value": math.inf, "initial": 0.0, "num_steps": 0, "seconds": 0.0, "cpu_seconds": 0.0}
+            answers = [{**nothing, "ended": f"a rank died or hung (exit codes {codes})", "digest": ""}] * WORLD_SIZE
         first, second = answers
         seen = self._seen(name) if arm == "auto" else {}
-        agree = first.pop("digest") == {**second}.pop("digest")
+        agree = first["digest"] == second["digest"]
+        del first["digest"]
         return Outcome(**{**first, "ranks_agree": agree, **seen})
 
     def _seen(self, run: str) -> dict[str, Any]:
