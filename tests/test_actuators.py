@@ -297,6 +297,24 @@ def test_training_goes_on_from_a_rollback_as_an_undisturbed_run_would() -> None:
     assert bits(model, optimizer) == bits(undisturbed, other)
 
 
+def test_a_rollback_at_a_critics_step_does_not_break_the_backward_that_its_generator_has_still_to_do() -> None:
+    watch = Watch(snapshots=True, snapshot_every_ticks=2, quarantine_ticks=1)
+    torch.manual_seed(0)
+    generator, critic = toy(1), nn.Linear(1, 1)
+    optimizers = [SGD(net.parameters(), lr=0.1) for net in (critic, generator)]
+    with watch.installed():
+        for step, (inputs, _) in enumerate(batches(6)):
+            made = generator(inputs)
+            critic(made.detach()).mean().backward()
+            if step == 4:
+                watch.fence.due[watch.probe.tick] = command(act("rollback", before_step=3))
+            optimizers[0].step()
+            critic(made).mean().backward()
+            optimizers[1].step()
+    assert [ack.state for ack in watch.acks] == [AckState.APPLIED]
+    assert not watch.errors
+
+
 def test_a_rollback_can_be_reverted() -> None:
     watch, model, optimizer = watched(5)
     present = bits(model, optimizer)

@@ -32,8 +32,12 @@ class Copy:
         return local.shape == self.host.shape and local.dtype == self.host.dtype
 
     def put_back(self, live: torch.Tensor) -> None:
-        """Into the memory of ``live``, to which others hold references."""
-        to_local(live.detach()).copy_(self.host)
+        """Into the memory of ``live``, to which others hold references.
+
+        Unseen by autograd (``.data``): at a critic's step the generator has still to go backward through weights that
+        are put back here. Its gradient is of no use then, but an exception would end the training.
+        """
+        to_local(live.detach()).data.copy_(self.host)
 
     def revived(self) -> torch.Tensor:
         """A new tensor as the original was."""
