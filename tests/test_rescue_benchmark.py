@@ -15,9 +15,7 @@ from benchmarks.rescuing.ranks import Outcome, Ranks
 
 
 def outcome(value: float, ended: str = "") -> Outcome:
-    return Outcome(
-        value=value, initial=2.0, num_steps=400, ended=ended, seconds=1.0, cpu_seconds=1.0, ranks_agree=True
-    )
+    return Outcome(value=value, initial=2.0, num_steps=400, ended=ended, seconds=1.0, cpu_seconds=1.0, ranks_agree=True)
 
 
 def result(none: list[float], auto: list[Outcome]) -> Result:
