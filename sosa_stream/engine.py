@@ -188,6 +188,8 @@ class Engine:
         if isinstance(event, Hello):
             self._note_rank(header, now)
             self._greet(event)
+            if len(self._members()) >= header.world_size:
+                self._repairs.apply_again(self._windows)
         elif isinstance(event, Heartbeat):
             self._note_rank(header, now, step=event.step, phase=event.phase)
         elif isinstance(event, MetricFrame):
@@ -222,6 +224,7 @@ class Engine:
         if self._started:
             self._past_generations.add(self._generation)
             self._repairs.end_generation("a new generation began")
+            self._repairs.standing.begin_generation()
             self._tracker.begin_generation()
         self._generation = self._repairs.generation = header.generation
         self._windows = RunWindows(self._settings)

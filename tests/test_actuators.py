@@ -419,3 +419,23 @@ def test_history_tells_what_was_done() -> None:
     assert carry_out(actuators, fix, 3, 3) == "learning rate ×0.5"
     (entry,) = actuators.history
     assert (entry["id"], entry["applied_step"], entry["reason"]) == (fix.id, 3, "learning rate ×0.5")
+
+
+def test_what_stands_is_listed_by_command_for_whoever_writes_a_checkpoint() -> None:
+    watch = Watch()
+    model = toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fix, skip = command(act("scale_lr", factor=0.5), act("clip_grad", max_norm=1.0)), command(act("skip_step"))
+    watch.fence.due = {2: fix, 3: skip}
+    with watch.installed(optimizer):
+        train(model, optimizer, batches(5))
+        (standing,) = watch.actuators.standing_fixes()
+        assert standing == {
+            "command": fix.id,
+            "actions": [action.as_dict() for action in fix.actions],
+            "step": 2,
+            "reason": "test",
+        }
+        watch.fence.due = {5: command(act("revert", command=fix.id))}
+        train(model, optimizer, batches(2))
+        assert watch.actuators.standing_fixes() == []

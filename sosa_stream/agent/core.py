@@ -177,6 +177,19 @@ class Agent:
         except Exception as error:
             self._on_error(error, False)
 
+    def standing_fixes(self) -> dict[str, Any]:
+        """What fixes have changed and will go on changing, as it is written beside a checkpoint: JSON values.
+
+        ``{"schema_version", "run", "generation", "fixes"}``; see `Actuators.standing_fixes`. For the training thread.
+        """
+        membership = self._courier.membership if self._courier is not None else self._alone("")
+        return {
+            "schema_version": 1,
+            "run": membership.run,
+            "generation": membership.generation,
+            "fixes": self.actuators.standing_fixes(),
+        }
+
     def observe_posterior(self, mu: torch.Tensor, logvar: torch.Tensor) -> None:
         """A VAE's approximate posterior of one training batch; never raises."""
         try:

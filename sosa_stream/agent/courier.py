@@ -68,7 +68,7 @@ class Courier:
     ) -> None:
         self._settings = settings
         self._identity = identity
-        self._membership = membership
+        self.membership = membership
         self._link = link
         self._outbox = outbox
         self._fence = fence
@@ -141,8 +141,8 @@ class Courier:
     def header(self, seq: int) -> Header:
         """The header of a message with this sequence number; 0 for one outside the sequence."""
         return Header(
-            run=self._membership.run,
-            generation=self._membership.generation,
+            run=self.membership.run,
+            generation=self.membership.generation,
             source=self._identity.nonce,
             rank=self._identity.rank,
             world_size=self._identity.world_size,
@@ -169,11 +169,11 @@ class Courier:
             self._outbox.wakeup.clear()
             self.pump()
         if not self._link.connected:
-            self._say(f"the daemon {self._membership.daemon} never answered (address, keys?): nobody watched this run")
+            self._say(f"the daemon {self.membership.daemon} never answered (address, keys?): nobody watched this run")
         elif len(self._outbox.ring):
             self._say(f"{len(self._outbox.ring)} frames were not acknowledged by the daemon before the end")
         if self._incidents:
-            self._say(f"{len(self._incidents)} incident(s) in this run: sosa incidents --run {self._membership.run}")
+            self._say(f"{len(self._incidents)} incident(s) in this run: sosa incidents --run {self.membership.run}")
         self._link.close()
 
     def _doubt_daemon(self, now: float) -> None:
@@ -183,7 +183,7 @@ class Courier:
             self._taken_at = now
         elif not self.ending and now - self._taken_at > NOT_TAKEN_SECONDS:
             self._say(
-                f"the daemon {self._membership.daemon} has taken nothing of run {self._membership.run} for "
+                f"the daemon {self.membership.daemon} has taken nothing of run {self.membership.run} for "
                 f"{NOT_TAKEN_SECONDS:g} s (its log says why, if it is there); training goes on, unwatched until it does"
             )
 
@@ -193,7 +193,7 @@ class Courier:
         if refusal:
             self._rejected.add(command.id)
             self._ack(command.id, AckState.REJECTED, refusal)
-        if self._fence is not None and command.generation == self._membership.generation:
+        if self._fence is not None and command.generation == self.membership.generation:
             self._fence.submit(command, refuse=bool(refusal))
 
     def _answer_refused(self) -> None:
@@ -207,8 +207,8 @@ class Courier:
                 self._ack(error.command, AckState.REJECTED, error.detail)
 
     def _refusal(self, command: Command) -> str:
-        if command.generation != self._membership.generation:
-            return f"made for generation {command.generation}, this is {self._membership.generation}"
+        if command.generation != self.membership.generation:
+            return f"made for generation {command.generation}, this is {self.membership.generation}"
         if self._fence is None:
             return "this run has no store to agree on a step with: it can only be observed"
         if self._fence_closed:

@@ -23,13 +23,13 @@ class People:
 
     def reply(self, request: Request, *, anybody_there: bool) -> Reply:
         """What a request would come to as things stand. Changes nothing."""
-        if not anybody_there and not isinstance(request, Pause | Resume):
-            return _no("no rank of this run is there: nothing can be applied or taken back")
+        if not anybody_there and isinstance(request, Approve | Fix):
+            return _no("no rank of this run is there: nothing can be applied")
         match request:
             case Approve(command=command):
                 return self._may_approve(command)
             case Undo(command=command):
-                return self._may_undo(command)
+                return self._may_undo(command, anybody_there)
             case Fix():
                 return self._may_fix(request)
             case Pause():
@@ -51,7 +51,11 @@ class People:
             case Approve(command=command):
                 repairs.approve(command, request.who, windows)
             case Undo(command=command):
-                repairs.take_back(command, f"{request.who} asked for it", windows, asked=True)
+                why = f"{request.who} asked for it"
+                if anybody_there and command in repairs.standing:
+                    repairs.take_back(command, why, windows, asked=True)
+                else:
+                    repairs.let_go(command, why)
             case Fix():
                 self._fix(request, windows)
             case Pause():
@@ -69,7 +73,7 @@ class People:
             return _no(f"command {command} is {entry.record.state}; only a proposed command can be approved")
         return _yes("its ranks apply it as soon as they have agreed on a step", command)
 
-    def _may_undo(self, command: str) -> Reply:
+    def _may_undo(self, command: str, anybody_there: bool) -> Reply:
         repairs = self._repairs
         entry, fix = repairs.ledger.get(command), repairs.standing.get(command)
         if entry is None:
@@ -78,10 +82,10 @@ class People:
             return _no(f"command {command} is being taken back already")
         if fix is not None and fix.released_by:
             return _no(f"command {fix.released_by} has let its learning rate go: to take it back now would raise it")
-        if fix is not None:
+        if fix is not None and anybody_there:
             return _yes("its ranks take it back as soon as they have agreed on a step", repairs.next_id)
-        if any(waiting.entry is entry for waiting in repairs.standing.waiting):
-            return _yes("it will not be applied again", command)
+        if fix is not None or any(waiting.entry is entry for waiting in repairs.standing.waiting):
+            return _yes("the processes that had it are gone, and it will not be applied again", command)
         if again := repairs.standing.successor(command):
             return _no(f"command {command} is in force again as {again}: undo that one")
         state = entry.record.state

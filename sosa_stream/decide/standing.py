@@ -6,7 +6,6 @@ reason stays so until somebody, or a verdict, takes it back.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from sosa_stream.decide.ledger import Entry
@@ -32,6 +31,8 @@ class Standing:
     def __init__(self) -> None:
         self._in_force: dict[str, InForce] = {}
         self._waiting: dict[str, InForce] = {}
+        self._under_way: dict[str, list[InForce]] = {}
+        """Those that a published command applies again, by that command."""
         self._successors: dict[str, str] = {}
 
     def __contains__(self, command: str) -> bool:
@@ -55,6 +56,7 @@ class Standing:
 
     def add(self, entry: Entry) -> None:
         """Applied on all ranks."""
+        self._under_way.pop(entry.record.id, None)
         if all(action.irreversible for action in entry.record.actions):
             return
         standing = tuple(action for action in entry.record.actions if ACTIONS[action.action].stands)
@@ -72,19 +74,27 @@ class Standing:
         self._in_force.pop(command, None)
         self._waiting.pop(command, None)
 
-    def begin_generation(self, unproven: Collection[str]) -> list[InForce]:
-        """The ranks' processes are new: nothing is in force. Returns what is not to be applied again: ``unproven``."""
-        left = {command: fix for command, fix in self._in_force.items() if fix.actions}
-        self._waiting |= {command: fix for command, fix in left.items() if command not in unproven}
+    def begin_generation(self) -> None:
+        """The ranks' processes are new: nothing is in force, and what stood is wanted again."""
+        for fixes in self._under_way.values():
+            self._waiting |= {fix.entry.record.id: fix for fix in fixes}
+        self._waiting |= {command: fix for command, fix in self._in_force.items() if fix.actions}
         self._in_force.clear()
-        return [fix for command, fix in left.items() if command in unproven]
+        self._under_way.clear()
 
     def take_waiting(self) -> list[InForce]:
-        waiting, self._waiting = self.waiting, {}
-        return list(waiting)
+        """What is to be applied again, which waits no longer."""
+        waiting, self._waiting = list(self._waiting.values()), {}
+        return waiting
 
-    def applied_again(self, commands: Collection[str], by: str) -> None:
-        self._successors |= dict.fromkeys(commands, by)
+    def apply_again(self, fixes: list[InForce], by: str) -> None:
+        """A published command applies them again."""
+        self._under_way[by] = fixes
+        self._successors |= {fix.entry.record.id: by for fix in fixes}
+
+    def give_up(self, command: str) -> list[InForce]:
+        """The command that was to apply them again has ended otherwise; which they were."""
+        return self._under_way.pop(command, [])
 
     def clear(self) -> tuple[str, ...]:
         """Another model is trained: the agents have let go of all. Returns what stood."""

@@ -20,6 +20,7 @@ from sosa_stream.agent.repair.snapshots import SnapshotRing
 from sosa_stream.agent.repair.stopping import Stop
 from sosa_stream.agent.repair.training_state import TrainingState
 from sosa_stream.errors import HalfAppliedError, RefusedError, describe
+from sosa_stream.protocol.actions import ACTIONS
 from sosa_stream.protocol.messages import Command
 
 
@@ -104,6 +105,26 @@ class Actuators:
         self._under_way = None
         self.history.pop()
         _undo(undos)
+
+    def standing_fixes(self) -> list[dict[str, Any]]:
+        """The actions in force that stand, by command, in the order in which they were applied: as JSON values.
+
+        Each ``{"command", "actions", "step", "reason"}``; ``step`` is the one before which it was applied.
+        """
+        steps = {done["id"]: done["applied_step"] for done in self.history}
+        found = []
+        for command, _ in self._applied.values():
+            actions = [action.as_dict() for action in command.actions if ACTIONS[action.action].stands]
+            if actions:
+                found.append(
+                    {
+                        "command": command.id,
+                        "actions": actions,
+                        "step": steps.get(command.id),
+                        "reason": command.reason,
+                    }
+                )
+        return found
 
     def begin_anew(self) -> None:
         """Another model is trained from here on: what was done to the last one does not concern it."""
