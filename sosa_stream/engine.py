@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sosa_stream.config import DetectSettings
+from sosa_stream.decide.carry_over import CarryOver
 from sosa_stream.decide.commands import CommandRecord
 from sosa_stream.decide.people import People
 from sosa_stream.decide.policy import RunPolicy
@@ -112,6 +113,7 @@ class Engine:
         self._tracker = Tracker(run)
         self._repairs = Repairs(run, self._tracker)
         self._people = People(self._repairs)
+        self._carry_over = CarryOver(self._repairs)
         self._firing: dict[str, int] = {}
         self._ended = False
         self._effects: list[Effect] = []
@@ -189,7 +191,7 @@ class Engine:
             self._note_rank(header, now)
             self._greet(event)
             if len(self._members()) >= header.world_size:
-                self._repairs.apply_again(self._windows)
+                self._carry_over.begin(self._windows)
         elif isinstance(event, Heartbeat):
             self._note_rank(header, now, step=event.step, phase=event.phase)
         elif isinstance(event, MetricFrame):
@@ -205,6 +207,7 @@ class Engine:
         elif isinstance(event, Ack):
             self._note_rank(header, now, step=event.step)
             entry = self._repairs.acknowledge(event, self._members(), self._windows)
+            self._carry_over.look(self._windows)
             if entry is not None:
                 step = event.step if entry.record.applied_step is None else entry.record.applied_step
                 self._report(Reports(digests=entry.digests, digests_step=step))
@@ -355,6 +358,7 @@ class Engine:
                 self._log((Logged(name=name, step=row.step, value=value),))
         self._tracker.pass_step(self._windows, self._repairs.kept_open)
         self._repairs.step(self._windows, self._last_event)
+        self._carry_over.look(self._windows)
         self._flush()
 
     def _report(self, reports: Reports) -> None:

@@ -9,29 +9,25 @@ from sosa_stream.config import Mode
 from sosa_stream.decide.choice import choose
 from sosa_stream.decide.commands import CommandRecord, CommandState, Verdict
 from sosa_stream.decide.experience import Outcome
+from sosa_stream.decide.held_rates import HeldRates
 from sosa_stream.decide.ledger import Entry, Ledger
 from sosa_stream.decide.playbook import GUARD_CONFIDENCE, Situation
 from sosa_stream.decide.policy import Budget, RunPolicy
 from sosa_stream.decide.requests import Pause
-from sosa_stream.decide.standing import InForce, Standing
+from sosa_stream.decide.standing import Standing
 from sosa_stream.decide.trials import Trials
-from sosa_stream.detect.schedule import LR_RATIO
 from sosa_stream.detect.tracker import OpenIncident, Tracker, in_band, make_id
 from sosa_stream.detect.windows import RunWindows
 from sosa_stream.effects import Effect, Notice, OutcomeCounted, Publish, Withdraw
-from sosa_stream.protocol.actions import ACTIONS, Action
+from sosa_stream.protocol.actions import Action
 from sosa_stream.protocol.messages import Ack, Command, KnobState
 
 HORIZON_TICKS, HORIZON_SECONDS = 500, 10.0
 """A command that no fence has agreed on within this many ticks, and at least this long, is given up."""
 FASTEST_STEP_SECONDS = 0.001
 """What a step is taken to last where nothing is known of it yet."""
-MAX_ACTIONS = 8
-"""Actions that one command may hold [protocol/codec.py: Limits]."""
 LATE_TICKS = 100
 """Ticks past the expiry before the daemon calls it expired: the agents do so first."""
-STANDING = "standing"
-"""Origin of what was in force in an earlier generation."""
 RELEASE_LR, RELEASE_CONFIDENCE, RELEASE_PATIENCE_STEPS = "release_lr", 0.9, 60
 PROPOSAL_STEPS = 2000
 """Steps after which a proposal that nobody approved is out of date."""
@@ -51,6 +47,7 @@ class Repairs:
         """What the script lets fixes set, by name."""
         self.ledger = Ledger()
         self.standing = Standing()
+        self.held_rates = HeldRates()
         self.paused: Pause | None = None
         """Set while nothing may be applied by itself."""
         self._run = run
@@ -62,10 +59,6 @@ class Repairs:
         self._step = 0
         self._effects: list[Effect] = []
         self._blocked: set[str] = set()
-        # Commands that hold the learning rate down, by what factor, and whether the reason for it has gone.
-        self._holding: dict[str, float] = {}
-        self._asked_at_lr: dict[str, float] = {}
-        self._released: set[str] = set()
         self._withheld = ""
         """Why nothing is applied by itself now, or nothing."""
 
@@ -81,7 +74,7 @@ class Repairs:
     @property
     def is_idle(self) -> bool:
         """Whether a healthy step changes nothing."""
-        return not (self.ledger.live or self._holding)
+        return not (self.ledger.live or self.held_rates)
 
     @property
     def kept_open(self) -> frozenset[str]:
@@ -167,47 +160,6 @@ class Repairs:
         verdict = entry.record.verdict or Verdict.INCONCLUSIVE
         self.ledger.move(entry, _S.REVERTED, verdict=verdict, why=f"not to be applied again: {why}")
 
-    def apply_again(self, windows: RunWindows) -> None:
-        """All ranks of a new generation are there: let them have again what stands, as one command."""
-        wanted: list[InForce] = []
-        for fix in self.standing.take_waiting():
-            if why := self._unwanted(fix):
-                self._drop_standing(fix, why)
-            else:
-                wanted.append(fix)
-        while wanted:
-            num, num_actions = 0, 0
-            while num < len(wanted) and num_actions + len(wanted[num].actions) <= MAX_ACTIONS:
-                num_actions += len(wanted[num].actions)
-                num += 1
-            batch, wanted = wanted[:num], wanted[num:]
-            self._publish_again(batch, windows)
-
-    def _unwanted(self, fix: InForce) -> str:
-        """Why the new generation may not have a fix again, or nothing."""
-        if self.policy.mode is Mode.OBSERVE:
-            return "mode is observe now"
-        if fix.entry.approved or self.policy.may_apply(fix.actions, 1.0):
-            return ""
-        return f"mode {self.policy.mode} and [auto] allow do not let it be applied without a person now"
-
-    def _publish_again(self, fixes: list[InForce], windows: RunWindows) -> None:
-        actions = tuple(action for fix in fixes for action in fix.actions)
-        names = ", ".join(fix.entry.record.id for fix in fixes)
-        entry = self.new_entry("", actions, 1.0, f"in force in the generation before: {names}", origin=STANDING)
-        entry.approved = any(fix.entry.approved for fix in fixes)
-        asked = [lr for fix in fixes if (lr := self._asked_at_lr.get(fix.entry.record.id)) is not None]
-        self.standing.apply_again(fixes, by=entry.record.id)
-        self.publish(entry, windows)
-        if asked:  # the rate to compare the script's own with is that of the first time
-            self._asked_at_lr[entry.record.id] = max(asked)
-
-    def _drop_standing(self, fix: InForce, why: str) -> None:
-        record = fix.entry.record
-        entry = self.new_entry("", fix.actions, 1.0, f"in force in the generation before: {record.id}", origin=STANDING)
-        self.ledger.move(entry, _S.REJECTED, why=why)
-        self.say(f"{record.id} is not applied again: {why}")
-
     def acknowledge(self, ack: Ack, members: tuple[int, ...], windows: RunWindows) -> Entry | None:
         """A rank's word on a command; returns the entry once it is applied on all ranks."""
         known = self.ledger.get(ack.command)
@@ -218,7 +170,7 @@ class Repairs:
             return None
         if entry.final:
             self._effects.append(Withdraw(command=entry.record.id))
-            self._not_applied(entry, windows)
+            self._not_applied(entry)
             return None
         if entry.record.state is not _S.APPLIED:
             return None
@@ -234,9 +186,9 @@ class Repairs:
             self.standing.release(entry.releases, by=entry.record.id)
         else:
             self.standing.add(entry)
-        self._note_hold(entry, windows)
+        self.held_rates.take(entry, windows)
         record = entry.record
-        if record.origin == STANDING or all(action.action in JUDGES_NOTHING for action in record.actions):
+        if record.origin == "standing" or all(action.action in JUDGES_NOTHING for action in record.actions):
             self.ledger.move(entry, _S.VERIFIED, verdict=Verdict.INCONCLUSIVE)
         else:
             self._trials.begin(entry, self._tracker.find(record.incident), windows)
@@ -253,10 +205,9 @@ class Repairs:
             if unproven is not None and unproven in self.standing:
                 self.standing.drop(unproven)
                 self.say(f"{unproven} was not proven yet when its generation ended: it will not be applied again")
-        for command_id in self._released:
+        for command_id in self.held_rates.over:
             self.standing.release(command_id, by="")
-        self._holding.clear()
-        self._released.clear()
+        self.held_rates.clear()
         for entry in self.ledger.live:
             state = entry.record.state
             if state in (_S.PROPOSED, _S.APPROVED):
@@ -282,34 +233,21 @@ class Repairs:
         """Another model is trained: the agents have let go of what was done to the last one."""
         if stood := self.standing.clear():
             self.say(f"another model is trained: {', '.join(stood)} no longer in force")
-        self._holding.clear()
-        self._released.clear()
-
-    def _note_hold(self, entry: Entry, windows: RunWindows) -> None:
-        factor = math.prod(action.params["factor"] for action in entry.record.actions if action.action == "scale_lr")
-        if factor * LR_RATIO < 1.0:
-            self._holding[entry.record.id] = factor
-            asked, now = self._asked_at_lr.get(entry.record.id), windows.schedule.script_lr
-            if asked is not None and now is not None and now <= LR_RATIO * factor * asked:
-                self._released.add(entry.record.id)  # it came back while the ranks were agreeing, or with a restart
+        self.held_rates.clear()
 
     def _release_lr(self, windows: RunWindows) -> None:
-        """A rate that was held down is let go once the script's own has come back: else training would crawl on."""
-        for command_id, factor in list(self._holding.items()):
-            if windows.schedule.script_lr_fell(LR_RATIO * factor):
-                self._released.add(command_id)
-            if command_id not in self._released or self._busy():
-                continue
+        self.held_rates.look(windows)
+        if self._busy():
+            return
+        for command_id, actions in self.held_rates.let_go():
             held = self.ledger.get(command_id)
-            del self._holding[command_id]
-            self._released.discard(command_id)
             if held is None or held.record.state is _S.REVERTED:
                 continue
-            actions = _raise_lr(1.0 / factor)
             why = "the script's own learning rate is back"
             entry = self.new_entry(held.record.incident, actions, RELEASE_CONFIDENCE, why)
             entry.fix, entry.patience_steps, entry.releases = RELEASE_LR, RELEASE_PATIENCE_STEPS, command_id
             self._propose(entry, windows, automatic=self.policy.may_apply(actions, RELEASE_CONFIDENCE))
+            return
 
     def _propose(self, entry: Entry, windows: RunWindows, *, automatic: bool) -> None:
         """Publish a fix at once where it goes ahead without a person; where only the time is wrong, later."""
@@ -405,8 +343,7 @@ class Repairs:
         horizon = max(HORIZON_TICKS, math.ceil(HORIZON_SECONDS / seconds) if seconds > 1e-6 else 0)
         entry.expires_tick = windows.tick + horizon
         self.ledger.move(entry, _S.PUBLISHED)
-        if windows.schedule.script_lr is not None:
-            self._asked_at_lr[entry.record.id] = windows.schedule.script_lr
+        self.held_rates.ask(entry.record.id, windows)
         record = entry.record
         self._effects.append(
             Publish(
@@ -479,16 +416,9 @@ class Repairs:
         # a revert is done once it is applied: whether the run is well is the next fix's question
         self.ledger.move(entry, _S.VERIFIED, verdict=Verdict.INCONCLUSIVE)
 
-    def _not_applied(self, entry: Entry, windows: RunWindows) -> None:
+    def _not_applied(self, entry: Entry) -> None:
         self._trials.drop(entry)
         self.standing.drop(entry.record.id)  # it failed on a rank after others had said `applied`
-        fixes = self.standing.give_up(entry.record.id)
-        if len(fixes) > 1 and entry.record.state is _S.REJECTED:  # one that cannot be had is no reason to lose all
-            for fix in fixes:
-                self._publish_again([fix], windows)
-        elif fixes:
-            names = ", ".join(fix.entry.record.id for fix in fixes)
-            self.say(f"{names} could not be applied again ({entry.record.reason})")
         original = self.ledger.get(entry.reverts) if entry.reverts else None
         if original is not None and original.record.state is _S.APPLIED:
             verdict = original.record.verdict or Verdict.INCONCLUSIVE
@@ -507,19 +437,11 @@ class Repairs:
             elif record.state in (_S.PUBLISHED, _S.HELD) and windows.tick > entry.expires_tick + LATE_TICKS:
                 self.ledger.move(entry, _S.EXPIRED, why="the ranks did not agree in time")
                 self._effects.append(Withdraw(command=record.id))
-                self._not_applied(entry, windows)
+                self._not_applied(entry)
 
     def say(self, text: str) -> None:
         """One sentence for the daemon's log."""
         self._effects.append(Notice(text=text))
-
-
-def _raise_lr(ratio: float) -> tuple[Action, ...]:
-    """As many actions as their bounds ask for."""
-    most = ACTIONS["scale_lr"].params["factor"].high
-    if ratio <= most:
-        return (Action(action="scale_lr", params={"factor": ratio}),)
-    return (Action(action="scale_lr", params={"factor": most}), *_raise_lr(ratio / most))
 
 
 def _situation(known: OpenIncident, windows: RunWindows, knobs: Mapping[str, KnobState]) -> Situation:

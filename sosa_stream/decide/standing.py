@@ -87,14 +87,19 @@ class Standing:
         waiting, self._waiting = list(self._waiting.values()), {}
         return waiting
 
+    @property
+    def under_way(self) -> list[tuple[str, list[InForce]]]:
+        """Commands that apply fixes again, and which."""
+        return list(self._under_way.items())
+
     def apply_again(self, fixes: list[InForce], by: str) -> None:
         """A published command applies them again."""
         self._under_way[by] = fixes
         self._successors |= {fix.entry.record.id: by for fix in fixes}
 
-    def give_up(self, command: str) -> list[InForce]:
-        """The command that was to apply them again has ended otherwise; which they were."""
-        return self._under_way.pop(command, [])
+    def give_up(self, command: str) -> None:
+        """The command that was to apply them again has ended otherwise."""
+        self._under_way.pop(command, None)
 
     def clear(self) -> tuple[str, ...]:
         """Another model is trained: the agents have let go of all. Returns what stood."""

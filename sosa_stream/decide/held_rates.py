@@ -1,0 +1,80 @@
+"""Learning rates that fixes hold down, and when to let them go: once the script's own rate has come back.
+
+Else training would crawl on at the product of both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+from sosa_stream.decide.ledger import Entry
+from sosa_stream.detect.schedule import LR_RATIO
+from sosa_stream.detect.windows import RunWindows
+from sosa_stream.protocol.actions import ACTIONS, Action
+
+
+class HeldRates:
+    """The commands that hold the learning rate down, by what factor, and whether the reason for it has gone."""
+
+    def __init__(self) -> None:
+        self._factors: dict[str, float] = {}
+        self._asked_at: dict[str, float] = {}
+        """The script's own rate when a command was published."""
+        self._over: set[str] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._factors)
+
+    def ask(self, command: str, windows: RunWindows) -> None:
+        """A command is published."""
+        if windows.schedule.script_lr is not None:
+            self._asked_at[command] = windows.schedule.script_lr
+
+    def hand_on(self, commands: Iterable[str], *, to: str) -> None:
+        """Another command applies them again: the rate to compare the script's own with is that of the first time."""
+        asked = [self._asked_at[command] for command in commands if command in self._asked_at]
+        if asked:
+            self._asked_at[to] = max(asked)
+
+    def take(self, entry: Entry, windows: RunWindows) -> None:
+        """A command is applied on all ranks."""
+        factor = math.prod(action.params["factor"] for action in entry.record.actions if action.action == "scale_lr")
+        if factor * LR_RATIO >= 1.0:
+            return
+        command = entry.record.id
+        self._factors[command] = factor
+        asked, now = self._asked_at.get(command), windows.schedule.script_lr
+        if asked is not None and now is not None and now <= LR_RATIO * factor * asked:
+            self._over.add(command)  # it came back while the ranks were agreeing, or with a restart
+
+    def look(self, windows: RunWindows) -> None:
+        """One more step: did the script's own rate fall?"""
+        for command, factor in self._factors.items():
+            if windows.schedule.script_lr_fell(LR_RATIO * factor):
+                self._over.add(command)
+
+    def let_go(self) -> Iterator[tuple[str, tuple[Action, ...]]]:
+        """Each command whose reason has gone, once, and the actions that undo its factor."""
+        for command in [command for command in self._factors if command in self._over]:
+            factor = self._factors.pop(command)
+            self._over.discard(command)
+            yield command, _raise(1.0 / factor)
+
+    @property
+    def over(self) -> frozenset[str]:
+        """Commands whose reason has gone, which hold the rate still."""
+        return frozenset(self._over)
+
+    def clear(self) -> None:
+        """Nothing is held any more: the processes, or the model, are others."""
+        self._factors.clear()
+        self._over.clear()
+
+
+def _raise(ratio: float) -> tuple[Action, ...]:
+    """As many actions as their bounds ask for."""
+    most = ACTIONS["scale_lr"].params["factor"].high
+    if ratio <= most:
+        return (Action(action="scale_lr", params={"factor": ratio}),)
+    return (Action(action="scale_lr", params={"factor": most}), *_raise(ratio / most))
