@@ -20,6 +20,7 @@ from sosa_stream.agent.probe import Probe
 from sosa_stream.agent.repair.actuators import Actuators, make_actuators
 from sosa_stream.agent.repair.registry import Registry
 from sosa_stream.agent.repair.snapshots import SnapshotRing
+from sosa_stream.agent.repair.together import world_size
 from sosa_stream.agent.repair.training_state import TrainingState
 from sosa_stream.agent.watch.baseline import InputBaseline
 from sosa_stream.agent.watch.taps import Taps
@@ -59,7 +60,7 @@ class OpenOutbox(Outbox):
 
 
 class OneCommand:
-    """A fence that lets given commands through at given ticks."""
+    """A fence that lets given commands through at given ticks: on all ranks, where there is a process group."""
 
     def __init__(self) -> None:
         self.due: dict[int, Command] = {}
@@ -68,6 +69,10 @@ class OneCommand:
 
     def arrive(self, tick: int) -> Command | None:
         return self.due.pop(tick, None)
+
+    @property
+    def num_members(self) -> int:
+        return world_size()
 
     def conclude(self, failure: str = "") -> str:
         return failure or self.elsewhere
@@ -94,7 +99,7 @@ class Watch:
         self.errors: list[tuple[BaseException, bool]] = []
         self.ring = SnapshotRing(self.state, AgentSettings(**settings), 2000, self.said.append) if snapshots else None
         mode = guard if isinstance(guard, GuardMode) else GuardMode.SYNC if guard else GuardMode.OFF
-        self.actuators = make_actuators(self.state, self.ring, 10000.0)
+        self.actuators = make_actuators(self.state, self.ring, 10000.0, deliveries=self.taps.deliveries)
         self.probe = Probe(
             outbox=self.outbox,
             taps=self.taps,
@@ -107,6 +112,7 @@ class Watch:
             on_error=lambda error, in_force: self.errors.append((error, in_force)),
             tell=self.said.append,
         )
+        self.taps.deliveries.tick = lambda: self.probe.tick
         self.fence = OneCommand()
         self.probe.fence = self.fence  # type: ignore[assignment]
 

@@ -36,6 +36,7 @@ from sosa_stream.agent.link import Link, LocalLink, TeeLink
 from sosa_stream.agent.outbox import Outbox, Wakeup
 from sosa_stream.agent.probe import Probe
 from sosa_stream.agent.repair.actuators import make_actuators
+from sosa_stream.agent.repair.diagnostics import DumpDiagnostics
 from sosa_stream.agent.repair.knobs import Knobs
 from sosa_stream.agent.repair.registry import Registry
 from sosa_stream.agent.repair.snapshots import SnapshotRing
@@ -104,7 +105,15 @@ class Agent:
         if settings.snapshots_wanted:
             snapshots = SnapshotRing(self.state, settings.agent, settings.auto.max_rollback_steps, self.say)
         self.knobs = Knobs(self.say)
-        self.actuators = make_actuators(self.state, snapshots, settings.auto.max_lr_change, self.knobs)
+        self.actuators = make_actuators(
+            self.state,
+            snapshots,
+            settings.auto.max_lr_change,
+            self.knobs,
+            self.taps.deliveries,
+            {"dump_diagnostics": DumpDiagnostics(self.state, self._diagnostics_path, self._facts, self._say_here)},
+        )
+        self._generation = self._identity.nonce
         self._local = False
         self.probe = Probe(
             outbox=self._outbox,
@@ -119,6 +128,7 @@ class Agent:
             tell=self._tell,
             after_tick=self._after_tick,
         )
+        self.taps.deliveries.tick = lambda: self.probe.tick
         self.taps.on_compile = self.probe.looks.forward.give_up
         if rank == 0:
             self.probe.looks.tell_layers = self._tell_layers
@@ -223,6 +233,23 @@ class Agent:
         states = self.knobs.changed() if self._identity.rank == 0 else None
         if states is not None:
             self._outbox.add_message(lambda header: messages.Knobs(header=header, knobs=states), urgent=False)
+
+    def _diagnostics_path(self, step: int) -> Path:
+        return Path(self.settings.home, self._run, "diagnostics", f"rank{self._identity.rank}-step{step}.txt")
+
+    def _facts(self) -> dict[str, object]:
+        return {
+            "run": self._run,
+            "generation": self._generation,
+            "rank": f"{self._identity.rank} of {self._identity.world_size} on {self._identity.host}",
+            "phase": self.taps.phase,
+            "in force": self.actuators.in_force,
+            "commands": "".join(f"\n  {each}" for each in self.actuators.history[-32:]),
+            "last steps": "".join(f"\n  {each}" for each in self._outbox.recent()),
+        }
+
+    def _say_here(self, text: str) -> None:
+        self.say(text, every_rank=True)
 
     def _tell(self, text: str) -> None:
         if not self._local:  # in one process the Engine's own words say more
@@ -349,6 +376,7 @@ class Agent:
         return True
 
     def _join(self, membership: Membership, link: Link, store: RegisterStore | None) -> None:
+        self._run, self._generation = membership.run, membership.generation
         fence = None
         if store is not None:
             fence = Fence(

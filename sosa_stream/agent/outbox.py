@@ -29,6 +29,8 @@ SUDDEN_RATIO = 3.0
 USUAL_SMOOTHING = 0.1
 
 MAX_NAMES_PER_FRAME = 32
+MAX_RECENT = 32
+"""Rows that `Outbox.recent` tells of."""
 
 KNOWN_COLUMNS = ("tick", "lr_multiplier", "step_seconds", "model", "num_objectives")
 """Columns that the host knows at once, in the order of `Row.known`."""
@@ -159,6 +161,7 @@ class Outbox:
         self.ring = Ring(ring_frames)
         self.wakeup = wakeup
         self._rows: deque[Row] = deque(maxlen=MAX_WAITING_ROWS)
+        self._recent: deque[tuple[int, tuple[str, ...], Scalars]] = deque(maxlen=MAX_RECENT)
         self._messages: deque[Callable[[Header], AgentMessage]] = deque(maxlen=4096)
         self._usual_names: tuple[str, ...] = ()
         self._usual: list[float] = []
@@ -171,9 +174,17 @@ class Outbox:
         if len(self._rows) > MAX_WAITING_INPUTS:  # there is no daemon yet, and samples of batches are not small
             row.inputs = None
         self._rows.append(row)
+        self._recent.append((row.step, row.names, row.scalars))
         values = row.scalars.values
         if self._is_sudden(row.names, values[: len(row.names)] if row.sampled else values):
             self.wakeup.set()
+
+    def recent(self) -> list[str]:
+        """The last steps in words, as far as their values are on the host."""
+        return [
+            f"step {step}: " + ", ".join(f"{n}={v:.6g}" for n, v in zip(names, scalars.values, strict=False))
+            for step, names, scalars in tuple(self._recent)
+        ]
 
     def _is_sudden(self, names: tuple[str, ...], values: tuple[float, ...]) -> bool:
         """Only about when to send, never about what is wrong: a false answer costs one early frame."""

@@ -220,6 +220,8 @@ class Probe:
                 self._apply(command, fence)
             except Exception as error:  # the others may have managed: this rank must not go on beside them
                 self._on_error(error, True)
+            if self._in_force.stale_gradients and self._in_force.accumulation is not None:
+                self._in_force.accumulation.drop()
 
     def _meet(self, optimizer: Optimizer) -> None:
         """A new optimizer: are its parameters sharded, and its gradients the same on all ranks?"""
@@ -269,7 +271,7 @@ class Probe:
         detail = digest = ""
         failed: Exception | None = None
         try:
-            detail = self._actuators.apply(command, tick, step)
+            detail = self._actuators.apply(command, tick, step, fence.num_members)
         except Exception as error:
             failed = error
         why = fence.conclude(describe(failed) if failed else "")
@@ -324,6 +326,11 @@ class Probe:
             gradients.clip(local, gradients.norm_after_clip(self._norm, self._clipped_to), in_force.max_norm)
         if self.observing and not sharded and self.looks.are_due(self.step):
             self._look(optimizer, parameters, local, norms, skip)
+        if in_force.accumulation is not None and not skip:
+            waits, restore = in_force.accumulation.gather(optimizer)
+            self._restore.append(restore)
+            if waits:
+                self.looks.skip_update()
         if in_force.lr_multiplier != 1.0:
             self._restore.append(self._learning_rate.restore)
             self._learning_rate.scale(optimizer, in_force.lr_multiplier)
@@ -457,9 +464,9 @@ class Probe:
 
     def _put_back(self) -> None:
         """Everything as the script left it: learning rate, gradients, found_inf."""
-        self._guard.put_back()
         while self._restore:
             self._restore.pop()()
+        self._guard.put_back()
 
     def _lose_sight(self, error: Exception) -> None:
         self.observing = False

@@ -135,6 +135,8 @@ class Fence:
         self._step_seconds = 0.0
         self._stop = NEVER
         self._granted: Command | None = None
+        self.num_members = 0
+        """How many ranks carry out the command that `arrive` gave last."""
         self._in_hand = False
         self._failure: str | None = None
         self._decision: Decision | None = None
@@ -448,6 +450,7 @@ class Fence:
         if after.attempt == before.attempt and verdict is None:
             return
         if after.committed and verdict is not None:
+            self.num_members = len(verdict.members)
             self._release(command)
             self._tell(Committed(command, verdict.tick))
             return

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sosa_stream.agent.repair.accumulation import Accumulation
 
 Undo = Callable[[], None]
 
@@ -16,6 +19,8 @@ class Moment:
     command: str
     tick: int
     step: int
+    num_ranks: int = 1
+    """How many carry it out together."""
 
 
 @dataclass(slots=True)
@@ -31,6 +36,8 @@ class InForce:
     """Steps still to be skipped."""
     stale_gradients: bool = False
     """The gradients at hand belong to weights that are gone: the coming step is skipped."""
+    accumulation: Accumulation | None = None
+    """Where the gradients of several steps are gathered for one update."""
     stop_wanted: bool = False
     norm_is_shared: bool = True
     """Whether the last gradient norm was the same on all ranks, as the probe saw it."""
@@ -38,15 +45,21 @@ class InForce:
     @property
     def standing(self) -> bool:
         """Whether a fix is in force that all ranks must go on applying alike."""
-        return self.lr_multiplier != 1.0 or self.max_norm is not None
+        return self.lr_multiplier != 1.0 or self.max_norm is not None or self.accumulation is not None
 
 
 class Actuator:
     """Carries out one kind of action on this rank. Everything but `refusal` runs on the training thread."""
 
+    comes_first = False
+    """Whether no action may precede it in a command: one that failed on a rank would keep that from a collective."""
+
     def refusal(self, params: Mapping[str, Any], step: int) -> str:
         """Why this rank could not do it as things stand, or nothing. For the agent's thread; waits for nothing."""
         return ""
+
+    def consult(self, at: Moment) -> None:
+        """Ask the other ranks what all must know alike, before any action of the command can have failed on one."""
 
     def apply(self, params: Mapping[str, Any], at: Moment) -> tuple[Undo, str]:
         """Do it. Returns what takes it back, and what was done, in words.
@@ -62,3 +75,10 @@ class Actuator:
 
     def begin_anew(self) -> None:
         """Another model is trained from here on: what was done to the last one does not concern it."""
+
+
+class Nothing(Actuator):
+    """``none``: the fix that every other is compared with."""
+
+    def apply(self, params: Mapping[str, Any], at: Moment) -> tuple[Undo, str]:
+        return lambda: None, "nothing done"

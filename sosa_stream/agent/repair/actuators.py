@@ -8,17 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
-from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Undo
+from sosa_stream.agent.repair.accumulation import AccumulateGradients
+from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Nothing, Undo
 from sosa_stream.agent.repair.clipping import ClipGradients
 from sosa_stream.agent.repair.knobs import Knobs
 from sosa_stream.agent.repair.learning_rate import ScaleLearningRate
+from sosa_stream.agent.repair.loss_scale import SetLossScale
+from sosa_stream.agent.repair.resetting import ResetOptimizerState
+from sosa_stream.agent.repair.resync import Resync
 from sosa_stream.agent.repair.rollback import Rollback
-from sosa_stream.agent.repair.skipping import SkipSteps
+from sosa_stream.agent.repair.skipping import SkipData, SkipSteps
 from sosa_stream.agent.repair.snapshots import SnapshotRing
 from sosa_stream.agent.repair.stopping import Stop
 from sosa_stream.agent.repair.training_state import TrainingState
+from sosa_stream.agent.watch.deliveries import Deliveries
 from sosa_stream.errors import HalfAppliedError, RefusedError, describe
 from sosa_stream.protocol.actions import ACTIONS
 from sosa_stream.protocol.messages import Command
@@ -54,12 +60,14 @@ class Actuators:
             else:
                 actuator = self._by_action.get(action.action)
                 why = "this agent does not know it" if actuator is None else actuator.refusal(action.params, step)
+                if actuator is not None and actuator.comes_first and action is not command.actions[0]:
+                    why = "it must be the first action of its command"
             if why:
                 return f"{action.action}: {why}"
         return ""
 
-    def apply(self, command: Command, tick: int, step: int) -> str:
-        """Carry out all actions of ``command`` as one. Returns what was done, in words.
+    def apply(self, command: Command, tick: int, step: int, num_ranks: int = 1) -> str:
+        """Carry out all actions of ``command`` as one, on ``num_ranks`` ranks. Returns what was done, in words.
 
         `keep` or `take_back` follows, as the other ranks fared.
 
@@ -67,7 +75,11 @@ class Actuators:
             HalfAppliedError: an action failed, and those before it could not all be undone.
             Exception: an action failed; those before it have been undone.
         """
-        undos, words = self._carry_out(command, Moment(command=command.id, tick=tick, step=step))
+        at = Moment(command=command.id, tick=tick, step=step, num_ranks=num_ranks)
+        for action in command.actions:
+            if action.action in self._by_action:
+                self._by_action[action.action].consult(at)
+        undos, words = self._carry_out(command, at)
         self._under_way = command, undos
         detail = "; ".join(words)
         self.history.append(
@@ -174,17 +186,29 @@ class Actuators:
 
 
 def make_actuators(
-    state: TrainingState, snapshots: SnapshotRing | None, max_lr_change: float, knobs: Knobs | None = None
+    state: TrainingState,
+    snapshots: SnapshotRing | None,
+    max_lr_change: float,
+    knobs: Knobs | None = None,
+    deliveries: Deliveries | None = None,
+    more: Mapping[str, Actuator] = MappingProxyType({}),
 ) -> Actuators:
-    """Every action that this agent carries out."""
+    """Every action that this agent carries out; ``more`` are those that need what only the agent as a whole has."""
     in_force = InForce()
     by_action: dict[str, Actuator] = {
+        "none": Nothing(),
         "skip_step": SkipSteps(in_force),
+        "skip_data": SkipData(in_force, deliveries or Deliveries()),
         "clip_grad": ClipGradients(in_force),
         "scale_lr": ScaleLearningRate(in_force, state, max_lr_change),
         "rollback": Rollback(in_force, state, snapshots),
+        "reset_optimizer_state": ResetOptimizerState(state),
+        "grad_accumulation": AccumulateGradients(in_force, state),
+        "set_loss_scale": SetLossScale(state),
+        "resync": Resync(in_force, state),
         "stop": Stop(in_force),
         "set_knob": knobs if knobs is not None else Knobs(lambda text: None),
+        **more,
     }
     return Actuators(in_force, by_action, state.digest)
 

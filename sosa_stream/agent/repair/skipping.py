@@ -1,11 +1,13 @@
-"""``skip_step``: optimizer steps that are left out."""
+"""``skip_step`` and ``skip_data``: optimizer steps, or batches, that are left out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from sosa_stream.agent.repair import together
 from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Undo
+from sosa_stream.agent.watch.deliveries import Deliveries
 
 
 class SkipSteps(Actuator):
@@ -22,3 +24,29 @@ class SkipSteps(Actuator):
             self._in_force.skip_left = max(0, self._in_force.skip_left - num_steps)
 
         return undo, f"skipping {self._in_force.skip_left} step(s)"
+
+
+class SkipData(Actuator):
+    """The coming batches are loaded and not used. The one in hand is.
+
+    Without a DataLoader, on any rank, updates are skipped instead: the data goes by all the same.
+    """
+
+    def __init__(self, in_force: InForce, deliveries: Deliveries) -> None:
+        self._deliveries = deliveries
+        self._skip_steps = SkipSteps(in_force)
+        self._seen_by_all = False
+
+    def consult(self, at: Moment) -> None:
+        seen = bool(self._deliveries.iterators)
+        if at.num_ranks > 1:
+            together.require_all_ranks(at)
+            seen = together.all_true(seen)
+        self._seen_by_all = seen
+
+    def apply(self, params: Mapping[str, Any], at: Moment) -> tuple[Undo, str]:
+        num_batches = params["num_batches"]
+        if self._seen_by_all:
+            return self._deliveries.pass_over(num_batches), f"the next {num_batches} batch(es) of data go by unused"
+        undo, _ = self._skip_steps.apply({"num_steps": num_batches}, at)
+        return undo, f"no DataLoader is seen on every rank: {num_batches} update(s) are skipped instead"

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -127,6 +128,12 @@ class TrainingState:
     def schedulers(self) -> list[LRScheduler]:
         self._look()
         return self.registry.schedulers(self.optimizers)
+
+    @property
+    def scalers(self) -> list[GradScaler]:
+        """Those that are switched on."""
+        self._look()
+        return self.registry.scalers
 
     @property
     def models(self) -> list[nn.Module]:

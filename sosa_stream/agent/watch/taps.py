@@ -19,6 +19,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn.utils import clip_grad
 
 from sosa_stream.agent.gradients import whole
+from sosa_stream.agent.watch.deliveries import Deliveries
 from sosa_stream.agent.watch.losses import Losses
 from sosa_stream.protocol.messages import Phase
 
@@ -31,6 +32,7 @@ class Taps:
 
     def __init__(self) -> None:
         self.losses = Losses()
+        self.deliveries = Deliveries()
         self.phase = Phase.START
         self._clip_norm: torch.Tensor | None = None
         self._clip_bound: float | None = None
@@ -49,8 +51,10 @@ class Taps:
             self._wrap(module, "clip_grad_norm_", self._clip_grad_norm)
         self._wrap(torch, "compile", self._compile)
         self._wrap(torch.nn.Module, "compile", self._compile)
+        self.deliveries.install()
 
     def remove(self) -> None:
+        self.deliveries.remove()
         while self._restore:
             self._restore.pop()()
 

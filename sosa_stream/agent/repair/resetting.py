@@ -1,0 +1,72 @@
+"""``reset_optimizer_state``: the optimizers begin again, as if they had just been made."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from sosa_stream.agent.repair.actuator import Actuator, Moment, Undo
+from sosa_stream.agent.repair.optimizer_state import inner_optimizer
+from sosa_stream.agent.repair.training_state import TrainingState
+from sosa_stream.errors import RefusedError
+
+
+class ResetOptimizerState(Actuator):
+    """Puts the state of every optimizer that has stepped aside, without a copy: it stays in memory for the way back."""
+
+    def __init__(self, state: TrainingState) -> None:
+        self._state = state
+
+    def refusal(self, params: Mapping[str, Any], step: int) -> str:
+        optimizers = [inner_optimizer(optimizer) for optimizer in self._state.optimizers]
+        if not optimizers:
+            return "no optimizer has stepped yet"
+        for optimizer in optimizers:
+            if not _starts_empty(optimizer):
+                return f"{type(optimizer).__name__} makes no new state in a step: only the script can reset it"
+        return _no_room(optimizers)
+
+    def apply(self, params: Mapping[str, Any], at: Moment) -> tuple[Undo, str]:
+        if why := self.refusal(params, at.step):
+            raise RefusedError(f"reset_optimizer_state: {why}")
+        aside = [(each, dict(each.state)) for each in map(inner_optimizer, self._state.optimizers)]
+        for optimizer, _ in aside:
+            optimizer.state.clear()
+
+        def undo() -> None:
+            for optimizer, before in aside:
+                optimizer.state.clear()
+                optimizer.state.update(before)
+
+        return undo, f"state of {', '.join(type(optimizer).__name__ for optimizer, _ in aside)} reset"
+
+
+def _starts_empty(optimizer: Optimizer) -> bool:
+    """Whether one of its kind has no state until its first step, which then makes it. (Adagrad's has.)"""
+    kind = type(optimizer)
+    try:
+        taken = inspect.signature(kind.__init__).parameters
+        options = {name: value for name, value in optimizer.defaults.items() if name in taken}
+        return not kind([torch.nn.Parameter(torch.zeros(2, 2))], **options).state
+    except Exception:  # one that cannot be made like this may well not be able to begin again
+        return False
+
+
+def _no_room(optimizers: list[Optimizer]) -> str:
+    """Why the GPUs cannot hold the new state beside the one put aside, or nothing."""
+    wanted: dict[torch.device, int] = {}
+    for optimizer in optimizers:
+        for values in list(optimizer.state.values()):
+            for value in list(values.values()):
+                if isinstance(value, torch.Tensor) and value.is_cuda:
+                    wanted[value.device] = wanted.get(value.device, 0) + value.numel() * value.element_size()
+    for device, size in wanted.items():
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        room = torch.cuda.mem_get_info(device)[0] + cached
+        if size > room:
+            return f"{device} has room for {room / 1e6:.0f} MB, and the state put aside holds {size / 1e6:.0f} MB"
+    return ""
