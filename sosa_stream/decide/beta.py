@@ -7,7 +7,7 @@ import math
 _TINY = 1e-300
 _PRECISION = 1e-12
 _NUM_TERMS = 300
-_NUM_HALVINGS = 50
+_NUM_HALVINGS = 32
 
 
 def share_below(x: float, a: float, b: float) -> float:

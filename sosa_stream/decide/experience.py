@@ -15,9 +15,9 @@ Thompson sampling [Raj and Kalyani 2017].
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from sosa_stream.decide.beta import quantile
@@ -43,7 +43,7 @@ CREDIT: Mapping[Verdict, tuple[float, float]] = {
 """What a verdict counts: success, and weight. `not_applied` counts nothing."""
 RECOVERY_POINTS = (0, 10, 20, 40, 80, 160)
 """Where the spans of the curve of natural recovery begin; the last one is open."""
-_ENDS = (*RECOVERY_POINTS[1:], math.inf)
+SPAN_LENGTHS = (*(end - begin for begin, end in pairwise(RECOVERY_POINTS)), RECOVERY_POINTS[-1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +135,7 @@ class _Tally:
 
 @dataclass(slots=True)
 class _Recovery:
-    """For each span: how many faults had lasted to its begin and were watched to its end, and how many healed in it."""
+    """For each span of time: how many faults were watched through it, also in part, and how many healed in it."""
 
     spans: list[_Tally] = field(default_factory=lambda: [_Tally() for _ in RECOVERY_POINTS])
     num_trials: int = 0
@@ -144,11 +144,13 @@ class _Recovery:
     def add(self, steps: int, healed: bool, weight: float) -> None:
         self.num_trials += 1
         self.num_healed += healed
-        for begin, end, span in zip(RECOVERY_POINTS, _ENDS, self.spans, strict=True):
-            if steps >= end:
-                span.add(0.0, weight)
-            elif healed and steps >= begin:
+        for begin, length, span in zip(RECOVERY_POINTS, SPAN_LENGTHS, self.spans, strict=True):
+            is_last = span is self.spans[-1]
+            if healed and begin <= steps and (is_last or steps < begin + length):
                 span.add(1.0, weight)
+            elif steps > begin:
+                passed = (steps - begin) / length
+                span.add(0.0, weight * (passed if is_last else min(passed, 1.0)))
 
 
 class Experience:
@@ -206,11 +208,11 @@ class Experience:
         """
         spans = self._recoveries.get(kind, _Recovery()).spans
         lasting = 1.0
-        for i, span in enumerate(spans):
-            begin = RECOVERY_POINTS[i]
-            length = _ENDS[i] - begin if i + 1 < len(spans) else begin
-            healing = self._span(kind, i, span, share)
-            lasting *= (1.0 - healing) ** (min(max(steps - begin, 0.0), length) / length)
+        for i, (begin, length) in enumerate(zip(RECOVERY_POINTS, SPAN_LENGTHS, strict=True)):
+            if steps > begin:
+                passed = (steps - begin) / length
+                healing = self._span(kind, i, spans[i], share)
+                lasting *= (1.0 - healing) ** (passed if i + 1 == len(spans) else min(passed, 1.0))
         return 1.0 - lasting
 
     @staticmethod
