@@ -211,14 +211,13 @@ class Experience:
         for i, (begin, length) in enumerate(zip(RECOVERY_POINTS, SPAN_LENGTHS, strict=True)):
             if steps > begin:
                 passed = (steps - begin) / length
-                healing = self._span(kind, i, spans[i], share)
+                healing = self._span(kind, spans[i], share)
                 lasting *= (1.0 - healing) ** (passed if i + 1 == len(spans) else min(passed, 1.0))
         return 1.0 - lasting
 
     @staticmethod
-    def _span(kind: str, i: int, tally: _Tally, share: float | None) -> float:
-        first, later = NATURAL.get(kind, NATURAL_OTHERWISE)
-        a = PRIOR_STRENGTH * (later if i else first) + tally.helped
+    def _span(kind: str, tally: _Tally, share: float | None) -> float:
+        a = PRIOR_STRENGTH * NATURAL.get(kind, NATURAL_OTHERWISE) + tally.helped
         b = PRIOR_STRENGTH + tally.counted - a
         return a / (a + b) if share is None else quantile(share, a, b)
 

@@ -276,9 +276,14 @@ PRIORS: Mapping[tuple[str, str], float] = {
 }
 """Confidence by kind and fix."""
 
-NATURAL: Mapping[str, tuple[float, float]] = {}
-NATURAL_OTHERWISE = (0.1, 0.1)
-"""P(well within 10 steps | a fix is due and nothing is done), and for each doubling of the time after that."""
+NATURAL: Mapping[str, float] = {"overfitting": 0.03, "posterior_collapse": 0.03, "vanishing_gradient": 0.03}
+"""Kinds that do not go away by themselves: an assumption; else `NATURAL_OTHERWISE`."""
+NATURAL_OTHERWISE = 0.1
+"""P(well within 10 steps | a fix is due and nothing is done), and for each doubling of the time after that.
+
+Of 35 faults in real logs that lasted until a fix was due, 7% to 15% of those left healed in each such span. (Of all
+spikes, most of which are over before, 82% are back within 10 points.)
+"""
 
 GUARD_CONFIDENCE = 0.9
 """How often skipping a non-finite step is all that is needed."""
