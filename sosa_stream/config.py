@@ -11,15 +11,15 @@ from __future__ import annotations
 import math
 import re
 import tomllib
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from sosa_stream.errors import ConfigError
 from sosa_stream.plain import WebhookUrl, build, coerce, is_table, parse, plain, suggestion, walk
-from sosa_stream.protocol.actions import ACTIONS
+from sosa_stream.protocol.actions import ACTIONS, Action
 
 ENV_PREFIX = "SOSA_"
 CONFIG_VARIABLE = "SOSA_CONFIG"
@@ -94,6 +94,14 @@ class AutoSettings:
     """What a fix's outcome is still worth after one more of its kind: 1 never forgets, 0.98 remembers about 50."""
     explore: bool = False
     """Choose fixes by draws from what is believed of them, instead of the best: to learn, where runs are cheap."""
+    quiet_hours: tuple[str, ...] = ()
+    """Hours of the day, such as ``"22:00-07:00"``, in which fixes are only proposed, unless a person approves."""
+    quiet_timezone: str = "local"
+    """Time zone of ``quiet_hours``: ``UTC``, ``Europe/Berlin``, or ``local``, that of the job's host."""
+    kill_file: str = ""
+    """While it is there, no fix is applied, approved or not; empty: ``<home>/kill`` and ``<home>/<run>/kill``."""
+    bounds: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
+    """Least and most that an action's parameters may be without a person; each a table ``[auto.bounds.<action>]``:"""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.allow if name not in ACTIONS]
@@ -103,6 +111,69 @@ class AutoSettings:
         _at_least(0, max_fixes_per_run=self.max_fixes_per_run, max_rollback_steps=self.max_rollback_steps)
         _at_least(1, max_lr_change=self.max_lr_change)
         _at_least(0.5, 1, discount=self.discount)
+        for text in self.quiet_hours:
+            hours_of_day(text)
+        for name, of_action in self.bounds.items():
+            if name not in ACTIONS:
+                raise ConfigError(f"auto.bounds.{name}: there is no such action; {suggestion(name, ACTIONS)}")
+            for key, bound in of_action.items():
+                _check_bound(name, key, bound)
+
+    def refusal(self, actions: Iterable[Action]) -> str:
+        """Why these may not be applied without a person, or nothing. Daemon and agents ask the same."""
+        denied = [action.action for action in actions if action.action not in self.allow]
+        if denied:
+            return f"[auto] allow does not name {', '.join(denied)}"
+        for action in actions:
+            for key, (low, high) in self.bounds.get(action.action, {}).items():
+                value = action.params.get(key)
+                if value is not None and not low <= value <= high:
+                    bound = f"[auto.bounds.{action.action}] {key} = [{low:g}, {high:g}]"
+                    return f"{action.action} {key}={value:g} lies outside {bound}"
+        return ""
+
+
+DAY_SECONDS = 86400
+
+
+def hours_of_day(text: str) -> tuple[int, int]:
+    """``22:00-07:00`` as seconds of the day.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    match = re.fullmatch(r"([01]\d|2[0-3]):([0-5]\d)-(?:([01]\d|2[0-3]):([0-5]\d)|24:00)", text)
+    if match is None:
+        raise ConfigError(f"auto.quiet_hours must look like 22:00-07:00, not {text!r}")
+    hours, minutes, end_hours, end_minutes = (int(part or 0) for part in match.groups())
+    start = 3600 * hours + 60 * minutes
+    end = 3600 * end_hours + 60 * end_minutes if match[3] is not None else DAY_SECONDS
+    if start == end:
+        raise ConfigError(f"auto.quiet_hours: {text} is no time at all; the whole day is 00:00-24:00")
+    return start, end
+
+
+def _check_bound(action: str, key: str, bound: tuple[float, ...]) -> None:
+    name, params = f"auto.bounds.{action}.{key}", ACTIONS[action].params
+    numbers = [known for known, param in params.items() if param.type is not str]
+    if key not in numbers:
+        raise ConfigError(f"{name}: {action} has no such number; it has {', '.join(numbers) or 'none'}")
+    if len(bound) != 2 or not bound[0] <= bound[1]:
+        raise ConfigError(f"{name} must be [least, most], not {list(bound)}")
+    low, high = params[key].low, params[key].high
+    if bound[1] < low or bound[0] > high:
+        raise ConfigError(f"{name}: {action} takes {low:g} to {high:g}, and none of it lies in {list(bound)}")
+
+
+def auto_settings(tree: Mapping[str, Any]) -> AutoSettings:
+    """The settings in a table, as `Hello.policy` carries them among others.
+
+    Raises:
+        ConfigError: one is of another type, or out of bounds.
+    """
+    known = {spec.name for spec in fields(AutoSettings)}
+    settings: AutoSettings = coerce("policy", {key: tree[key] for key in tree if key in known}, AutoSettings)
+    return settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

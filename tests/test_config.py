@@ -25,7 +25,7 @@ from sosa_stream.config import (
 )
 from sosa_stream.errors import ConfigError
 
-TABLES = {"detect.overrides", "detect.rules"}
+TABLES = {"auto.bounds", "detect.overrides", "detect.rules"}
 """Settings that only a file can say."""
 
 
@@ -78,6 +78,8 @@ def test_every_variable_sets_its_setting(variable: str, name: str) -> None:
         text, expected = str(default + 1), default + 1
     elif name == "daemon.notify":
         text, expected = "http://a/b, https://c", ("http://a/b", "https://c")
+    elif name == "auto.quiet_hours":
+        text, expected = "22:00-07:00, 12:00-13:30", ("22:00-07:00", "12:00-13:30")
     elif isinstance(default, tuple):
         text, expected = "stop, rollback", ("stop", "rollback")
     elif isinstance(default, str) and type(default) is not str:
@@ -257,3 +259,36 @@ def test_webhooks_are_one_or_several_and_never_shown_in_full(tmp_path: Path) -> 
         with pytest.raises(ConfigError, match=r"daemon\.notify") as caught:
             load_settings(env={"SOSA_NOTIFY": wrong})
         assert "secret" not in str(caught.value)
+
+
+def test_bounds_are_tables_of_least_and_most_by_action_and_parameter(tmp_path: Path) -> None:
+    settings = load_settings(path=toml(tmp_path, "[auto.bounds.scale_lr]\nfactor = [0.1, 1]\n"))
+    assert settings.auto.bounds == {"scale_lr": {"factor": (0.1, 1.0)}}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "[auto.bounds.scale_rl]\nfactor = [0.1, 1]",
+            "scale_rl: there is no such action; did you mean scale_lr",
+        ),
+        (
+            "[auto.bounds.scale_lr]\nratio = [0.1, 1]",
+            "scale_lr.ratio: scale_lr has no such number; it has factor",
+        ),
+        ("[auto.bounds.set_knob]\nname = [0, 1]", "it has value"),
+        ("[auto.bounds.stop]\nx = [0, 1]", "it has none"),
+        ("[auto.bounds.scale_lr]\nfactor = [1.0, 0.1]", "must be [least, most]"),
+        ("[auto.bounds.scale_lr]\nfactor = [0.1]", "must be [least, most]"),
+        ("[auto.bounds.scale_lr]\nfactor = 0.1", "auto.bounds.scale_lr.factor must be a list"),
+        ("[auto.bounds.scale_lr]\nfactor = [1e4, 1e5]", "none of it lies in"),
+        ('[auto]\nquiet_hours = ["10pm-7am"]', "must look like 22:00-07:00"),
+        ('[auto]\nquiet_hours = ["22:00-25:00"]', "must look like 22:00-07:00"),
+        ('[auto]\nquiet_hours = ["22:00-22:00"]', "no time at all"),
+    ],
+)
+def test_bounds_and_hours_that_make_no_sense_are_told_by_name(tmp_path: Path, text: str, told: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_settings(path=toml(tmp_path, text))
+    assert told in str(error.value)

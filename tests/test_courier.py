@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from sosa_stream.errors import ProtocolError
 from sosa_stream.protocol.actions import Action
 from sosa_stream.protocol.codec import decode
 from sosa_stream.protocol.messages import Ack, AckState, Command, ControlMessage, Phase, Received
+from sosa_stream.testing import NOW
 
 SKIP = act("skip_step")
 SCALE = act("scale_lr", factor=0.5)
@@ -61,6 +63,10 @@ class FakeFence:
 
     def __init__(self) -> None:
         self.submitted: list[tuple[str, bool]] = []
+        self.refused: list[str] = []
+
+    def refuse(self, command: str) -> None:
+        self.refused.append(command)
 
     def submit(self, command: Command, *, refuse: bool = False) -> None:
         self.submitted.append((command.id, refuse))
@@ -75,10 +81,11 @@ def courier_of(
     *,
     generation: str = "g",
     mode: Mode = Mode.AUTO,
+    with_settings: Settings | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Courier:
     return Courier(
-        settings=settings(mode, "skip_step"),
+        settings=with_settings or settings(mode, "skip_step"),
         identity=Identity(rank=0, world_size=1, host="host", nonce="nonce"),
         membership=Membership(generation=generation, run="run", daemon="tcp://host:7667", host="host"),
         link=link,
@@ -126,6 +133,15 @@ def test_auto_takes_what_is_allowed_and_refuses_the_rest_by_name_unless_a_person
     assert may_apply(auto, command(SKIP, SCALE, approved=True)) == ""
 
 
+def test_auto_refuses_what_crosses_the_bounds_that_a_person_may_cross() -> None:
+    overrides = {"mode": Mode.AUTO, "auto.allow": ["scale_lr"], "auto.bounds": {"scale_lr": {"factor": [0.6, 1.0]}}}
+    bounded = load_settings(overrides=overrides)
+    refusal = may_apply(bounded, command(SCALE, approved=False))
+    assert refusal == "scale_lr factor=0.5 lies outside [auto.bounds.scale_lr] factor = [0.6, 1]"
+    assert may_apply(bounded, command(SCALE, approved=True)) == ""
+    assert may_apply(bounded, command(act("scale_lr", factor=0.6), approved=False)) == ""
+
+
 @pytest.mark.parametrize("mode", list(Mode))
 def test_taking_a_fix_back_is_always_allowed(mode: Mode) -> None:
     assert may_apply(settings(mode), command(REVERT, approved=False)) == ""
@@ -159,6 +175,59 @@ def test_what_may_be_applied_goes_to_the_fence_once_and_is_not_answered_before_i
     acks, fence = answers(made)
     assert acks == []
     assert fence.submitted == [(made.id, False)]
+
+
+# -- the kill file -----------------------------------------------------------------------------------------------------
+
+
+def with_kill_file(home: Path, **more: Any) -> tuple[Courier, FakeLink, FakeFence, list[str]]:
+    link, fence, said = FakeLink(), FakeFence(), []  # type: ignore[var-annotated]
+    overrides = {"mode": Mode.AUTO, "auto.allow": ["skip_step"], "home": str(home), **more}
+    return courier_of(link, fence, with_settings=load_settings(overrides=overrides), say=said.append), link, fence, said
+
+
+def acks_of(link: FakeLink) -> list[tuple[str, str]]:
+    return [(ack.command, str(ack.state)) for ack in link.sent if isinstance(ack, Ack)]
+
+
+@pytest.mark.parametrize("where", ["kill", "run/kill", "elsewhere"])
+def test_while_the_kill_file_is_there_nothing_is_held_approved_or_not_but_what_takes_back(
+    tmp_path: Path, where: str
+) -> None:
+    named = {"auto.kill_file": str(tmp_path / where)} if where == "elsewhere" else {}
+    courier, link, fence, said = with_kill_file(tmp_path, **named)
+    (tmp_path / "run").mkdir()
+    (tmp_path / where).touch()
+    approved, own, back = command(SCALE), command(SKIP, approved=False), command(REVERT)
+    link.arriving = [approved, own, back]
+    courier.pump()
+    assert acks_of(link) == [(approved.id, "rejected"), (own.id, "rejected")]
+    assert fence.submitted == [(approved.id, True), (own.id, True), (back.id, False)]
+    assert "what is in force stays in force" in said[0]
+
+    (tmp_path / where).unlink()
+    later = command(SCALE)
+    link.arriving = [later]
+    courier.pump()
+    assert fence.submitted[-1] == (later.id, False)
+    assert "applied again" in said[1]
+
+
+def test_what_is_held_when_the_kill_file_appears_is_ended_on_all_ranks_without_the_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(courier_module, "time", SimpleNamespace(monotonic=lambda: now[0], time=lambda: NOW))
+    courier, link, fence, _ = with_kill_file(tmp_path)
+    held, back = command(SKIP, approved=False), command(REVERT)
+    link.arriving = [held, back]
+    courier.pump()
+    (tmp_path / "kill").touch()
+    courier.pump()
+    assert fence.refused == [], "it is looked for at most once a second"
+    now[0] += 1.0
+    courier.pump()
+    assert fence.refused == [held.id]
 
 
 # -- the end of a job --------------------------------------------------------------------------------------------------

@@ -30,6 +30,10 @@ sensitivity = "low"
 enabled = true
 severity_cap = "warning"
 """,
+    "bounds": """
+[auto.bounds.scale_lr]
+factor = [0.1, 1.0]
+""",
     "rules": """
 [[detect.rules]]
 name = "reward_collapsed"

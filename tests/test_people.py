@@ -13,7 +13,7 @@ from sosa_stream.effects import Event, Notice
 from sosa_stream.engine import Engine
 from sosa_stream.protocol.actions import Action
 from sosa_stream.protocol.messages import AckState, Command
-from sosa_stream.testing import AUTO_POLICY, SimulatedJob, Simulation, feed, hello
+from sosa_stream.testing import AUTO_POLICY, NOW, SimulatedJob, Simulation, feed, hello
 
 HALF = Action(action="scale_lr", params={"factor": 0.5})
 SUGGEST = {**AUTO_POLICY, "mode": "suggest"}
@@ -87,6 +87,51 @@ def test_a_fix_that_harms_is_taken_back_while_the_run_is_paused() -> None:
 def test_a_pause_outlives_a_restart_of_the_group() -> None:
     sim = SimulatedJob(seed=0, lr_factor=_jump, asks={100: asking(Pause(who="ann"))}, restarts={200: AUTO_POLICY}).run()
     assert sim.published == []
+
+
+# -- quiet hours -------------------------------------------------------------------------------------------------------
+
+SEVEN_SECONDS_BEFORE_SEVEN = 7 * 3600 - 7 - NOW % 86400
+"""How far local time must be ahead of UTC for a simulated run, which takes 20 ms a step, to begin then."""
+
+
+def test_in_quiet_hours_a_fix_is_only_proposed_and_decided_anew_after_them() -> None:
+    offsets = [[0, 0], [NOW - 60, SEVEN_SECONDS_BEFORE_SEVEN]]
+    policy = {**AUTO_POLICY, "quiet_hours": ["22:00-07:00"], "quiet_offsets": offsets}
+    sim = SimulatedJob(seed=0, lr_factor=_jump, policy=policy).run()
+    withheld, applied = sim.commands
+    assert (withheld.state, withheld.verdict) == (CommandState.EXPIRED, Verdict.NOT_APPLIED)
+    assert "these are quiet hours" in withheld.reason
+    assert (applied.state, applied.verdict) == (CommandState.VERIFIED, Verdict.HELPED)
+    assert applied.applied_step is not None
+    assert 320 < applied.applied_step < 360
+
+
+def test_what_a_person_approves_or_asks_for_in_quiet_hours_is_applied() -> None:
+    policy = {**AUTO_POLICY, "quiet_hours": ["00:00-24:00"], "quiet_offsets": []}
+    approve = lambda engine: Approve(command=engine.view().commands[-1].id, who="ann")  # noqa: E731
+    asks = {100: asking(Fix(action=HALF, who="ann")), 320: approve}
+    sim = SimulatedJob(seed=0, lr_factor=_jump, policy=policy, asks=asks).run()
+    assert [str(record.state) for record in sim.commands] == ["verified", "verified"]
+
+
+# -- bounds ------------------------------------------------------------------------------------------------------------
+
+
+def test_beyond_its_bounds_a_fix_is_only_proposed_and_a_person_may_go_there() -> None:
+    policy = {**AUTO_POLICY, "bounds": {"scale_lr": {"factor": [0.1, 1.0]}, "rollback": {"before_step": [0, 9]}}}
+    approve = lambda engine: Approve(command=engine.view().commands[0].id, who="ann")  # noqa: E731
+    sim = SimulatedJob(seed=0, lr_factor=_jump, policy=policy, asks={330: approve}).run()
+    (record,) = sim.commands
+    assert record.actions[0].params["factor"] < 0.1
+    assert (record.state, record.verdict) == (CommandState.VERIFIED, Verdict.HELPED)
+    assert sim.published[0].approved
+
+
+def test_within_its_bounds_a_fix_goes_ahead_by_itself() -> None:
+    policy = {**AUTO_POLICY, "bounds": {"scale_lr": {"factor": [1e-4, 1.0]}, "rollback": {"before_step": [0, 400]}}}
+    (record,) = SimulatedJob(seed=0, lr_factor=_jump, policy=policy).run().commands
+    assert (record.state, record.verdict) == (CommandState.VERIFIED, Verdict.HELPED)
 
 
 # -- undo --------------------------------------------------------------------------------------------------------------

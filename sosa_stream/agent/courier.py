@@ -11,14 +11,17 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sosa_stream.agent.fence.fence import Aborted, Closed, Committed, Fence, Held
 from sosa_stream.agent.fence.membership import Membership
+from sosa_stream.agent.kill_file import KillFile
 from sosa_stream.agent.link import Link
 from sosa_stream.agent.outbox import Outbox
+from sosa_stream.agent.timezone import utc_offsets
 from sosa_stream.config import Mode, Settings
 from sosa_stream.errors import CommandRefusedError
-from sosa_stream.protocol.actions import Action
+from sosa_stream.plain import plain
 from sosa_stream.protocol.messages import Ack, AckState, Announcement, Bye, Command, Header, Hello, Phase, Received
 
 HEARTBEAT_SECONDS = 1.0
@@ -86,6 +89,9 @@ class Courier:
         self.ending = False
         """Set once the script ends by an error: it says so itself, and what the daemon says of it is said twice."""
         self._told_refused = False
+        self._kill_file = KillFile(settings, membership.run, say)
+        self._open: set[str] = set()
+        """Commands at the fence that a kill file ends: all but those that take something back."""
         outbox.add_message(
             lambda header: Hello(
                 header=header,
@@ -134,6 +140,10 @@ class Courier:
             self._reconnects = self._link.reconnects
             self._outbox.ring.rewind()
         self._doubt_daemon(now)
+        if self._kill_file.look(now) and self._fence is not None:
+            for command in self._open:
+                self._fence.refuse(command)
+            self._open.clear()
         self._serve_fence(now)
         self._outbox.flush(self.header)  # acks leave in the same round
         self._outbox.ring.send(self._link.send, now)
@@ -193,6 +203,8 @@ class Courier:
         if refusal:
             self._rejected.add(command.id)
             self._ack(command.id, AckState.REJECTED, refusal)
+        elif not _only_takes_back(command):
+            self._open.add(command.id)
         if self._fence is not None and command.generation == self.membership.generation:
             self._fence.submit(command, refuse=bool(refusal))
 
@@ -213,7 +225,8 @@ class Courier:
             return "this run has no store to agree on a step with: it can only be observed"
         if self._fence_closed:
             return "the fence of this run is closed"
-        return may_apply(self._settings, command) or self._cannot(command)
+        killed = "" if _only_takes_back(command) else self._kill_file.refusal()
+        return may_apply(self._settings, command) or killed or self._cannot(command)
 
     def _serve_fence(self, now: float) -> None:
         if self._fence is None:
@@ -243,7 +256,7 @@ class Courier:
 
 def may_apply(settings: Settings, command: Command) -> str:
     """Why this run may not apply ``command``, or nothing. Taking an applied fix back is always allowed."""
-    if all(action.action == "revert" for action in command.actions):
+    if _only_takes_back(command):
         return ""
     if settings.mode is Mode.OBSERVE:
         return "mode is observe: this run applies nothing"
@@ -251,27 +264,20 @@ def may_apply(settings: Settings, command: Command) -> str:
         return ""
     if settings.mode is Mode.SUGGEST:
         return "mode is suggest and no person approved it (sosa approve)"
-    denied = [action.action for action in command.actions if not _allowed(action, settings)]
-    return f"[auto] allow does not name {', '.join(denied)}" if denied else ""
+    return settings.auto.refusal(command.actions)
 
 
-def _allowed(action: Action, settings: Settings) -> bool:
-    return action.action in settings.auto.allow
+def _only_takes_back(command: Command) -> bool:
+    return all(action.action == "revert" for action in command.actions)
 
 
-def policy(settings: Settings) -> dict[str, object]:
+def policy(settings: Settings) -> dict[str, Any]:
     """What the daemon must know of this run's settings, as `Hello.policy` carries it."""
     auto = settings.auto
     return {
+        **plain(auto),
         "mode": str(settings.mode),
-        "allow": list(auto.allow),
-        "max_fixes_per_error": auto.max_fixes_per_error,
-        "cooldown_steps": auto.cooldown_steps,
-        "max_fixes_per_run": auto.max_fixes_per_run,
-        "max_lr_change": auto.max_lr_change,
-        "max_rollback_steps": auto.max_rollback_steps,
-        "discount": auto.discount,
-        "explore": auto.explore,
+        "quiet_offsets": utc_offsets(auto.quiet_timezone, time.time()) if auto.quiet_hours else [],
         "project": settings.project,
         "warmup_steps": settings.detect.warmup_steps,
         "window_steps": settings.detect.window_steps,

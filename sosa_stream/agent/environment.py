@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sosa_stream.agent.timezone import utc_offsets
 from sosa_stream.config import CONFIG_VARIABLE, Settings, load_job_settings
 from sosa_stream.errors import ConfigError
 
@@ -25,6 +26,7 @@ def read_settings(env: Mapping[str, str], overrides: Mapping[str, Any] | None = 
     path = env.get(CONFIG_VARIABLE)
     try:
         settings, complaint = load_job_settings(path=Path(path) if path else None, env=env, overrides=overrides)
+        utc_offsets(settings.auto.quiet_timezone, 0.0)
         settings.detect.check_kinds(BY_KIND)  # here, where it is read, and not in the log of the daemon that we start
     except ConfigError as error:
         return None, f"{error}; training goes on unwatched"

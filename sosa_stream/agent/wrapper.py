@@ -364,7 +364,7 @@ def _settings(config: Any, auto_fix: bool, max_fixes_per_error: int) -> tuple[bo
 
 def _promise(settings: Settings) -> str:
     if settings.mode is Mode.AUTO:
-        allowed = ", ".join(policy(settings)["allow"])  # type: ignore[arg-type]
+        allowed = ", ".join(policy(settings)["allow"])
         return f"watching; may apply by itself: {allowed}"
     return "watching; applies nothing, suggests only"
 

@@ -56,9 +56,11 @@ class CarryOver:
         policy = self._repairs.policy
         if policy.mode is Mode.OBSERVE:
             return "mode is observe now"
-        if fix.entry.approved or policy.may_apply(fix.actions, 1.0):
+        if fix.entry.approved:
             return ""
-        return f"mode {policy.mode} and [auto] allow do not let it be applied without a person now"
+        if policy.mode is Mode.SUGGEST:
+            return "mode is suggest now, and no person has approved it"
+        return policy.limits.refusal(fix.actions)
 
     def _publish(self, fixes: list[InForce], windows: RunWindows) -> None:
         repairs = self._repairs

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
-from sosa_stream.config import AutoSettings, Mode
+from sosa_stream.config import AutoSettings, Mode, auto_settings
 from sosa_stream.decide.playbook import Situation
+from sosa_stream.decide.quiet_hours import QuietHours
 from sosa_stream.errors import ConfigError
 from sosa_stream.protocol.actions import Action
 
@@ -23,6 +24,8 @@ class RunPolicy:
     limits: AutoSettings = field(default_factory=AutoSettings)
     snapshots: bool = True
     """Whether the ranks keep snapshots: without, nothing can be rolled back, and no fix says so."""
+    quiet: QuietHours = field(default_factory=QuietHours)
+    """When nothing is applied by itself."""
 
     @classmethod
     def read(cls, policy: Mapping[str, Any]) -> RunPolicy:
@@ -31,33 +34,21 @@ class RunPolicy:
         Raises:
             ConfigError: an unknown mode or action, or a limit that is no number or out of bounds.
         """
-        known: dict[str, Any] = {}
-        for spec in fields(AutoSettings):
-            if spec.name not in policy:
-                continue
-            value = policy[spec.name]
-            if spec.name == "allow":
-                if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
-                    raise ConfigError(f"policy: allow must be a list of actions, not {value!r}")
-                known["allow"] = tuple(value)
-            elif spec.name == "explore":
-                if not isinstance(value, bool):
-                    raise ConfigError(f"policy: explore must be true or false, not {value!r}")
-                known["explore"] = value
-            elif isinstance(value, bool) or not isinstance(value, int | float):
-                raise ConfigError(f"policy: {spec.name} must be a number, not {value!r}")
-            else:
-                known[spec.name] = value
+        limits = auto_settings(policy)
         try:
             mode = Mode(policy.get("mode", Mode.OBSERVE))
         except ValueError:
             raise ConfigError(f"policy: unknown mode {policy.get('mode')!r}") from None
-        return cls(mode=mode, limits=AutoSettings(**known), snapshots=policy.get("snapshots", True) is not False)
+        return cls(
+            mode=mode,
+            limits=limits,
+            snapshots=policy.get("snapshots", True) is not False,
+            quiet=QuietHours.read(limits.quiet_hours, policy.get("quiet_offsets", ())),
+        )
 
     def may_apply(self, actions: tuple[Action, ...], confidence: float) -> bool:
         """Whether a fix goes ahead without a person."""
-        allowed = all(action.action in self.limits.allow for action in actions)
-        return self.mode is Mode.AUTO and allowed and confidence >= GATE
+        return self.mode is Mode.AUTO and confidence >= GATE and not self.limits.refusal(actions)
 
     def within_limits(self, actions: tuple[Action, ...], now: Situation) -> bool:
         """Whether every action stays within ``max_lr_change`` and ``max_rollback_steps``."""

@@ -113,7 +113,7 @@ class Repairs:
 
     def step(self, windows: RunWindows, now: float) -> None:
         """A step is complete and its findings are known: note the guard's skips, judge, and choose."""
-        self._withheld = f"{self.paused.who} has paused repairs" if self.paused else ""
+        self._withheld = self._why_withheld(now)
         self._step = windows.step
         for known in self._tracker.open:
             self._budget.note(known.incident.kind, windows.step, self.policy.limits.cooldown_steps)
@@ -256,6 +256,11 @@ class Repairs:
             self.ledger.note(entry, f"only proposed: {self._withheld}")
         elif automatic:
             self.publish(entry, windows)
+
+    def _why_withheld(self, now: float) -> str:
+        if self.paused is not None:
+            return f"{self.paused.who} has paused repairs"
+        return "these are quiet hours" if self.policy.quiet.cover(now) else ""
 
     def _decide_anew(self, windows: RunWindows) -> None:
         """What was only proposed because of the time is chosen again by what is known now, once that is over."""

@@ -185,6 +185,11 @@ class Fence:
                     self._refused.add(command.id)
                 self._waiting_commands[command.id] = command
 
+    def refuse(self, command: str) -> None:
+        """End a command that was submitted, on all ranks, unless its register says already that it is applied."""
+        with self._changed:
+            self._refused.add(command)
+
     def pump(self, now: float) -> list[Notice]:
         """Do what is due in the store, at the caller's time ``now`` (any steady clock), and say what came of it.
 
