@@ -184,6 +184,8 @@ class AgentSettings:
     """Address of a standalone daemon, ``tcp://host:7667``; empty: rank 0 starts one on loopback."""
     guard: GuardMode = GuardMode.AUTO
     """How non-finite gradients are kept from the weights; ``allreduce`` only where all ranks step alike."""
+    attribute: Switch = Switch.AUTO
+    """Find out where what is not finite comes from, at best by repeating the step; ``auto``: unless mode is observe."""
     flush_seconds: float = 0.1
     """How often metric frames leave when nothing is urgent."""
     ring_frames: int = 4096
@@ -386,6 +388,12 @@ class Settings:
         if self.agent.snapshots is Switch.AUTO:
             return self.mode is not Mode.OBSERVE and "rollback" in self.auto.allow
         return self.agent.snapshots is Switch.ON
+
+    @property
+    def attribution_wanted(self) -> bool:
+        if self.agent.attribute is Switch.AUTO:
+            return self.mode is not Mode.OBSERVE
+        return self.agent.attribute is Switch.ON
 
     @property
     def guard_mode(self) -> GuardMode:

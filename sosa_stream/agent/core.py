@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
+from sosa_stream.agent.attribution import Attribution
 from sosa_stream.agent.courier import Courier, Identity, Progress
 from sosa_stream.agent.embedded import EmbeddedDaemon
 from sosa_stream.agent.fence.fence import Fence
@@ -115,6 +116,7 @@ class Agent:
         )
         self._generation = self._identity.nonce
         self._local = False
+        self._attribution = Attribution(alone=world_size == 1, tell=self.say) if settings.attribution_wanted else None
         self.probe = Probe(
             outbox=self._outbox,
             taps=self.taps,
@@ -122,6 +124,7 @@ class Agent:
             actuators=self.actuators,
             snapshots=snapshots,
             guard=Guard(settings.guard_mode, self._tell),
+            attribution=self._attribution,
             digest_after_fix=settings.agent.digest_after_fix,
             alone=world_size == 1,
             on_error=self._on_error,
@@ -208,6 +211,14 @@ class Agent:
             if not self._posterior_refused:  # a shape may be another in each batch
                 self._posterior_refused = True
                 self.say(f"observe_posterior: {error}; such batches are left out")
+
+    def hand_over(self, model: torch.nn.Module, batch: Any, compute: Callable[[torch.nn.Module], torch.Tensor]) -> None:
+        """A step is about to run ``compute(model)``, the loss of ``batch``, and might be repeated; never raises."""
+        if self._attribution is not None:
+            try:
+                self._attribution.hand_over(model, batch, compute)
+            except Exception as error:
+                self._on_error(error, False)
 
     def see_inputs(self, model: torch.nn.Module, batch: Any) -> None:
         """The batch that is about to go into ``model``, where no hook looks for it; never raises."""

@@ -72,7 +72,7 @@ class Guard:
             bad = (~torch.isfinite(norm)).to(torch.float32)
             self._restore.append(_skip_if_bad(optimizer, bad))
             self.skipped = optimizer.found_inf  # type: ignore[attr-defined]
-            return False
+            return norm.is_cpu and bool(bad)
         return self._skip_if(not math.isfinite(norm.item()), optimizer, step)  # the guard's one scalar read
 
     def agree(self, optimizer: Optimizer, norm: torch.Tensor | None, step: int) -> bool:

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from sosa_stream.agent import gradients
+from sosa_stream.agent.attribution import Attribution
 from sosa_stream.agent.fence.fence import Fence, InDoubt
 from sosa_stream.agent.guard import Guard
 from sosa_stream.agent.outbox import Outbox, Row
@@ -55,6 +56,7 @@ class Probe:
 
     Args:
         guard: keeps non-finite gradients from the weights.
+        attribution: looks where they come from.
         on_error: told of an internal error; the argument says whether control is lost (True) or only observation.
         alone: this is the only rank, so its gradients are those of all.
         tell: given a sentence when training is changed by a fix.
@@ -69,6 +71,7 @@ class Probe:
         actuators: Actuators,
         snapshots: SnapshotRing | None,
         guard: Guard,
+        attribution: Attribution | None = None,
         digest_after_fix: bool,
         alone: bool,
         on_error: Callable[[BaseException, bool], None],
@@ -81,6 +84,9 @@ class Probe:
         self.observing = True
         self.controlling = True
         self._guard = guard
+        self._attribution = attribution
+        self._found: dict[str, float] = {}
+        """What it has found in the step under way: columns of its row."""
         self._outbox = outbox
         self._taps = taps
         taps.on_scaler_skip = self.scaler_skipped
@@ -243,6 +249,9 @@ class Probe:
                 'ranks step alike, agent.guard = "allreduce" lets them ask each other'
             )
 
+    def _is_primary(self, optimizer: Optimizer) -> bool:
+        return self._primary is None or self._primary() is optimizer
+
     def _hand_over(self, optimizer: Optimizer) -> bool:
         """Whether this step is the primary optimizer's, which is another once the last one has not stepped for long.
 
@@ -319,7 +328,7 @@ class Probe:
             grad_scale = getattr(optimizer, "grad_scale", None)
             if isinstance(grad_scale, torch.Tensor):
                 self._norm = self._norm / grad_scale.to(self._norm.device)
-        skip = self._leave_out(optimizer, len(parameters))
+        skip = self._leave_out(optimizer, parameters)
         scaled = isinstance(getattr(optimizer, "grad_scale", None), torch.Tensor)
         if parameters and in_force.max_norm is not None and self._norm_is_shared and not skip and not scaled:
             assert self._norm is not None
@@ -335,23 +344,37 @@ class Probe:
             self._restore.append(self._learning_rate.restore)
             self._learning_rate.scale(optimizer, in_force.lr_multiplier)
 
-    def _leave_out(self, optimizer: Optimizer, num_gradients: int) -> bool:
+    def _leave_out(self, optimizer: Optimizer, parameters: list[torch.Tensor]) -> bool:
         """Leave the coming update out where a fix or the guard wants it so. Returns whether the host knows it does."""
         in_force, guard = self._in_force, self._guard
         stale, in_force.stale_gradients = in_force.stale_gradients, False
         # A scaler looks for what is not finite itself, and where it skips a step no hook is called to ask.
         asks = guard.on and guard.reduces and not self._kind[1] and self._taps.loss_scale is None
-        if not num_gradients and not asks:
+        if not parameters and not asks:
             return False
         if stale or in_force.skip_left:
             guard.skip(optimizer, stale=stale)
             in_force.skip_left -= not stale
             return True
+        bad = False
         if asks:
-            return guard.agree(optimizer, self._norm, self.step)
-        if guard.on and self._norm_is_shared and self._norm is not None:
-            return guard.judge(optimizer, self._norm, num_gradients, self.step)
-        return False
+            bad = guard.agree(optimizer, self._norm, self.step)
+        elif guard.on and self._norm_is_shared and self._norm is not None:
+            bad = guard.judge(optimizer, self._norm, len(parameters), self.step)
+        elif self._attribution is not None and self._alone and self._norm is not None and self._norm.is_cpu:
+            self._look_back(optimizer, parameters, not math.isfinite(self._norm.item()))
+        self._look_back(optimizer, parameters, bad)
+        return bad
+
+    def _look_back(self, optimizer: Optimizer, parameters: list[torch.Tensor], bad: bool) -> None:
+        """Where does it come from that the step is ``bad``, as all ranks know?"""
+        if not bad or self._attribution is None or not self._is_primary(optimizer):
+            return
+        try:
+            loss, buffers = self._taps.losses.waiting, self._guard.buffers if self._guard.on else None
+            self._found = self._attribution.look(self.tick, parameters, loss, buffers)
+        except Exception as error:
+            self._lose_sight(error)
 
     def _look(
         self,
@@ -361,7 +384,7 @@ class Probe:
         norms: list[torch.Tensor] | None,
         skip: bool,
     ) -> None:
-        if self._primary is not None and self._primary() is not optimizer:
+        if not self._is_primary(optimizer):
             return
         try:
             self.looks.before_update(self.step, optimizer, parameters, local, norms)
@@ -411,6 +434,8 @@ class Probe:
             self.step += primary
             self.tick += 1
             self._taps.phase = FORWARD
+            if self._attribution is not None:
+                self._attribution.forget()
         except Exception as error:
             self._lose_control(error)
             return
@@ -440,13 +465,14 @@ class Probe:
         if (scale := self._taps.loss_scale) is not None:
             sampled["loss_scale"] = scale
         self.looks.begin(self.step)
-        values = [value for value in (lr, self._guard.skipped, loss, norm, *sampled.values()) if value is not None]
+        found, self._found = self._found, {}
+        shown = (lr, self._guard.skipped, loss, norm, *found.values(), *sampled.values())
         self._outbox.add_row(
             Row(
                 step,
                 (self.tick - 1, self._in_force.lr_multiplier, seconds, self.model, self._num_objectives),
-                NAMES[loss is not None, norm is not None],
-                fetch(values),
+                NAMES[loss is not None, norm is not None] + tuple(found),
+                fetch([value for value in shown if value is not None]),
                 tuple(sampled),
                 inputs,
                 update,

@@ -119,10 +119,16 @@ class SOSATrainingWrapper:
         Raises:
             UsageError: what came back holds no scalar loss tensor.
         """
-        if self._agent is not None and self._owns_agent:
-            self._agent.see_inputs(self.model, batch)
+
+        def compute(model: nn.Module) -> torch.Tensor:
+            return find_loss(forward_fn(model, batch) if forward_fn else _forward(model, batch))
+
+        if self._agent is not None:
+            if self._owns_agent:
+                self._agent.see_inputs(self.model, batch)
+            self._agent.hand_over(self.model, batch, compute)
         try:
-            loss = find_loss(forward_fn(self.model, batch) if forward_fn else _forward(self.model, batch))
+            loss = compute(self.model)
             self.optimizer.zero_grad(set_to_none=True)
             if self._agent is not None and self._owns_agent:
                 self._agent.taps.add_loss(loss)

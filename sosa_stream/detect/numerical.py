@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from sosa_stream.detect.incidents import Finding, Severity
+from sosa_stream.detect.origin import origin
 from sosa_stream.detect.windows import RunWindows
 from sosa_stream.detect.wording import number, on_ranks, times
 
@@ -34,6 +35,7 @@ def nan_loss(windows: RunWindows) -> Finding | None:
     if not windows.bad_loss:
         return None
     lost = not windows.skipped or windows.num_bad_loss >= 3
+    found = origin(windows, windows.bad_loss)
     return Finding(
         kind="nan_loss",
         severity=Severity.CRITICAL if lost else Severity.WARNING,
@@ -51,8 +53,10 @@ def nan_loss(windows: RunWindows) -> Finding | None:
             "num_ranks": windows.num_ranks,
             "skipped": windows.skipped,
             "loss_of_others": windows.loss,
+            **found.evidence,
         },
-        causes=(
+        causes=found.causes
+        or (
             f"a non-finite or extreme input in the batch{on_ranks(windows.bad_loss, windows.num_ranks)}",
             "an operation outside its domain: log(0), division by 0, sqrt of a negative",
             "overflow in half precision",
@@ -71,6 +75,7 @@ def nonfinite_gradient(windows: RunWindows) -> Finding | None:
     never_finite = not len(windows.log_norms.recent(1))
     calibrating = windows.num_points <= CALIBRATION_POINTS and never_finite and not windows.bad_loss
     severity = Severity.INFO if calibrating else Severity(min(windows.num_bad_grad, 3))
+    found = origin(windows, windows.bad_grad)
     return Finding(
         kind="nonfinite_gradient",
         severity=severity,
@@ -87,8 +92,10 @@ def nonfinite_gradient(windows: RunWindows) -> Finding | None:
             "ranks": list(windows.bad_grad),
             "num_ranks": windows.num_ranks,
             "skipped": windows.skipped,
+            **found.evidence,
         },
-        causes=("overflow in half precision", "a backward formula without a finite value at this point"),
+        causes=found.causes
+        or ("overflow in half precision", "a backward formula without a finite value at this point"),
     )
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from sosa_stream.detect.detectors import BY_KIND, QUIET_POINTS, Detector
 from sosa_stream.detect.incidents import Finding, Group, Incident, IncidentState, Severity
+from sosa_stream.detect.origin import finds_out, with_facts
 from sosa_stream.detect.outlook import clears, worsens
 from sosa_stream.detect.statistics import Level
 from sosa_stream.detect.windows import RunWindows
@@ -299,9 +300,9 @@ class Tracker:
                 severity=max(incident.severity, finding.severity),
                 ranks=ranks,
                 hosts=_hosts(ranks, hosts),
-                evidence=finding.evidence if worse else incident.evidence,
+                evidence=with_facts(finding.evidence if worse else incident.evidence, incident, finding),
                 message=finding.message if worse else incident.message,
-                causes=finding.causes if cause else incident.causes,
+                causes=finding.causes if cause or finds_out(finding, incident) else incident.causes,
             )
         elif _names(finding, incident):
             known.detector, known.cap, known.again_in = self.detectors[finding.kind], finding.cap, finding.again_in

@@ -30,6 +30,9 @@ STEP_COLUMNS = (
     "input_change",  # how far that feature moved: mean, in standard deviations; or standard deviation, |log ratio|
     "input_feature",  # index of that feature; 0 where the input is looked at as a whole
     "fingerprint",  # 53-bit hash of the batch's inputs: equal on two ranks, equal batches
+    "weights_nonfinite",  # at the first of several steps that are not finite: 1 where the weights were not before it
+    "batch_nonfinite",  # likewise, 1 where the batch holds a NaN or +inf
+    "repeat_differs",  # likewise, 1 where the step came out finite when it was repeated, else 0
 )
 SAMPLED_COLUMNS = (
     "layer_ratio",  # gradient norm of the first weight matrix over the last one's

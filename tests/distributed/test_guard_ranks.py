@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from agent_parts import Watch, batches, bits, loss_of, poison, toy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -16,6 +17,7 @@ from torch.optim import SGD, AdamW
 from torch.optim.swa_utils import AveragedModel
 from two_ranks import TwoRanks
 
+from sosa_stream.agent.attribution import Attribution
 from sosa_stream.config import GuardMode
 
 NUM_STEPS, BAD_STEP = 6, 3
@@ -134,3 +136,48 @@ def gradients_on_one_rank(rank: int) -> list[float]:
 
 def test_a_rank_without_gradients_is_asked_like_the_others(two_ranks: TwoRanks) -> None:
     assert two_ranks.run(gradients_on_one_rank) == [[0.0, 0.0, 1.0, 0.0]] * 2
+
+
+def repeated(rank: int, fault: str) -> list[dict[str, float]]:
+    """A loss over the batches of all ranks: its forward pass has a collective, which a rank could not run alone."""
+    network = toy()
+    model = DistributedDataParallel(network)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    watch = Watch(guard=True, alone=False)
+    attribution = watch.probe._attribution = Attribution(alone=False, tell=watch.said.append)
+    calls: list[nn.Module] = []
+    with watch.installed():
+        for step, (x, y) in enumerate(batches(NUM_STEPS, seed=1 + rank)):
+            bad = rank == 1 and step == BAD_STEP
+            if bad and fault == "batch":
+                x[0, 0] = math.nan
+
+            def compute(model: nn.Module, x: Any = x, y: Any = y, bad: bool = bad) -> torch.Tensor:
+                calls.append(model)
+                output = model(x)
+                dist.all_reduce(seen := output.detach().mean())
+                loss = nn.functional.mse_loss(output, y) + 0.0 * seen.isfinite()
+                raced = bad and fault == "race" and model is not network
+                return loss * math.nan if raced else loss
+
+            attribution.hand_over(model, (x, y), compute)
+            optimizer.zero_grad()
+            compute(model).backward()
+            optimizer.step()
+    assert calls.count(network) == 1
+    assert skipped(watch) == [float(step == BAD_STEP) for step in range(NUM_STEPS)]
+    names = ("weights_nonfinite", "batch_nonfinite", "repeat_differs")
+    row = watch.rows[BAD_STEP]
+    return [{name: row[name] for name in names if name in row}, {"digest": digest(network.parameters())}]
+
+
+@pytest.mark.parametrize("fault", ["batch", "race"])
+def test_all_ranks_repeat_the_step_together_and_the_guilty_one_finds_out(two_ranks: TwoRanks, fault: str) -> None:
+    (innocent, first), (guilty, second) = two_ranks.run(repeated, fault)
+    assert first == second
+    assert innocent == {"weights_nonfinite": 0.0, "batch_nonfinite": 0.0}
+    assert guilty == {
+        "weights_nonfinite": 0.0,
+        "batch_nonfinite": float(fault == "batch"),
+        "repeat_differs": float(fault == "race"),
+    }

@@ -93,7 +93,7 @@ def look(module: object, *arguments: object) -> Inputs | None:
     """Copy the tensors among ``arguments``, which go into ``module``, or samples of them; None where there are none."""
     floats: torch.Tensor | None = None
     integers: torch.Tensor | None = None
-    for tensor in _tensors(arguments, MAX_DEPTH):
+    for tensor in tensors_in(arguments):
         if tensor.dtype.is_floating_point:
             floats = tensor if floats is None or tensor.numel() > floats.numel() else floats
         else:
@@ -165,13 +165,14 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return plain and not tensor.is_meta and not _is_wrapped(tensor)
 
 
-def _tensors(value: object, depth: int) -> Iterator[torch.Tensor]:
+def tensors_in(value: object, depth: int = MAX_DEPTH) -> Iterator[torch.Tensor]:
+    """The plain, dense, real tensors in nested sequences and mappings."""
     if isinstance(value, torch.Tensor):
         if is_plain(value) and value.numel() and value.layout is torch.strided and not value.dtype.is_complex:
             yield value
     elif depth and isinstance(value, (tuple, list)):
         for item in value[:MAX_TENSORS]:
-            yield from _tensors(item, depth - 1)
+            yield from tensors_in(item, depth - 1)
     elif depth and isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item, depth - 1)
+            yield from tensors_in(item, depth - 1)

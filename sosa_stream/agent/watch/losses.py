@@ -53,6 +53,12 @@ class Losses:
         losses = [loss for reached in mine if (loss := self._waiting.pop(reached)) is not None]
         return (sum(losses[1:], losses[0]) if losses else None), bool(mine)
 
+    @property
+    def waiting(self) -> Loss:
+        """All losses that no step has taken yet, together."""
+        losses = [loss for loss in self._waiting.values() if loss is not None]
+        return sum(losses[1:], losses[0]) if losses else None
+
     def others_wait(self, optimizer: Optimizer) -> bool:
         """Whether there was a backward for other optimizers alone, which none of them has stepped on yet."""
         return any(reached and id(optimizer) not in reached for reached in self._waiting)
