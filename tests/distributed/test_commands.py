@@ -38,7 +38,7 @@ def watched(start: Callable[..., Job], daemon: FakeDaemon) -> tuple[Job, str]:
     return job, hellos[0].header.generation
 
 
-def command(generation: str, name: str, *, action: str = "scale_lr", seq: int = 1, **params: float) -> Command:
+def command(generation: str, name: str, *, action: str = "scale_lr", seq: int = 1, **params: Any) -> Command:
     return Command(
         id=name,
         run=RUN,
@@ -130,3 +130,47 @@ def test_a_rank_that_stops_for_three_seconds_in_mid_agreement_splits_nobody(
     else:  # in doubt: better no training than two trainings
         assert "exitcode  : 75" in job.log
         assert len(daemon.applied_at("fix")) < 2
+
+
+def test_every_repair_is_applied_at_one_tick_and_leaves_the_replicas_equal(
+    start: Callable[..., Job], daemon: FakeDaemon
+) -> None:
+    names = "none,reset_optimizer_state,grad_accumulation,skip_data,resync,dump_diagnostics,set_loss_scale,revert"
+    settings = {"SOSA_MODE": "auto", "SOSA_AUTO_ALLOW": names, "SOSA_DAEMON": daemon.address}
+    settings["SOSA_AGENT_DIGEST_AFTER_FIX"] = "true"
+    job = start("--until-told", "--workers", "1", settings=settings)
+    hellos = job.wait(lambda: len(daemon.hellos()) == 2 and daemon.hellos(), "both ranks' hello")
+    job.wait_step(5)
+    wanted: list[tuple[str, dict[str, Any]]] = [
+        ("none", {}),
+        ("reset_optimizer_state", {}),
+        ("grad_accumulation", {"num_steps": 3}),
+        ("skip_data", {"num_batches": 2}),
+        ("resync", {"source": 1}),
+        ("dump_diagnostics", {}),
+        ("revert", {"command": "grad_accumulation"}),
+        ("revert", {"command": "reset_optimizer_state"}),
+    ]
+    details: dict[str, str] = {}
+    for seq, (action, params) in enumerate(wanted, start=1):
+        name = f"{action}-{seq}" if action == "revert" else action
+        daemon.publish(command(hellos[0].header.generation, name, action=action, seq=seq, **params))
+        job.wait(lambda name=name: len(daemon.applied_at(name)) == 2, f"both ranks to apply {name}")  # type: ignore[misc]
+        assert len(set(daemon.applied_at(name).values())) == 1
+        applied = [ack for ack in daemon.acks(name) if ack.state == "applied"]
+        assert applied[0].digest == applied[1].digest != ""
+        details[name] = applied[0].detail
+    assert details["skip_data"] == "the next 2 batch(es) of data go by unused"
+    assert "rank 1 copied to all ranks" in details["resync"]
+    daemon.publish(command(hellos[0].header.generation, "scale", action="set_loss_scale", seq=9, scale=2.0))
+    job.wait(lambda: len(daemon.states("scale")) == 2, "both ranks' word on the loss scale")
+    assert "no GradScaler that is switched on" in daemon.acks("scale")[0].detail
+    job.wait_more_steps(20)
+    job.finish()
+    assert "internal error" not in job.log
+    job.digest()
+    step = next(ack.step for ack in daemon.acks("dump_diagnostics") if ack.state == "applied")
+    for rank in range(2):
+        (file,) = job.home.rglob(f"diagnostics/rank{rank}-step{step}.txt")
+        assert f"rank: {rank} of 2" in file.read_text()
+        assert "grad_norm=" in file.read_text()
