@@ -181,6 +181,28 @@ def test_one_update_in_n_steps_with_the_mean_of_their_gradients(make: Make, guar
     assert [row["skipped"] for row in watch.rows] == [0.0] * 8  # the gradients are used, only later
 
 
+def test_gradients_that_a_closure_makes_inside_the_step_are_gathered_too() -> None:
+    model, by_hand = toy(), toy()
+    optimizer, other = AdamW(model.parameters()), AdamW(by_hand.parameters())
+    with Watch(guard=True).installed() as watch:
+        watch.fence.due[0] = command(act("grad_accumulation", num_steps=2))
+        with_closure(model, optimizer, batches(4))
+    train_by_mean(by_hand, other, batches(4), 2)
+    assert bits(model, optimizer) == bits(by_hand, other)
+    assert not watch.errors
+
+
+def test_an_unchanged_weight_is_no_finding_while_gradients_are_gathered() -> None:
+    model = toy()
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    with Watch().installed() as watch:
+        watch.fence.due[1] = command(act("grad_accumulation", num_steps=3))
+        train(model, optimizer, batches(130))
+    looked = [row["changed_share"] for row in watch.rows if "changed_share" in row]
+    assert looked
+    assert min(looked) > 0.0
+
+
 def test_waiting_steps_change_nothing_and_the_script_finds_its_own_gradients(watch: Watch) -> None:
     model = toy()
     optimizer = AdamW(model.parameters())
@@ -238,7 +260,7 @@ def test_what_the_guard_keeps_out_is_no_part_of_the_mean(fused: bool, bad: int) 
     data = batches(4)
     good = [batch for i, batch in enumerate(data[1:]) if i != bad]
     with Watch(guard=True).installed() as watch:
-        watch.fence.due[1] = command(act("grad_accumulation", num_steps=3 if fused else 2))
+        watch.fence.due[1] = command(act("grad_accumulation", num_steps=2))
         for i, batch in enumerate(data):
             optimizer.zero_grad()
             loss_of(model, batch).backward()
@@ -247,24 +269,26 @@ def test_what_the_guard_keeps_out_is_no_part_of_the_mean(fused: bool, bad: int) 
             optimizer.step()
     train(reference, hand, data[:1])
     train_by_mean(reference, hand, good, 2)
-    # A fused optimizer's window ends with its third step, of which two count; the host does not know which.
     assert bits(model, optimizer) == bits(reference, hand)
     assert [row["skipped"] for row in watch.rows] == [0.0, *(float(i == bad) for i in range(3))]
 
 
-def test_a_window_of_nothing_but_bad_gradients_updates_nothing() -> None:
+def test_a_window_of_nothing_but_overflows_updates_nothing() -> None:
+    """As the device alone knows, where the optimizer is fused."""
     model = nn.Linear(4, 1)
     optimizer = AdamW(model.parameters(), lr=0.1, fused=True)
-    with Watch(guard=True).installed() as watch:
-        train(model, optimizer, batches(1))
-        before = bits(model, optimizer)
+    scaler = GradScaler("cpu", init_scale=4.0)
+    states = []
+    with Watch().installed() as watch:
         watch.fence.due[1] = command(act("grad_accumulation", num_steps=2))
-        for batch in batches(2, seed=4):
+        for i, batch in enumerate(batches(5)):
             optimizer.zero_grad()
-            loss_of(model, batch).backward()
-            poison(model)
-            optimizer.step()
-    assert bits(model, optimizer) == before
+            scaler.scale(loss_of(model, batch) * (math.inf if i in (1, 2) else 1.0)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            states.append(bits(model, optimizer))
+    assert states[0] == states[1] == states[2] == states[3] != states[4]
+    assert not watch.errors
     assert not hasattr(optimizer, "found_inf")
 
 
