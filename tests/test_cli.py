@@ -107,6 +107,7 @@ def test_the_commands_and_flags_are_frozen() -> None:
         "replay": sorted(
             [*both, *("--fail-on", "--follow", "--format", "--join", "--json", "--map", "--pattern", "PATHS")]
         ),
+        "report": sorted([*both, "--allow", "--home", "--json", "RUN"]),
         "keys": both,
         "keys new": sorted([*both, "FOLDER"]),
     }

@@ -74,6 +74,8 @@ class CommandRecord:
     why: str = ""
     """The evidence for choosing this fix, in one sentence; empty where nothing was chosen."""
     origin: str = "policy"
+    made_step: int = -1
+    """The step after which it was chosen, or asked for."""
     applied_step: int | None = None
     verdict: Verdict | None = None
 

@@ -332,6 +332,7 @@ class Repairs:
                 reason=reason,
                 why=why,
                 origin=origin,
+                made_step=self._step,
             ),
             proposed_step=self._step,
             fix="revert",

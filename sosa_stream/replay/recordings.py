@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,10 @@ class Replay:
     incidents: tuple[Incident, ...]
     commands: tuple[CommandRecord, ...]
     view: RunView
+    began_at: float = 0.0
+    ended_at: float = 0.0
+    """When the first and the last record came in, in seconds since the epoch."""
+    num_generations: int = 1
 
 
 def is_recording(path: Path) -> bool:
@@ -39,11 +44,14 @@ class RecordingFeed:
 
     def __init__(self) -> None:
         self.engine: Engine | None = None
+        self.generations: set[str] = set()
         self._early: list[tuple[float, Event]] = []
 
     def take(self, received_at: float, payload: bytes) -> list[Effect]:
         """Feed the next record."""
         event = decode_record(payload)
+        if not isinstance(event, ShellEvent):
+            self.generations.add(event.header.generation)
         if self.engine is not None:
             return self.engine.handle(event, received_at)
         self._early.append((received_at, event))  # the settings come before the first message, which tells the name
@@ -60,12 +68,22 @@ def replay_recording(path: Path) -> Replay:
         UsageError: the file is missing, is no recording, or holds no message of an agent.
     """
     feed = RecordingFeed()
+    began_at, ended_at = math.inf, 0.0
     for received_at, payload in read_recording(path):
+        began_at, ended_at = min(began_at, received_at), received_at
         feed.take(received_at, payload)
     if feed.engine is None:
         raise UsageError(f"{path} holds no message of a training process")
     view = feed.engine.view()
-    return Replay(run=view.run, incidents=view.incidents, commands=view.commands, view=view)
+    return Replay(
+        run=view.run,
+        incidents=view.incidents,
+        commands=view.commands,
+        view=view,
+        began_at=began_at,
+        ended_at=ended_at,
+        num_generations=len(feed.generations),
+    )
 
 
 def follow_recording(path: Path, wait: Callable[[], bool]) -> Iterator[tuple[float, bytes]]:
