@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -395,4 +397,64 @@ def test_an_overflow_is_one_skipped_step_whoever_skips_it(fused: bool, guard: bo
             assert (bits(model, buffers=guard) == before) is (step == 2)
     assert [row["skipped"] for row in watch.rows] == [0.0, 0.0, 1.0, 0.0, 0.0]
     assert [row["step"] for row in watch.rows] == list(range(5))
+    assert not watch.errors
+
+
+# -- Lightning's own loop ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")  # theirs
+@pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_lightnings_loop_goes_past_a_nan_batch_and_its_checkpoints_are_finite(
+    package: str, manual: bool, tmp_path: Path
+) -> None:
+    if importlib.util.find_spec(package.partition(".")[0]) is None:
+        pytest.skip(f"NOT SHOWN: {package} is not installed")
+    lightning = pytest.importorskip(package)
+    good = batches(6)
+    data = [*good[:3], nan_batch(good[3]), *good[4:]]
+
+    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = not manual
+            self.net = toy()
+            self.average = AveragedModel(self.net, use_buffers=True)
+
+        def training_step(self, batch: Batch, index: int) -> torch.Tensor:
+            loss = loss_of(self.net, batch)
+            if manual:
+                optimizer = self.optimizers()
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+            return loss
+
+        def on_train_batch_end(self, *outputs: Any) -> None:
+            self.average.update_parameters(self.net)
+            self.trainer.save_checkpoint(tmp_path / f"{self.global_step}.ckpt")
+
+        def configure_optimizers(self) -> Optimizer:
+            return AdamW(self.net.parameters(), lr=0.01)
+
+    module = Module()
+    with Watch(guard=True).installed() as watch:
+        trainer = lightning.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None))  # type: ignore[arg-type, var-annotated]
+    assert [row["skipped"] for row in watch.rows] == [0.0, 0.0, 0.0, 1.0, 0.0, 0.0]
+    assert is_finite(module.net, module.average)
+    saved = [torch.load(path, weights_only=False)["state_dict"] for path in tmp_path.glob("*.ckpt")]
+    assert len(saved) == 6
+    assert all(bool(value.isfinite().all()) for state in saved for value in state.values())
+    clean = toy()
+    train(clean, AdamW(clean.parameters(), lr=0.01), good[:3] + good[4:])
+    assert bits(module.net) == bits(clean)
     assert not watch.errors

@@ -96,7 +96,8 @@ class Attribution:
             return is_bad is not loss_was_bad
         if not self._alone:  # the gradients at hand are those of all ranks
             return None
-        gradients = torch.autograd.grad(loss, list(parameters), allow_unused=True)  # leaves those of the script alone
+        # Those of the script are left alone.
+        gradients = torch.autograd.grad(loss, [p for p in parameters if p.requires_grad], allow_unused=True)
         return not _any_bad(gradient for gradient in gradients if gradient is not None)
 
 

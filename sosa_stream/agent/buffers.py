@@ -8,7 +8,6 @@ for them, and where there is none they are taken as changed.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from torch import nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
+
+from sosa_stream.agent.repair.models import Models
 
 RUNNING = frozenset({"running_mean", "running_var"})
 UNKNOWN = -1
@@ -54,7 +55,9 @@ class Buffers:
         """These are trained: find what lies beside them. Looks at all live objects, unless it knows them all."""
         if any(id(parameter) not in self._covered for parameter in parameters):
             self._covered.clear()
-            self._buffers = self._beside(trees_with(parameters))
+            models = Models()
+            models.find(parameters, lambda thing: None)
+            self._buffers = self._beside(models.unwrapped)
 
     def meet_root(self, root: nn.Module) -> None:
         """A module is about to be called in training, perhaps before any optimizer is known."""
@@ -143,19 +146,6 @@ class Buffers:
                 buffer.seen, buffer.version = live, version
                 changed.append((buffer, live, replaced))
         return changed
-
-
-def trees_with(parameters: list[torch.Tensor]) -> list[nn.Module]:
-    """Every module tree that owns one of the parameters. Looks at all live objects."""
-    wanted = {id(parameter) for parameter in parameters}
-    trees = []
-    for module in [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]:
-        try:
-            if any(id(parameter) in wanted for parameter in module.parameters()):
-                trees.append(module)
-        except Exception:  # a module that is half built is not ours to judge
-            continue
-    return trees
 
 
 def _can_be_copied(live: torch.Tensor) -> bool:
