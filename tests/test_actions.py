@@ -14,7 +14,7 @@ from agent_parts import Watch, act, batches, bits, command, loss_of, poison, toy
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer, SparseAdam
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from sosa_stream.agent.repair.diagnostics import MAX_CHARACTERS, DumpDiagnostics
 from sosa_stream.agent.repair.training_state import TrainingState
@@ -56,6 +56,63 @@ def refused(watch: Watch, action: Any) -> str:
 def two_groups(model: nn.Module) -> list[dict[str, Any]]:
     parameters = list(model.parameters())
     return [{"params": parameters[:2]}, {"params": parameters[2:], "weight_decay": 0.1}]
+
+
+# -- together ----------------------------------------------------------------------------------------------------------
+
+ALL = [
+    act("none"),
+    act("reset_optimizer_state"),
+    act("grad_accumulation", num_steps=3),
+    act("grad_accumulation", num_steps=5),
+    act("set_loss_scale", scale=256.0),
+    act("skip_data", num_batches=2),
+    act("reset_optimizer_state"),
+]
+
+
+def train_scaled(model: nn.Module, optimizer: Optimizer, scaler: GradScaler, loader: Any, num: int) -> list[float]:
+    return [step_scaled(scaler, model, [optimizer], next(loader)) for _ in range(num)]
+
+
+@pytest.mark.parametrize(
+    "how", ["taken back forwards", "taken back backwards", "shuffled", "failed at the last action"]
+)
+def test_repairs_taken_back_in_any_order_or_failed_half_way_leave_no_trace(how: str) -> None:
+    results = []
+    for repaired in (True, False):
+        model = toy()
+        optimizer, scaler = AdamW(model.parameters(), lr=0.01), GradScaler("cpu", init_scale=4.0)
+        with Watch().installed() as watch:
+            loader = iter(DataLoader(Stored(), batch_size=None))
+            scales = train_scaled(model, optimizer, scaler, loader, 3)
+            if repaired and how.startswith("failed"):
+                with pytest.raises(RefusedError, match="never seen"):
+                    watch.actuators.apply(command(*ALL, act("revert", command="never seen")), 3, 3)
+            elif repaired:
+                fixes = [command(each) for each in ALL]
+                for fix in fixes:
+                    watch.actuators.apply(fix, 3, 3)
+                    watch.actuators.keep()
+                order = {"taken back forwards": fixes, "taken back backwards": fixes[::-1]}
+                for fix in order.get(how, fixes[1::2] + fixes[::2]):
+                    watch.actuators.apply(command(act("revert", command=fix.id)), 3, 3)
+                    watch.actuators.keep()
+            assert not watch.actuators.in_force.standing
+            scales += train_scaled(model, optimizer, scaler, loader, 4)
+        results.append((bits(model, optimizer), scales))
+    assert results[0] == results[1]
+
+
+class Stored(Dataset[Any]):
+    def __init__(self) -> None:
+        self._batches = batches(8)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._batches[index]
 
 
 # -- none --------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ class ResetOptimizerState(Actuator):
 
     def __init__(self, state: TrainingState) -> None:
         self._state = state
+        self._aside: dict[object, dict[Optimizer, dict[Any, Any]]] = {}
+        """What each reset in force has put aside, in their order."""
 
     def refusal(self, params: Mapping[str, Any], step: int) -> str:
         optimizers = [inner_optimizer(optimizer) for optimizer in self._state.optimizers]
@@ -33,16 +35,25 @@ class ResetOptimizerState(Actuator):
     def apply(self, params: Mapping[str, Any], at: Moment) -> tuple[Undo, str]:
         if why := self.refusal(params, at.step):
             raise RefusedError(f"reset_optimizer_state: {why}")
-        aside = [(each, dict(each.state)) for each in map(inner_optimizer, self._state.optimizers)]
-        for optimizer, _ in aside:
+        token, optimizers = object(), [inner_optimizer(optimizer) for optimizer in self._state.optimizers]
+        self._aside[token] = {optimizer: dict(optimizer.state) for optimizer in optimizers}
+        for optimizer in optimizers:
             optimizer.state.clear()
 
         def undo() -> None:
-            for optimizer, before in aside:
+            later = list(self._aside)[list(self._aside).index(token) + 1 :] if token in self._aside else []
+            states = self._aside.pop(token, {})
+            if later:  # a reset that stands: what was before this one is now what was before that
+                self._aside[later[0]].update(states)
+                return
+            for optimizer, state in states.items():
                 optimizer.state.clear()
-                optimizer.state.update(before)
+                optimizer.state.update(state)
 
-        return undo, f"state of {', '.join(type(optimizer).__name__ for optimizer, _ in aside)} reset"
+        return undo, f"state of {', '.join(type(optimizer).__name__ for optimizer in optimizers)} reset"
+
+    def begin_anew(self) -> None:
+        self._aside.clear()
 
 
 def _starts_empty(optimizer: Optimizer) -> bool:
