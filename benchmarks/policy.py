@@ -38,6 +38,7 @@ KIND = "exploding_gradient"
 FIXES = LADDERS[KIND]
 ARMS = (NONE, *(fix.name for fix in FIXES))
 STEPS = FIXES[0].patience_steps
+NUM_PROCESSES = 2
 NUM_SEEDS = 200
 NUM_SEEDS_OF_CHANGE = 100
 HORIZON = 500
@@ -205,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "horizon_incidents": HORIZON,
         "change_at_incident": CHANGE_AT,
     }
-    with ProcessPoolExecutor(2) as pool:
+    with ProcessPoolExecutor(NUM_PROCESSES) as pool:
         run = partial(courses, pool)
         for world in ("calibrated", "strange"):
             figures[world] = {"without_forgetting": {}, "after_few_incidents": {}, "forgetting": {}}

@@ -18,8 +18,10 @@ from sosa_stream.daemon.schema import open_store
 from sosa_stream.daemon.store import Changes, Store
 from sosa_stream.decide.commands import Verdict
 from sosa_stream.decide.experience import Outcome
+from sosa_stream.decide.requests import Fix
 from sosa_stream.effects import Learned, OutcomeCounted
 from sosa_stream.engine import Engine
+from sosa_stream.protocol.actions import Action
 from sosa_stream.protocol.codec import encode
 from sosa_stream.protocol.messages import AgentMessage
 from sosa_stream.protocol.recording import Recorder, decode_record, encode_shell_record
@@ -169,6 +171,17 @@ def test_what_a_trial_has_shown_is_counted_once_and_numbered() -> None:
     judged = [record for record in sim.commands if record.verdict is Verdict.NO_EFFECT]
     assert [effect.outcome.fix for effect in counted] == ["half_lr", "half_lr_and_rollback"]
     assert len({effect.id for effect in counted}) == len(counted) == len(judged)
+
+
+@pytest.mark.parametrize("asked_at", [250, 360])
+def test_a_trial_that_a_person_disturbed_counts_nothing(asked_at: int) -> None:
+    half = Fix(action=Action(action="scale_lr", params={"factor": 0.5}), who="ann")
+    sim = SimulatedJob(seed=0, num_steps=900, damage=_drift, asks={asked_at: lambda engine: half}, stop_at=460).run()
+    assert [record.origin for record in sim.commands].count("person") == 1
+    chosen = [record for record in sim.commands if record.why and record.verdict is Verdict.NO_EFFECT]
+    counted = [effect.outcome.fix for effect in sim.effects if isinstance(effect, OutcomeCounted)]
+    assert len(chosen) == 1
+    assert counted == (["half_lr"] if asked_at == 250 else [])
 
 
 def test_a_proposal_that_nobody_approved_shows_what_its_fault_does_by_itself() -> None:

@@ -176,6 +176,7 @@ class Repairs:
             return None
         self._effects.append(Withdraw(command=entry.record.id))
         if entry.reverts is not None:
+            self._trials.disturb(windows.step)
             self._reverted(entry)
         else:
             self._applied(entry, windows)

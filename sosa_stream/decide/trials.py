@@ -37,9 +37,9 @@ class Trials:
         by_guard = entry.record.origin == "guard"
         if not by_guard:
             if self._on_trial:
-                self._overlapping |= {entry.record.id, *self._on_trial}
+                self._overlapping.add(entry.record.id)
+            self.disturb(applied)
             self._on_trial.add(entry.record.id)
-            self._last_applied_step = max(self._last_applied_step, applied)
         self._probations[entry.record.id] = Probation(
             applied_step=applied,
             patience_steps=entry.patience_steps,
@@ -48,6 +48,11 @@ class Trials:
             loss=None if by_guard or windows.bad_loss else _smoothed(windows),
             steady_steps=known.detector.quiet_points if known else 0,
         )
+
+    def disturb(self, step: int) -> None:
+        """Something was done to the training: what was on trial at that step teaches nothing."""
+        self._overlapping |= self._on_trial
+        self._last_applied_step = max(self._last_applied_step, step)
 
     def watch(self, entry: Entry, known: OpenIncident | None, windows: RunWindows) -> Verdict | None:
         """One more step of a command; a verdict ends its trial.
