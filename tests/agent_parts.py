@@ -18,6 +18,7 @@ from sosa_stream.agent.link import LocalLink
 from sosa_stream.agent.outbox import Outbox, Row, Wakeup
 from sosa_stream.agent.probe import Probe
 from sosa_stream.agent.repair.actuators import Actuators, make_actuators
+from sosa_stream.agent.repair.ranks import Ranks
 from sosa_stream.agent.repair.registry import Registry
 from sosa_stream.agent.repair.snapshots import SnapshotRing
 from sosa_stream.agent.repair.together import world_size
@@ -71,8 +72,8 @@ class OneCommand:
         return self.due.pop(tick, None)
 
     @property
-    def num_members(self) -> int:
-        return world_size()
+    def members(self) -> tuple[int, ...]:
+        return tuple(range(world_size()))
 
     def conclude(self, failure: str = "") -> str:
         return failure or self.elsewhere
@@ -89,13 +90,19 @@ class Watch:
     """A probe with all that it needs."""
 
     def __init__(
-        self, *, guard: bool | GuardMode = False, alone: bool = True, snapshots: bool = False, **settings: Any
+        self,
+        *,
+        guard: bool | GuardMode = False,
+        alone: bool = True,
+        snapshots: bool = False,
+        ranks: Ranks | None = None,
+        **settings: Any,
     ) -> None:
         self.outbox = OpenOutbox()
         self.taps = Taps()
         self.said: list[str] = []
         self.registry = Registry(self.said.append)
-        self.state = TrainingState(self.registry)
+        self.state = TrainingState(self.registry, ranks)
         self.errors: list[tuple[BaseException, bool]] = []
         self.ring = SnapshotRing(self.state, AgentSettings(**settings), 2000, self.said.append) if snapshots else None
         mode = guard if isinstance(guard, GuardMode) else GuardMode.SYNC if guard else GuardMode.OFF

@@ -13,8 +13,8 @@ from agent_parts import Watch, batches, bits, toy, train
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from sosa_stream.agent.repair.snapshots import SnapshotRing
-from sosa_stream.agent.repair.training_state import NoSnapshotError, Snapshot, TrainingState
+from sosa_stream.agent.repair.snapshots import NoSnapshotError, Snapshot, SnapshotRing
+from sosa_stream.agent.repair.training_state import TrainingState
 from sosa_stream.config import AgentSettings
 
 ONE = torch.tensor(1.0)
@@ -144,7 +144,7 @@ def test_what_lies_beyond_max_rollback_steps_makes_room() -> None:
 def test_memory_is_bounded_by_keeping_fewer() -> None:
     kept = Kept(snapshot_max_bytes=3 * 8).run(100)
     assert len(kept.held) == 3
-    assert kept.said == ["snapshots: 8 B each, up to 3 in host memory (24 B) on this rank"]
+    assert kept.said == ["snapshots: 8 B each, up to 3 in host memory (24 B) on every rank"]
 
 
 def test_snapshots_that_cannot_fit_twice_are_turned_off_with_a_sentence() -> None:

@@ -273,7 +273,7 @@ def test_state_that_cannot_be_loaded_leaves_everything_as_it_was(training: Train
         raise KeyError("number")
 
     counting.load_state_dict = refuse  # type: ignore[method-assign]
-    with pytest.raises(SosaError, match="could not be put back: KeyError: 'number'"):
+    with pytest.raises(SosaError, match="the state of statistics could not be put back: KeyError: 'number'"):
         training.go_back(2)
     assert (bits(training.model, training.optimizer), bits(ema)) == before
     assert not training.watch.actuators.in_force.stale_gradients

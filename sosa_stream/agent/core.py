@@ -39,6 +39,7 @@ from sosa_stream.agent.probe import Probe
 from sosa_stream.agent.repair.actuators import make_actuators
 from sosa_stream.agent.repair.diagnostics import DumpDiagnostics
 from sosa_stream.agent.repair.knobs import Knobs
+from sosa_stream.agent.repair.ranks import Ranks, ranks_of_node
 from sosa_stream.agent.repair.registry import Registry
 from sosa_stream.agent.repair.snapshots import SnapshotRing
 from sosa_stream.agent.repair.training_state import TrainingState
@@ -101,7 +102,13 @@ class Agent:
         self._wakeup = Wakeup()
         self._outbox = Outbox(settings.agent.ring_frames, self._wakeup)
         self.registry = Registry(self.say)
-        self.state = TrainingState(self.registry, settings.agent.rollback_schedulers)
+        ranks = Ranks(
+            rank,
+            ranks_of_node(os.environ, rank, world_size),
+            lambda: self.probe.fence.members if self.probe.fence is not None else (rank,),
+            1.5 * settings.fence.outcome_seconds,  # those that are told to take an action back come that much later
+        )
+        self.state = TrainingState(self.registry, ranks, settings.agent.rollback_schedulers)
         snapshots = None
         if settings.snapshots_wanted:
             snapshots = SnapshotRing(self.state, settings.agent, settings.auto.max_rollback_steps, self.say)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 
 import torch
+from torch.distributed import get_world_size
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -105,13 +106,19 @@ def first_is_cut_off(optimizer: Optimizer) -> bool:
 
 
 def reduced_by_ddp(optimizer: Optimizer) -> bool:
-    """Whether every parameter belongs to a `DistributedDataParallel`, which makes gradients equal on all ranks.
+    """Whether every parameter belongs to a `DistributedDataParallel` over all ranks, so that gradients are equal.
 
     Looks at all live objects, so it is asked once for each optimizer. FSDP1's flat shards, and tensor or pipeline
     parallelism, look like ordinary parameters and are different on each rank.
     """
     wrappers = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
-    reduced = {id(p) for wrapper in wrappers for p in wrapper.parameters()}
+    reduced = {
+        id(p)
+        for wrapper in wrappers
+        if wrapper.process_group.size() == get_world_size()
+        for name, p in wrapper.module.named_parameters()
+        if name not in wrapper.parameters_to_ignore
+    }
     return all(id(p) in reduced for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
 
 

@@ -280,7 +280,7 @@ class Probe:
         detail = digest = ""
         failed: Exception | None = None
         try:
-            detail = self._actuators.apply(command, tick, step, fence.num_members)
+            detail = self._actuators.apply(command, tick, step, len(fence.members))
         except Exception as error:
             failed = error
         why = fence.conclude(describe(failed) if failed else "")

@@ -135,8 +135,8 @@ class Fence:
         self._step_seconds = 0.0
         self._stop = NEVER
         self._granted: Command | None = None
-        self.num_members = 0
-        """How many ranks carry out the command that `arrive` gave last."""
+        self.members: tuple[int, ...] = ()
+        """The ranks that carry out the command that `arrive` has given."""
         self._in_hand = False
         self._failure: str | None = None
         self._decision: Decision | None = None
@@ -455,8 +455,7 @@ class Fence:
         if after.attempt == before.attempt and verdict is None:
             return
         if after.committed and verdict is not None:
-            self.num_members = len(verdict.members)
-            self._release(command)
+            self._release(command, verdict.members)
             self._tell(Committed(command, verdict.tick))
             return
         self._release(None)
@@ -476,7 +475,7 @@ class Fence:
                 self._close(reason)
         self._tell(Aborted(command, reason))
 
-    def _release(self, granted: Command | None) -> None:
+    def _release(self, granted: Command | None, members: tuple[int, ...] = ()) -> None:
         """Tell the training thread the verdict on its stop, unless it has given up waiting: it is to end then."""
         with self._changed:
             if self._doubt:
@@ -484,6 +483,7 @@ class Fence:
             if granted is None:
                 self._stop = NEVER
             self._granted = granted
+            self.members = members
             self._waiting = False  # not only once that thread has woken up: the next attempt is not overdue
             self._changed.notify_all()
 

@@ -39,9 +39,9 @@ class Copy:
         """
         to_local(live.detach()).data.copy_(self.host)
 
-    def revived(self) -> torch.Tensor:
-        """A new tensor as the original was."""
-        local = self.host.to(self.device, copy=True)
+    def room(self) -> torch.Tensor:
+        """A new tensor like the original, still to be filled."""
+        local = torch.empty_like(self.host, device=self.device)
         if self.sharding is None:
             return local
         from torch.distributed.tensor import DTensor
@@ -60,7 +60,7 @@ def copy_tensor(tensor: torch.Tensor, into: Any = None) -> Copy:
         host = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
     host.copy_(local, non_blocking=True)
     sharding = None
-    if local is not tensor and hasattr(tensor, "device_mesh"):
+    if hasattr(tensor, "device_mesh"):
         spread: Any = tensor
         sharding = spread.device_mesh, tuple(spread.placements), tensor.shape, tensor.stride()
     return Copy(host, local.device, sharding)
@@ -73,36 +73,44 @@ def copy_all(value: Any, into: Any = None) -> Any:
     if isinstance(value, dict):
         old = into if isinstance(into, dict) else {}
         return _like(value, {key: copy_all(item, old.get(key)) for key, item in value.items()})
-    if type(value) in (list, tuple, set):
+    if type(value) in (list, tuple):
         return type(value)(copy_all(item) for item in value)
-    return copy.deepcopy(value) if isinstance(value, deque | np.ndarray | bytearray) else value
+    return copy.deepcopy(value) if isinstance(value, set | deque | np.ndarray | bytearray) else value
+
+
+def room_for(copied: Any, present: Any = None) -> Any:
+    """What `copy_all` was given, with room for its tensors: ``present`` tensors where they fit, else new ones."""
+    if isinstance(copied, Copy):
+        return present if isinstance(present, torch.Tensor) and copied.fits(present) else copied.room()
+    if isinstance(copied, dict):
+        its = present if isinstance(present, dict) else {}
+        return _like(copied, {key: room_for(item, its.get(key)) for key, item in copied.items()})
+    if type(copied) in (list, tuple):
+        return type(copied)(room_for(item) for item in copied)
+    return copy_all(copied)
+
+
+def fill(room: Any, copied: Any) -> Any:
+    """``room``, with the values of the copies for which it was made."""
+    for tensor, its in zip(tensors_in(room), copies_in(copied), strict=True):
+        its.put_back(tensor)
+    return room
 
 
 def revive(copied: Any) -> Any:
     """The inverse of `copy_all`, in memory of its own."""
+    return fill(room_for(copied), copied)
+
+
+def outline(copied: Any) -> Any:
+    """``copied`` without its values: what another process needs to make room."""
     if isinstance(copied, Copy):
-        return copied.revived()
+        return Copy(copied.host.to("meta"), torch.device(copied.device.type))
     if isinstance(copied, dict):
-        return _like(copied, {key: revive(item) for key, item in copied.items()})
-    if type(copied) in (list, tuple, set):
-        return type(copied)(revive(item) for item in copied)
-    return copy_all(copied)
-
-
-def put_back(copied: dict[str, Any], live: dict[str, Any]) -> None:
-    """Make ``live`` what it was when it was copied; tensors that still fit stay where they are."""
-    for name in set(live) - set(copied):
-        del live[name]
-    for name, value in copied.items():
-        put_back_one(value, live, name)
-
-
-def put_back_one(value: Any, live: dict[str, Any], name: str) -> None:
-    present = live.get(name)
-    if isinstance(value, Copy) and isinstance(present, torch.Tensor) and value.fits(present):
-        value.put_back(present)
-    else:
-        live[name] = revive(value)
+        return _like(copied, {key: outline(item) for key, item in copied.items()})
+    if type(copied) in (list, tuple):
+        return type(copied)(outline(item) for item in copied)
+    return copied
 
 
 def copies_in(value: Any) -> Iterator[Copy]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from sosa_stream.agent.repair.copies import copy_all, put_back, put_back_one
+from sosa_stream.agent.repair.copies import copy_all, fill, room_for
 
 SCHEDULED = frozenset({"lr", "momentum", "betas"})
 """What a scheduler sets in an optimizer's groups."""
@@ -23,18 +23,22 @@ def inner_optimizer(optimizer: Optimizer) -> Optimizer:
 
 def by_position(optimizer: Optimizer) -> Iterator[tuple[int, dict[str, Any]]]:
     inner = inner_optimizer(optimizer)
-    for position, parameter in enumerate(p for group in inner.param_groups for p in group["params"]):
+    for position, parameter in enumerate(_parameters(inner)):
         if parameter in inner.state:
             yield position, inner.state[parameter]
 
 
-def restore_optimizer(optimizer: Optimizer, saved: dict[int, dict[str, Any]]) -> None:
+def room_for_state(optimizer: Optimizer, saved: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The state to be, in the memory of the present one where that fits; nothing of the optimizer's is touched yet."""
+    return room_for(saved, dict(by_position(optimizer)))  # type: ignore[no-any-return]
+
+
+def set_state(optimizer: Optimizer, state: dict[int, dict[str, Any]]) -> None:
     inner = inner_optimizer(optimizer)
-    for position, parameter in enumerate(p for group in inner.param_groups for p in group["params"]):
-        if position in saved:
-            put_back(saved[position], inner.state[parameter])
-        else:
-            inner.state.pop(parameter, None)
+    for position, parameter in enumerate(_parameters(inner)):
+        inner.state.pop(parameter, None)
+        if position in state:
+            inner.state[parameter] = state[position]
 
 
 def scheduled(group: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +48,7 @@ def scheduled(group: dict[str, Any]) -> dict[str, Any]:
 def restore_groups(optimizer: Optimizer, saved: list[dict[str, Any]]) -> None:
     for group, before in zip(optimizer.param_groups, saved, strict=False):
         for name in SCHEDULED & before.keys():
-            put_back_one(before[name], group, name)
+            group[name] = fill(room_for(before[name], group.get(name)), before[name])
 
 
 def num_moments(group: dict[str, Any]) -> int:
@@ -52,3 +56,7 @@ def num_moments(group: dict[str, Any]) -> int:
     if "betas" in group:
         return 3 if group.get("amsgrad") else 2
     return sum(bool(group.get(name)) for name in ("momentum", "alpha", "centered", "rho"))
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[Any]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])

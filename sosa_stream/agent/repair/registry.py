@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, ReduceLROnPlateau, SequentialLR
 
 from sosa_stream.agent.repair.copies import Copy, copy_all, revive
+from sosa_stream.errors import SosaError, describe
 
 Thing = TypeVar("Thing")
 
@@ -94,9 +95,17 @@ class Registry:
         return states
 
     def restore(self, states: dict[str, Any]) -> None:
+        """Give the script's own their state back.
+
+        Raises:
+            SosaError: one would not take it; those before it have.
+        """
         for name, state in states.items():
             if name in self.registered:
-                self.registered[name].load_state_dict(revive(state))
+                try:
+                    self.registered[name].load_state_dict(revive(state))
+                except Exception as error:
+                    raise SosaError(f"the state of {name} could not be put back: {describe(error)}") from error
 
     def _noting(self, original: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(original)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Undo
 from sosa_stream.agent.repair.bystanders import unregistered
-from sosa_stream.agent.repair.snapshots import SnapshotRing
-from sosa_stream.agent.repair.training_state import Snapshot, TrainingState
-from sosa_stream.errors import RefusedError
+from sosa_stream.agent.repair.snapshots import NoSnapshotError, Snapshot, SnapshotRing
+from sosa_stream.agent.repair.training_state import TrainingState
+from sosa_stream.errors import RefusedError, describe
 
 
 class Rollback(Actuator):
@@ -31,11 +32,9 @@ class Rollback(Actuator):
         return f"no healthy snapshot from before step {params['before_step']} is held"
 
     def apply(self, params: Mapping[str, Any], at: Moment) -> tuple[Undo, str]:
-        if self._snapshots is None:
-            raise RefusedError("rollback: this run keeps no snapshots (agent.snapshots)")
-        target = self._snapshots.candidates(params["before_step"], at.step)[0]
+        was_stale = self._in_force.stale_gradients
+        target, present = self._agree(params["before_step"], at)
         account = self._account(target)
-        present, was_stale = self._state.present(at.tick, at.step), self._in_force.stale_gradients
         self._state.restore(target, present)
         self._earlier, self._present = self._present, (at.command, present)
         self._went = target, at.step
@@ -63,6 +62,25 @@ class Rollback(Actuator):
         if self._snapshots is not None:
             self._snapshots.begin_anew()
 
+    def _agree(self, before_step: int, at: Moment) -> tuple[Snapshot, Snapshot]:
+        """The newest snapshot that every rank can go back to, and a copy of the state as it is now."""
+        if self._snapshots is None:
+            raise RefusedError("rollback: this run keeps no snapshots (agent.snapshots)")
+        offered: list[Snapshot] = []
+        problem = ""
+        try:
+            offered = self._snapshots.candidates(before_step, at.step)
+            present = self._state.present(at.tick, at.step)
+        except Exception as error:  # most of all for want of memory
+            offered, problem = [], describe(error)
+        said = self._state.ranks.gather(([snapshot.tick for snapshot in offered], problem))
+        common = set.intersection(*(set(ticks) for ticks, _ in said.values()))
+        for target in offered:
+            if target.tick in common:
+                return target, present
+        problems = (words if len(said) == 1 else f"rank {rank}: {words}" for rank, (_, words) in said.items() if words)
+        raise NoSnapshotError(next(problems, "the ranks hold no healthy snapshot in common"))
+
     def _account(self, target: Snapshot) -> str:
         """What was restored, and what a person may expect to have been and was not."""
         schedulers = self._state.restored_schedulers(target)
@@ -74,5 +92,6 @@ class Rollback(Actuator):
         back = {id(scheduler) for scheduler, _ in schedulers}
         moved_on = {type(s).__name__ for s in self._state.schedulers if id(s) not in back}
         left = ["data position", "random numbers", *(f"{name} (goes on)" for name in sorted(moved_on))]
-        left += unregistered(self._state)
+        with contextlib.suppress(Exception):  # between two exchanges of the ranks, and only words
+            left += unregistered(self._state)
         return f"restored: {', '.join(restored)}; not restored: {', '.join(left)}"

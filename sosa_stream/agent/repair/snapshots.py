@@ -6,20 +6,74 @@ equal on all ranks, so every rank keeps the same ones.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sosa_stream.agent.repair.training_state import NoSnapshotError, Snapshot, TrainingState
+from sosa_stream.agent.repair.copies import Copy, copies_in, finite_flags, size_of
 from sosa_stream.config import AgentSettings
+from sosa_stream.errors import SosaError
+
+if TYPE_CHECKING:
+    from sosa_stream.agent.repair.training_state import TrainingState
 
 NEAR = 3
 """The newest ones stand at the base spacing; the ages of the others spread out geometrically."""
 
 FARTHER_STEPS = 200
 """Trouble this soon after a rollback means that its snapshot was not good: the next one goes further back."""
+
+
+Owned = tuple[weakref.ref[Any], Any]
+
+
+class NoSnapshotError(SosaError):
+    """There is no good snapshot to go back to."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Snapshot:
+    """State as it was before tick ``tick`` and step ``step`` were taken."""
+
+    tick: int
+    step: int
+    parameters: list[Copy]
+    buffers: list[Copy]
+    optimizers: list[dict[int, dict[str, Any]]]
+    """For each optimizer the state of its parameters, by their position in its groups."""
+    groups: list[list[dict[str, Any]]] = field(default_factory=list)
+    """For each optimizer what schedulers set in its groups."""
+    schedulers: list[Owned] = field(default_factory=list)
+    scalers: list[Owned] = field(default_factory=list)
+    registered: dict[str, Any] = field(default_factory=dict)
+    random: dict[str, Any] = field(default_factory=dict)
+    finite: list[Copy] = field(default_factory=list)
+    """0-d flags of what was copied, on their way to the host as the copies are."""
+    ready: torch.cuda.Event | None = None
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether it is known, without waiting, that something was not finite when it was copied."""
+        if self.ready is not None and not self.ready.query():  # type: ignore[no-untyped-call]
+            return False
+        return not all(bool(flag.host) for flag in self.finite)
+
+    def is_finite(self) -> bool:
+        """Whether it was when it was copied, and still is. Waits for the copy to be there."""
+        self.wait()
+        if self.is_bad:
+            return False
+        state = [copy.host for copy in [*self.parameters, *copies_in(self.optimizers)]]
+        return all(finite_flags(state, [copy.host for copy in self.buffers]))
+
+    def wait(self) -> None:
+        if self.ready is not None:
+            self.ready.synchronize()
+            self.ready = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +122,7 @@ class SnapshotRing:
 
     def take(self, tick: int, step: int) -> None:
         """Copy the state right behind a step-call, into the memory of the snapshot that it replaces."""
-        if not self._snapshots:
-            self._budget(*self._state.estimate_bytes())
+        self._budget()
         if self._off:
             return
         reuse = None
@@ -83,7 +136,6 @@ class SnapshotRing:
         if self._incomplete is not None:
             (snapshot, reuse), self._incomplete = self._incomplete, None
             self._state.complete(snapshot, reuse)
-            self._budget(snapshot.size_bytes)  # the second holds optimizer state that the first did not
 
     def candidates(self, before_step: int, present_step: int) -> list[Snapshot]:
         """The snapshots that may be gone back to, the newest first: finite, and with their whole quarantine healthy and
@@ -151,11 +203,15 @@ class SnapshotRing:
             return 0
         return min(old, key=lambda i: (held[i + 1] - held[i - 1]) / (step - held[i] + 1))
 
-    def _budget(self, size: int, estimated: bool = False) -> None:
-        """Reckon how many snapshots of ``size`` bytes fit, and say what they cost before they cost it."""
+    def _budget(self) -> None:
+        """Reckon how many snapshots fit, by what the last one took of registered state, and say it before it is spent.
+
+        Of all that is copied for a node, also on the ranks that copy little themselves: all keep the same snapshots.
+        """
+        size, estimated = self._state.estimate_bytes()
+        if self._snapshots:
+            size += size_of(copy.host for copy in copies_in(self._snapshots[-1].registered))
         told, kept = self._told, self._keep
-        if size < told and len(self._snapshots) == 1:  # the state that was estimated is still to come
-            return
         self._keep = min(self._settings.snapshot_keep, self._settings.snapshot_max_bytes // max(1, size))
         if self._keep == kept and abs(size - told) <= 0.1 * told:
             return

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,14 +23,15 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from sosa_stream.agent.gradients import to_local
+from sosa_stream.agent.gradients import is_sharded, reduced_by_ddp, to_local
 from sosa_stream.agent.repair import random_numbers
 from sosa_stream.agent.repair.copies import (
     Copy,
-    copies_in,
     copy_all,
     copy_tensor,
+    fill,
     finite_flags,
+    outline,
     revive,
     size_of,
     tensors_in,
@@ -41,69 +42,15 @@ from sosa_stream.agent.repair.optimizer_state import (
     inner_optimizer,
     num_moments,
     restore_groups,
-    restore_optimizer,
+    room_for_state,
     scheduled,
+    set_state,
 )
+from sosa_stream.agent.repair.ranks import Ranks
 from sosa_stream.agent.repair.registry import Registry, copy_scale, follows_metric, restore_scale
+from sosa_stream.agent.repair.snapshots import NoSnapshotError, Snapshot
 from sosa_stream.config import Switch
-from sosa_stream.errors import SosaError
-
-Owned = tuple[weakref.ref[Any], Any]
-
-
-class NoSnapshotError(SosaError):
-    """There is no good snapshot to go back to."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Snapshot:
-    """State as it was before tick ``tick`` and step ``step`` were taken."""
-
-    tick: int
-    step: int
-    parameters: list[Copy]
-    buffers: list[Copy]
-    optimizers: list[dict[int, dict[str, Any]]]
-    """For each optimizer the state of its parameters, by their position in its groups."""
-    groups: list[list[dict[str, Any]]] = field(default_factory=list)
-    """For each optimizer what schedulers set in its groups."""
-    schedulers: list[Owned] = field(default_factory=list)
-    scalers: list[Owned] = field(default_factory=list)
-    registered: dict[str, Any] = field(default_factory=dict)
-    random: dict[str, Any] = field(default_factory=dict)
-    finite: list[Copy] = field(default_factory=list)
-    """0-d flags of what was copied, on their way to the host as the copies are."""
-    ready: torch.cuda.Event | None = None
-
-    @property
-    def copies(self) -> Iterator[Copy]:
-        yield from self.parameters
-        yield from self.buffers
-        yield from copies_in([self.optimizers, self.registered])
-
-    @property
-    def size_bytes(self) -> int:
-        return size_of(copy.host for copy in self.copies)
-
-    @property
-    def is_bad(self) -> bool:
-        """Whether it is known, without waiting, that something was not finite when it was copied."""
-        if self.ready is not None and not self.ready.query():  # type: ignore[no-untyped-call]
-            return False
-        return not all(bool(flag.host) for flag in self.finite)
-
-    def is_finite(self) -> bool:
-        """Whether it was when it was copied, and still is. Waits for the copy to be there."""
-        self.wait()
-        if self.is_bad:
-            return False
-        state = [copy.host for copy in [*self.parameters, *copies_in(self.optimizers)]]
-        return all(finite_flags(state, [copy.host for copy in self.buffers]))
-
-    def wait(self) -> None:
-        if self.ready is not None:
-            self.ready.synchronize()
-            self.ready = None
+from sosa_stream.errors import SosaError, describe
 
 
 class TrainingState:
@@ -112,12 +59,19 @@ class TrainingState:
     Nothing here keeps a model alive that the script has let go.
     """
 
-    def __init__(self, registry: Registry | None = None, rollback_schedulers: Switch = Switch.AUTO) -> None:
+    def __init__(
+        self,
+        registry: Registry | None = None,
+        ranks: Ranks | None = None,
+        rollback_schedulers: Switch = Switch.AUTO,
+    ) -> None:
         self.registry = registry or Registry()
+        self.ranks = ranks or Ranks()
         self._rollback_schedulers = rollback_schedulers
         self._optimizers: list[weakref.ref[Optimizer]] = []
         self._models = Models()
         self._looked = False
+        self._replicated: bool | None = None
 
     @property
     def optimizers(self) -> list[Optimizer]:
@@ -154,9 +108,18 @@ class TrainingState:
         return self._models.buffers
 
     @property
+    def replicated(self) -> bool:
+        """Whether parameters and optimizer state are those of the other ranks of this node, and kept by one of them."""
+        if self._replicated is None:
+            self._replicated = self.ranks.share and all(
+                reduced_by_ddp(its) and not is_sharded(its) and inner_optimizer(its) is its for its in self.optimizers
+            )
+        return self._replicated
+
+    @property
     def where(self) -> str:
         """Which ranks keep copies, in words."""
-        return "on this rank"
+        return "on one rank of each node" if self.replicated else "on every rank"
 
     def meet(self, optimizer: Optimizer) -> bool:
         """Note an optimizer that is about to step; whether it is new."""
@@ -164,13 +127,14 @@ class TrainingState:
             if ref() is optimizer:
                 return False
         self._optimizers = [ref for ref in self._optimizers if ref() is not None] + [weakref.ref(optimizer)]
-        self._looked = False
+        self._looked, self._replicated = False, None
         return True
 
     def capture(self, tick: int, step: int, reuse: Snapshot | None = None) -> Snapshot:
         """A copy of everything, into the memory of ``reuse`` where shapes fit; the device is not waited for."""
-        parameters, buffers = self.parameters, self.buffers
-        state = [dict(by_position(optimizer)) for optimizer in self.optimizers]
+        buffers, mine = self.buffers, not self.replicated or self.ranks.holds
+        parameters = self.parameters if mine else []
+        state: list[dict[int, Any]] = [dict(by_position(its)) if mine else {} for its in self.optimizers]
         old = reuse if reuse is not None and len(reuse.optimizers) == len(state) else None
         snapshot = Snapshot(
             tick=tick,
@@ -206,41 +170,63 @@ class TrainingState:
         return snapshot
 
     def restore(self, snapshot: Snapshot, present: Snapshot) -> None:
-        """Go back to ``snapshot``, in place: the script's own references stay valid.
+        """Go back to ``snapshot`` on all ranks, in place: the script's own references stay valid.
+
+        All that can fail comes before anything large is touched, and every rank learns whether it has failed on any.
 
         Args:
             present: the state as it is now, to which all returns where something of the script's own cannot be loaded.
 
         Raises:
-            NoSnapshotError: the model or its optimizers have changed shape since. Nothing has been changed then.
-            SosaError: what the script has registered would not take its state back. Nothing has been changed then.
+            SosaError: it cannot be done on some rank, in the same words on all. Nothing has been changed.
+            HalfAppliedError: the other ranks were lost on the way.
         """
-        self.check(snapshot)
-        snapshot.wait()
+        whole, failure, rooms = snapshot, "", []
         try:
+            if self.replicated:
+                whole = self._whole(snapshot)
+            snapshot.wait()
+            self._check(whole)
+            rooms = [room_for_state(*pair) for pair in zip(self.optimizers, whole.optimizers, strict=True)]
             self._restore_small(snapshot)
         except Exception as error:
+            failure = describe(error)
+        try:
+            said = self.ranks.gather(failure)
+        except SosaError as error:
+            said = {self.ranks.rank: failure or str(error)}
+        if refused := {rank: words for rank, words in said.items() if words}:
             present.wait()
             self._restore_small(present)
-            raise SosaError(f"state could not be put back: {type(error).__name__}: {error}") from error
+            rank, words = next(iter(refused.items()))
+            raise SosaError(words if len(said) == 1 else f"rank {rank}: {words}")
         with torch.no_grad():
-            for tensor, copy in zip(self.parameters, snapshot.parameters, strict=True):
-                copy.put_back(tensor)
-            for optimizer, saved in zip(self.optimizers, snapshot.optimizers, strict=True):
-                restore_optimizer(optimizer, saved)
+            if whole is snapshot:
+                for tensor, copy in zip(self.parameters, snapshot.parameters, strict=True):
+                    copy.put_back(tensor)
+                for room, saved in zip(rooms, snapshot.optimizers, strict=True):
+                    fill(room, saved)
+            for optimizer, room in zip(self.optimizers, rooms, strict=True):
+                set_state(optimizer, room)
+            if self.replicated:
+                self.ranks.broadcast([*self.parameters, *tensors_in(rooms)])
 
-    def check(self, snapshot: Snapshot) -> None:
+    def _whole(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot with all its parts; those that another rank of this node keeps, in outline."""
+        plan = outline([snapshot.parameters, snapshot.optimizers]) if self.ranks.holds else None
+        parameters, optimizers = self.ranks.spread(plan)
+        return snapshot if self.ranks.holds else replace(snapshot, parameters=parameters, optimizers=optimizers)
+
+    def _check(self, snapshot: Snapshot) -> None:
         """Raises NoSnapshotError unless it is one of the model and the optimizers as they are."""
-        if len(self.optimizers) != len(snapshot.optimizers) or len(self.buffers) != len(snapshot.buffers):
-            raise NoSnapshotError("the parameters or optimizers are no longer those of the snapshot")
         live, copies = [*self.parameters, *self.buffers], [*snapshot.parameters, *snapshot.buffers]
-        if len(live) != len(copies):
+        if len(self.optimizers) != len(snapshot.optimizers) or len(live) != len(copies):
             raise NoSnapshotError("the parameters or optimizers are no longer those of the snapshot")
         if not all(copy.fits(tensor) for tensor, copy in zip(live, copies, strict=True)):
             raise NoSnapshotError("a parameter has changed its shape since the snapshot")
 
     def estimate_bytes(self) -> tuple[int, bool]:
-        """Bytes of a snapshot in this process, from shapes, and whether state that is not there yet is estimated."""
+        """Bytes of a snapshot where it is kept, from shapes, and whether state is estimated that is not there yet."""
         present, expected = size_of([*self.parameters, *self.buffers]), 0
         for inner in map(inner_optimizer, self.optimizers):
             present += size_of(tensors_in([dict(values) for values in inner.state.values()]))
@@ -260,7 +246,7 @@ class TrainingState:
         for parameter in self.parameters:
             yield to_local(parameter)
         for optimizer in self.optimizers:
-            for _, values in by_position(optimizer):
+            for _, values in by_position(optimizer) if inner_optimizer(optimizer) is optimizer else ():
                 for _, value in sorted(values.items()):
                     if isinstance(value, torch.Tensor):
                         yield to_local(value)
@@ -288,7 +274,7 @@ class TrainingState:
 
     @staticmethod
     def _record(snapshot: Snapshot) -> None:
-        if any(copy.device.type == "cuda" for copy in snapshot.copies):
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             snapshot.ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             snapshot.ready.record()
 
