@@ -52,7 +52,8 @@ class Actuator:
     """Carries out one kind of action on this rank. Everything but `refusal` runs on the training thread."""
 
     comes_first = False
-    """Whether no action may precede it in a command: one that failed on a rank would keep that from a collective."""
+    """Whether it is carried out before the others of its command: one that failed on a rank alone would keep that rank
+    from the collective in which the others wait for it."""
 
     def refusal(self, params: Mapping[str, Any], step: int) -> str:
         """Why this rank could not do it as things stand, or nothing. For the agent's thread; waits for nothing."""

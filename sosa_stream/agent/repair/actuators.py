@@ -26,7 +26,7 @@ from sosa_stream.agent.repair.stopping import Stop
 from sosa_stream.agent.repair.training_state import TrainingState
 from sosa_stream.agent.watch.deliveries import Deliveries
 from sosa_stream.errors import HalfAppliedError, RefusedError, describe
-from sosa_stream.protocol.actions import ACTIONS
+from sosa_stream.protocol.actions import ACTIONS, Action
 from sosa_stream.protocol.messages import Command
 
 
@@ -60,8 +60,6 @@ class Actuators:
             else:
                 actuator = self._by_action.get(action.action)
                 why = "this agent does not know it" if actuator is None else actuator.refusal(action.params, step)
-                if actuator is not None and actuator.comes_first and action is not command.actions[0]:
-                    why = "it must be the first action of its command"
             if why:
                 return f"{action.action}: {why}"
         return ""
@@ -79,8 +77,9 @@ class Actuators:
         for action in command.actions:
             if action.action in self._by_action:
                 self._by_action[action.action].consult(at)
-        undos, words = self._carry_out(command, at)
-        self._under_way = command, undos
+        in_order = replace(command, actions=tuple(sorted(command.actions, key=self._comes_last)))
+        undos, words = self._carry_out(in_order, at)
+        self._under_way = in_order, undos
         detail = "; ".join(words)
         self.history.append(
             {
@@ -161,6 +160,10 @@ class Actuators:
             _undo(undos)
             raise
         return undos, words
+
+    def _comes_last(self, action: Action) -> bool:
+        actuator = self._by_action.get(action.action)
+        return actuator is None or not actuator.comes_first
 
     def _revert(self, command_id: str) -> tuple[Undo, str]:
         if command_id not in self._applied:

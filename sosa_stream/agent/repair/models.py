@@ -32,7 +32,7 @@ class Models:
 
     def find(self, parameters: Iterable[torch.Tensor], others: Callable[[Any], None]) -> None:
         """Look for the modules that own one of ``parameters``; whatever is no module is shown to ``others``."""
-        wanted = {id(p) for p in parameters}
+        wanted = {id(p): i for i, p in enumerate(parameters)}
         trees: list[tuple[nn.Module, list[nn.Module]]] = []
         for thing in gc.get_objects():
             if not issubclass(type(thing), nn.Module):
@@ -45,6 +45,8 @@ class Models:
                 continue
         inside = {id(module) for root, tree in trees for module in tree if module is not root}
         outermost = [(root, tree) for root, tree in trees if id(root) not in inside]
+        # Live objects come in no order of their own; that of the parameters is the same in every process.
+        outermost.sort(key=lambda found: min(wanted.get(id(p), len(wanted)) for p in found[0].parameters()))
         self._roots = [weakref.ref(root) for root, _ in outermost]
         buffers: dict[int, tuple[weakref.ref[nn.Module], str]] = {}
         for owner in (owner for _, tree in outermost for owner in tree):

@@ -74,9 +74,10 @@ class Registry:
             self.registered[name] = thing
 
     def schedulers(self, optimizers: Iterable[Optimizer]) -> list[LRScheduler]:
-        """Those that set the rates of one of ``optimizers``, in the order in which they were made or found."""
-        ours = {id(optimizer) for optimizer in optimizers}
-        return [s for s in _alive(self._schedulers) if id(getattr(s, "optimizer", None)) in ours]
+        """Those that set the rates of ``optimizers``, in their order, then by kind: in every process the same."""
+        place = {id(optimizer): i for i, optimizer in enumerate(optimizers)}
+        ours = [s for s in _alive(self._schedulers) if id(getattr(s, "optimizer", None)) in place]
+        return sorted(ours, key=lambda s: (place[id(s.optimizer)], type(s).__name__))
 
     @property
     def scalers(self) -> list[GradScaler]:

@@ -16,6 +16,8 @@ from sosa_stream.errors import RefusedError, describe
 class Rollback(Actuator):
     """The present state is kept for the way back: of the latest rollback only, for two whole models are enough."""
 
+    comes_first = True
+
     def __init__(self, in_force: InForce, state: TrainingState, snapshots: SnapshotRing | None) -> None:
         self._in_force = in_force
         self._state = state
