@@ -90,7 +90,7 @@ class RunView:
     paused: str = ""
     """Who has paused repairs, or nothing."""
     standing: tuple[str, ...] = ()
-    """Commands that are in force."""
+    """Commands in force that stand until they are taken back."""
 
 
 class Engine:
@@ -182,7 +182,7 @@ class Engine:
             knobs=tuple(self._repairs.knobs.values()),
             mode=str(self._repairs.policy.mode),
             paused=self._repairs.paused.who if self._repairs.paused else "",
-            standing=tuple(fix.entry.record.id for fix in self._repairs.standing.in_force),
+            standing=tuple(fix.entry.record.id for fix in self._repairs.standing.in_force if fix.actions),
         )
 
     def _hear(self, event: Hello | Heartbeat | MetricFrame | Layers | Knobs | Ack | Bye, now: float) -> None:

@@ -246,3 +246,34 @@ def test_a_replay_with_what_people_asked_comes_to_the_same_commands() -> None:
     feed(engine, events)
     assert engine.view().commands == sim.commands
     assert [record.origin for record in sim.commands] == ["person", "person", "policy"]
+
+
+def test_what_leaves_the_training_as_it_is_is_neither_judged_nor_in_force() -> None:
+    dump = Action(action="dump_diagnostics")
+    sim = SimulatedJob(seed=0, policy=SUGGEST, asks={100: asking(Fix(action=dump, who="ann"))}).run()
+    (record,) = sim.commands
+    assert (record.state, record.verdict) == (CommandState.VERIFIED, Verdict.INCONCLUSIVE)
+    assert sim.engine.view().standing == ()
+
+
+# -- caps --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_cap_of_a_run_never_refills_not_even_by_a_restart_of_the_group() -> None:
+    policy = {**AUTO_POLICY, "max_fixes_per_run": 1, "cooldown_steps": 50}
+    sick = lambda step, lr: 3.0 if 200 <= step < 260 or 600 <= step < 660 or step >= 900 else 0.0  # noqa: E731
+    sim = SimulatedJob(seed=0, num_steps=1000, policy=policy, damage=sick, restarts={500: policy, 800: policy}).run()
+    fixes = [record for record in sim.commands if record.origin == "policy" and record.actions[0].action != "revert"]
+    assert len(fixes) == 1
+    assert len(sim.incidents) >= 2
+
+
+def test_a_fix_that_every_rank_refused_has_cost_nothing_of_the_caps() -> None:
+    """As under a kill file: what was not applied is no fix."""
+
+    def refuse_the_first(command: Command) -> AckState | None:
+        return AckState.REJECTED if any(action.action == "rollback" for action in command.actions) else None
+
+    policy = {**AUTO_POLICY, "max_fixes_per_run": 1, "max_fixes_per_error": 1}
+    sim = SimulatedJob(seed=0, lr_factor=_jump, policy=policy, answers=refuse_the_first).run()
+    assert [str(record.state) for record in sim.commands[:2]] == ["rejected", "verified"]

@@ -18,7 +18,7 @@ from sosa_stream.decide.probation import HELPED_STEPS, Probation
 from sosa_stream.detect.incidents import Group
 from sosa_stream.detect.statistics import Level
 from sosa_stream.errors import ConfigError
-from sosa_stream.protocol.actions import Action
+from sosa_stream.protocol.actions import ACTIONS, Action
 from sosa_stream.protocol.messages import Ack, AckState
 from sosa_stream.testing import header, incident
 
@@ -246,3 +246,13 @@ def test_public_keys_of_a_command_are_frozen() -> None:
         *("schema_version", "id", "run", "incident", "actions", "confidence", "state", "applied_step", "verdict"),
         *("reason", "why"),
     ]
+
+
+@pytest.mark.parametrize("name", [name for name, spec in ACTIONS.items() if spec.irreversible and name != "skip_step"])
+def test_what_cannot_be_taken_back_goes_ahead_only_where_allow_names_it(name: str) -> None:
+    params = {key: int(param.low) for key, param in ACTIONS[name].params.items()}
+    action = Action(action=name, params=params)
+    everything_else = tuple(other for other in ACTIONS if other != name)
+    assert not RunPolicy(mode=Mode.AUTO, limits=AutoSettings(allow=everything_else)).may_apply((action,), 1.0)
+    assert RunPolicy(mode=Mode.AUTO, limits=AutoSettings(allow=(name,))).may_apply((action,), 1.0)
+    assert name not in AutoSettings().allow

@@ -82,5 +82,10 @@ class Budget:
         self._of_kind[kind] = self._of_kind.get(kind, 0) + 1
         self._of_run += 1
 
+    def refund(self, kind: str) -> None:
+        """What was spent on a fix that no rank has applied."""
+        self._of_kind[kind] = max(0, self._of_kind.get(kind, 0) - 1)
+        self._of_run -= 1
+
     def left(self, kind: str, limits: AutoSettings) -> bool:
         return self._of_kind.get(kind, 0) < limits.max_fixes_per_error and self._of_run < limits.max_fixes_per_run

@@ -53,6 +53,7 @@ class Repairs:
         self._run = run
         self._tracker = tracker
         self._budget = Budget()
+        self._spent: dict[str, str] = {}
         self._tried: dict[str, set[str]] = {}
         self._trials = Trials()
         self._learned: tuple[Outcome, ...] = ()
@@ -183,13 +184,14 @@ class Repairs:
         return entry
 
     def _applied(self, entry: Entry, windows: RunWindows) -> None:
+        record = entry.record
+        leaves_all = all(action.action in JUDGES_NOTHING for action in record.actions)
         if entry.releases is not None:
-            self.standing.release(entry.releases, by=entry.record.id)
-        else:
+            self.standing.release(entry.releases, by=record.id)
+        elif not leaves_all:
             self.standing.add(entry)
         self.held_rates.take(entry, windows)
-        record = entry.record
-        if record.origin == "standing" or all(action.action in JUDGES_NOTHING for action in record.actions):
+        if record.origin == "standing" or leaves_all:
             self.ledger.move(entry, _S.VERIFIED, verdict=Verdict.INCONCLUSIVE)
         else:
             self._trials.begin(entry, self._tracker.find(record.incident), windows)
@@ -309,6 +311,7 @@ class Repairs:
         self._propose(entry, windows, automatic=choice.automatic)
         if not entry.withheld:
             self._budget.spend(incident.kind)
+            self._spent[entry.record.id] = incident.kind
 
     def new_entry(
         self,
@@ -425,6 +428,8 @@ class Repairs:
 
     def _not_applied(self, entry: Entry) -> None:
         self._trials.drop(entry)
+        if kind := self._spent.pop(entry.record.id, ""):
+            self._budget.refund(kind)
         self.standing.drop(entry.record.id)  # it failed on a rank after others had said `applied`
         original = self.ledger.get(entry.reverts) if entry.reverts else None
         if original is not None and original.record.state is _S.APPLIED:
