@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from sosa_stream.decide.commands import CommandRecord, CommandState, Verdict
+from sosa_stream.decide.commands import FINAL_STATES, CommandRecord, CommandState, Verdict
 from sosa_stream.decide.requests import Approve, Fix, Pause, Request, Resume, Undo
 from sosa_stream.effects import Event, Notice
 from sosa_stream.engine import Engine
@@ -277,3 +279,58 @@ def test_a_fix_that_every_rank_refused_has_cost_nothing_of_the_caps() -> None:
     policy = {**AUTO_POLICY, "max_fixes_per_run": 1, "max_fixes_per_error": 1}
     sim = SimulatedJob(seed=0, lr_factor=_jump, policy=policy, answers=refuse_the_first).run()
     assert [str(record.state) for record in sim.commands[:2]] == ["rejected", "verified"]
+
+
+# -- whatever people ask, whenever -------------------------------------------------------------------------------------
+
+
+def _of_some_command(make: Callable[..., Request], which: int) -> Callable[[Engine], Request]:
+    def ask(engine: Engine) -> Request:
+        commands = engine.view().commands
+        return make(command=commands[which % len(commands)].id if commands else "c0", who="ann")
+
+    return ask
+
+
+ASKS = st.one_of(
+    st.builds(_of_some_command, st.sampled_from([Approve, Undo]), st.integers(0, 20)),
+    st.sampled_from([asking(Pause(who="ann")), asking(Resume(who="ben"))]),
+    st.builds(
+        lambda factor, probation: asking(
+            Fix(action=Action(action="scale_lr", params={"factor": factor}), who="ann", on_probation=probation)
+        ),
+        st.sampled_from([0.01, 0.5, 2.0]),
+        st.booleans(),
+    ),
+)
+REFUSALS = st.sampled_from([None, None, AckState.REJECTED, AckState.FAILED, AckState.ABORTED])
+
+
+@given(
+    asks=st.dictionaries(st.integers(20, 290), ASKS, max_size=12),
+    restarts=st.dictionaries(st.integers(100, 280), st.sampled_from([AUTO_POLICY, SUGGEST]), max_size=2),
+    refusals=st.lists(REFUSALS, min_size=4, max_size=4),
+    jump_ends=st.integers(150, 300),
+)
+@settings(max_examples=25, deadline=None)
+def test_whatever_people_ask_whenever_every_command_ends_and_a_replay_agrees(
+    asks: dict[int, Callable[[Engine], Request]],
+    restarts: dict[int, dict[str, Any]],
+    refusals: list[AckState | None],
+    jump_ends: int,
+) -> None:
+    sim = SimulatedJob(
+        seed=0,
+        num_steps=300,
+        lr_factor=lambda step: 1000.0 if 120 <= step < jump_ends else 1.0,
+        asks=asks,
+        restarts=restarts,
+        answers=lambda command: None if command.actions[0].action == "revert" else refusals[command.seq % 4],
+    ).run()
+    assert all(record.state in FINAL_STATES and record.verdict is not None for record in sim.commands)
+    engine = Engine("run")
+    feed(engine, sim.events)
+    assert engine.view().commands == sim.commands
+    assert engine.view().standing == sim.engine.view().standing
+    standing = {record.id: record for record in sim.commands if record.id in sim.engine.view().standing}
+    assert all(record.state is CommandState.VERIFIED for record in standing.values())
