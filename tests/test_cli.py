@@ -272,7 +272,7 @@ def test_what_could_not_be_looked_for_is_listed_by_run(home: Path, capsys: pytes
 def test_commands_are_a_table(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert code_of("commands", "--home", str(home)) == 0
     heading, *rows = capsys.readouterr().out.splitlines()
-    assert heading.split() == ["ID", "RUN", "INCIDENT", "ACTIONS", "CONFIDENCE", "STATE", "STEP", "VERDICT"]
+    assert heading.split() == ["ID", "RUN", "INCIDENT", "ACTIONS", "CONFIDENCE", "STATE", "STEP", "VERDICT", "DETAIL"]
     assert "clip_grad(max_norm=1)" in rows[0]
     assert [row.split()[0] for row in rows] == ["c1", "c2"]
 
@@ -293,7 +293,7 @@ def test_the_public_records_have_these_keys() -> None:
     ]
     assert list(COMMAND.as_dict()) == [
         *("schema_version", "id", "run", "incident", "actions", "confidence", "state", "applied_step", "verdict"),
-        *("reason", "why"),
+        *("reason", "why", "detail"),
     ]
 
 

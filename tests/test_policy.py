@@ -223,6 +223,15 @@ def test_a_command_is_held_and_applied_once_all_ranks_say_so() -> None:
     assert entry.record.applied_step == 10
 
 
+def test_what_was_done_is_kept_in_the_words_of_the_lowest_rank() -> None:
+    ledger, entry = _entry()
+    for rank in (1, 0):
+        assert entry.record.detail == ""
+        ledger.acknowledge(_ack(rank, AckState.APPLIED, detail=f"as rank {rank} did it"), (0, 1))
+    assert entry.record.detail == "as rank 0 did it"
+    assert ledger.of_incident(entry.record.incident)[0]["detail"] == "as rank 0 did it"
+
+
 @pytest.mark.parametrize(("ack", "state"), [(AckState.REJECTED, "rejected"), (AckState.FAILED, "aborted")])
 def test_one_rank_that_cannot_ends_the_command_with_its_reason(ack: AckState, state: str) -> None:
     ledger, entry = _entry()
@@ -244,7 +253,7 @@ def test_no_order_of_acks_breaks_the_table_of_states(acks: list[tuple[int, AckSt
 def test_public_keys_of_a_command_are_frozen() -> None:
     assert list(_entry()[1].record.as_dict()) == [
         *("schema_version", "id", "run", "incident", "actions", "confidence", "state", "applied_step", "verdict"),
-        *("reason", "why"),
+        *("reason", "why", "detail"),
     ]
 
 

@@ -13,7 +13,7 @@ from agent_parts import Watch, batches, bits, toy, train
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from sosa_stream.agent.repair.snapshots import NoSnapshotError, Snapshot, SnapshotRing
+from sosa_stream.agent.repair.snapshots import FARTHER_STEPS, NoSnapshotError, Snapshot, SnapshotRing
 from sosa_stream.agent.repair.training_state import TrainingState
 from sosa_stream.config import AgentSettings
 
@@ -92,12 +92,30 @@ def test_a_non_finite_snapshot_is_never_chosen(value: float) -> None:
     assert kept.choose(100, 30).step == 10
 
 
-def test_a_second_rollback_that_asks_for_it_goes_further_back() -> None:
+def test_a_second_rollback_soon_after_goes_further_back_although_it_asks_for_no_more() -> None:
     kept = Kept().run(40)
     first = kept.choose(36, 40)
+    assert first.step == 30
     kept.go_back(first)
     assert kept.held == [0, 10, 20, 30]
-    assert kept.choose(first.step, 41).step < first.step
+    assert kept.choose(36, 41).step == 20
+    kept.go_back(kept.choose(36, 41))
+    assert kept.choose(36, 42).step == 10
+
+
+def test_trouble_long_after_a_rollback_is_another_matter() -> None:
+    kept = Kept(snapshot_every_ticks=1000).run(5)
+    kept.go_back(kept.choose(5, 5))
+    with pytest.raises(NoSnapshotError, match="held: 0"):
+        kept.choose(5, 5 + FARTHER_STEPS - 1)
+    assert not kept.ring.may_choose(5, 5 + FARTHER_STEPS - 1)
+    assert kept.choose(5, 5 + FARTHER_STEPS).step == 0
+
+
+def test_what_was_copied_since_a_rollback_and_is_healthy_can_be_gone_back_to() -> None:
+    kept = Kept().run(40)
+    kept.go_back(kept.choose(36, 40))
+    assert kept.run(40).choose(75, 80).step == 70
 
 
 def test_what_was_copied_after_the_target_is_forgotten() -> None:
@@ -135,6 +153,28 @@ def test_ages_are_spread_geometrically_within_the_number_kept(keep: int) -> None
         assert max(gaps) <= (220 if keep == 4 else 12)
 
 
+@pytest.mark.parametrize("keep", [2, 3, 4, 8])
+def test_the_newest_three_stand_at_the_base_spacing(keep: int) -> None:
+    kept = Kept(max_rollback_steps=100_000, snapshot_keep=keep).run(1000)
+    for _ in range(20):
+        kept.run(10)
+        near = kept.held[-3:] if keep > 2 else kept.held
+        assert near == [kept.tick - 10 * i for i in reversed(range(len(near)))]
+
+
+def test_a_snapshot_that_is_not_finite_is_the_first_to_make_room() -> None:
+    kept = Kept(snapshot_keep=4).run(30)
+    with torch.no_grad():
+        kept.parameter.fill_(math.nan)
+    kept.ring.observe(40, 40, ONE)
+    kept.ring.complete()
+    poisoned = kept.held
+    assert poisoned[-1] == 40
+    kept.tick = 40
+    kept.run(10)
+    assert kept.held == [*poisoned[:-1], 50]
+
+
 def test_what_lies_beyond_max_rollback_steps_makes_room() -> None:
     kept = Kept(max_rollback_steps=200, snapshot_keep=4).run(1000)
     assert kept.held[0] >= 1000 - 200 - 4 * 10 - 200
@@ -154,6 +194,36 @@ def test_snapshots_that_cannot_fit_twice_are_turned_off_with_a_sentence() -> Non
     assert "snapshot_max_bytes" in kept.said[0]
     with pytest.raises(NoSnapshotError, match="held: none"):
         kept.choose(40, 50)
+
+
+def test_the_cost_is_told_before_it_is_spent_and_corrected_once_it_is_known() -> None:
+    class Heavy:
+        def state_dict(self) -> dict[str, Any]:
+            return {"weights": torch.zeros(1000)}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    model = toy()
+    optimizer = AdamW(model.parameters())
+    watch = Watch(snapshots=True, snapshot_every_ticks=1)
+    told: list[int] = []
+    capture = watch.state.capture
+    watch.state.capture = lambda *args: (told.append(len(watch.said)), capture(*args))[1]  # type: ignore[method-assign]
+    size = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    moments = sum(2 * p.numel() * p.element_size() for p in model.parameters())
+    with watch.installed():
+        train(model, optimizer, batches(1))
+        assert told[0] == 1
+        assert watch.said == [
+            f"snapshots: about {size + moments} B each, up to 8 in host memory "
+            f"({8 * (size + moments) / 1000:.1f} kB) on every rank"
+        ]
+        train(model, optimizer, batches(3))  # Adam's step counters are no news
+        assert len(watch.said) == 1
+        watch.registry.register("heavy", Heavy())
+        train(model, optimizer, batches(3))
+    assert len(watch.said) == 2
+    assert watch.said[1].startswith("snapshots: 4.9 kB each")
 
 
 def test_the_optimizers_state_counts_toward_the_memory() -> None:

@@ -239,7 +239,8 @@ def test_it_says_once_which_actions_it_may_take(wrap: Any, said: list[str]) -> N
     wrapper = wrap()
     for step in range(5):
         wrapper.training_step(batch_at(step))
-    assert [text for text in said if "may apply by itself: skip_step, clip_grad, scale_lr, rollback" in text] == said
+    promise = "may apply by itself: skip_step, clip_grad, scale_lr, rollback"
+    assert [text for text in said if promise in text] == said[:1]
 
 
 def test_an_allow_list_of_the_users_own_is_kept(wrap: Any, said: list[str]) -> None:

@@ -22,7 +22,7 @@ def whole(record: Mapping[str, Any]) -> str:
         ("causes", record["causes"]),
         ("worsens", [record["worsens"]]),
         ("clears", [record["clears"]]),
-        ("fixes", map(_fix, record["fixes"])),
+        ("fixes", [line for fix in record["fixes"] for line in _fix(fix)]),
         ("people", _people(record)),
     ]
     lines = [f"{record['id']}  {record['kind']} of run {record['run']}: {record['severity']}, {record['state']}"]
@@ -95,9 +95,11 @@ def _cell(value: Any) -> str:
             return str(value)
 
 
-def _fix(fix: Mapping[str, Any]) -> str:
+def _fix(fix: Mapping[str, Any]) -> Iterator[str]:
     actions = ", ".join(map(words_of, fix["actions"]))
-    return f"{fix['command']}  {actions}: {fix['state']}" + (f", {fix['verdict']}" if fix["verdict"] else "")
+    yield f"{fix['command']}  {actions}: {fix['state']}" + (f", {fix['verdict']}" if fix["verdict"] else "")
+    if detail := fix.get("detail"):  # what an older version has kept has none
+        yield from (f"  {part}" for part in detail.split("; "))
 
 
 def _people(record: Mapping[str, Any]) -> Iterator[str]:

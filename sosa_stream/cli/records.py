@@ -153,7 +153,8 @@ def command_table(records: list[dict[str, Any]]) -> str:
             record["state"],
             record["applied_step"],
             record["verdict"],
+            record.get("detail") or None,  # records of an older version have none
         )
         for record in records
     ]
-    return table(("ID", "RUN", "INCIDENT", "ACTIONS", "CONFIDENCE", "STATE", "STEP", "VERDICT"), rows)
+    return table(("ID", "RUN", "INCIDENT", "ACTIONS", "CONFIDENCE", "STATE", "STEP", "VERDICT", "DETAIL"), rows)

@@ -78,6 +78,8 @@ class CommandRecord:
     """The step after which it was chosen, or asked for."""
     applied_step: int | None = None
     verdict: Verdict | None = None
+    detail: str = ""
+    """What applying it did, in the words of the lowest rank: of a rollback, what it restored and what it did not."""
 
     def as_dict(self) -> dict[str, Any]:
         """The public JSON object. Keys are frozen by a test."""
@@ -93,4 +95,5 @@ class CommandRecord:
             "verdict": None if self.verdict is None else str(self.verdict),
             "reason": self.reason,
             "why": self.why,
+            "detail": self.detail,
         }

@@ -44,6 +44,7 @@ class Entry:
     acks: dict[int, AckState] = field(default_factory=dict)
     applied_steps: list[int] = field(default_factory=list)
     digests: dict[int, str] = field(default_factory=dict)
+    details: dict[int, str] = field(default_factory=dict)
 
     @property
     def in_flight(self) -> bool:
@@ -85,6 +86,7 @@ class Ledger:
                 "actions": [action.as_dict() for action in record.actions],
                 "state": str(record.state),
                 "verdict": None if record.verdict is None else str(record.verdict),
+                "detail": record.detail,
             }
             for record in self.records
             if record.incident == incident_id
@@ -143,11 +145,14 @@ class Ledger:
         if ack.state is AckState.APPLIED:
             entry.applied_steps.append(ack.step)
             entry.digests[ack.header.rank] = ack.digest
+            entry.details[ack.header.rank] = ack.detail
         to = self._state_after(entry, ack, members)
         if to is None or to not in TRANSITIONS[entry.record.state]:
             return None
         applied_step = min(entry.applied_steps) if to is CommandState.APPLIED else None
         why = f"rank {ack.header.rank}: {ack.detail or ack.state}" if to in _NOT_APPLIED else ""
+        if to is CommandState.APPLIED:
+            entry.record = replace(entry.record, detail=entry.details[min(entry.details)])
         self.move(entry, to, applied_step=applied_step, why=why)
         return entry
 
