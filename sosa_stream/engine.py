@@ -227,7 +227,7 @@ class Engine:
         if self._started:
             self._past_generations.add(self._generation)
             self._repairs.end_generation("a new generation began")
-            self._repairs.standing.begin_generation()
+            self._repairs.standing.begin_generation(trained=self._windows.step >= 0)
             self._tracker.begin_generation()
         self._generation = self._repairs.generation = header.generation
         self._windows = RunWindows(self._settings)

@@ -14,7 +14,7 @@ from sosa_stream.effects import Notice, Publish
 from sosa_stream.engine import Engine
 from sosa_stream.protocol.actions import Action
 from sosa_stream.protocol.messages import Ack, AckState, Command, MetricFrame
-from sosa_stream.testing import AUTO_POLICY, COLUMNS, NOW, SimulatedJob, Simulation, feed, header, hello
+from sosa_stream.testing import AUTO_POLICY, COLUMNS, NOW, SimulatedJob, Simulation, bye, feed, frame, header, hello
 
 HALF = Action(action="scale_lr", params={"factor": 0.5})
 CLIP = Action(action="clip_grad", params={"max_norm": 1.0})
@@ -83,7 +83,7 @@ def test_what_the_new_generation_may_not_have_is_dropped_with_a_message(policy: 
 def test_a_fix_still_on_trial_when_its_generation_ends_is_not_carried_over_and_that_is_said() -> None:
     sim = SimulatedJob(seed=1, num_steps=250, damage=standing_heal, restarts={180: AUTO_POLICY}).run()
     assert of(sim.commands[0]) == (["scale_lr"], "policy", "verified")
-    assert any("not proven yet" in text for text in notices(sim))
+    assert any("is not carried over" in text for text in notices(sim))
     assert all(record.origin != "standing" for record in sim.commands)
 
 
@@ -110,6 +110,34 @@ def test_a_generation_that_dies_before_it_had_them_hands_them_on_to_the_next() -
         ("standing", "verified"),
     ]
     assert sim.commands[2].generation == "g302"
+
+
+def test_a_start_that_ends_before_it_had_them_hands_them_on_too() -> None:
+    sim = SimulatedJob(seed=0, num_steps=200, policy=SUGGEST, asks={50: fix(HALF)}).run()
+    engine = sim.engine
+    feed(engine, [hello(policy=SUGGEST, generation="g2"), bye(generation="g2")], NOW + 1e6)
+    assert [of(record)[1:] for record in engine.view().commands] == [("person", "verified"), ("standing", "expired")]
+    effects = feed(engine, [hello(rank, 2, policy=SUGGEST, generation="g3") for rank in range(2)], NOW + 2e6)
+    (publish,) = [effect for effect in effects if isinstance(effect, Publish)]
+    assert (publish.command.generation, publish.command.actions) == ("g3", (HALF,))
+
+
+def test_what_a_start_without_a_single_step_refused_is_offered_to_the_next() -> None:
+    sim = SimulatedJob(seed=0, num_steps=200, policy=SUGGEST, asks={50: fix(HALF)}).run()
+    engine = sim.engine
+
+    def offered(generation: str, at: float) -> Command:
+        effects = feed(engine, [hello(policy=SUGGEST, generation=generation)], NOW + at)
+        (publish,) = [effect for effect in effects if isinstance(effect, Publish)]
+        head = header(generation=generation)
+        ack = Ack(header=head, command=publish.command.id, state=AckState.REJECTED, tick=0, step=0)
+        feed(engine, [ack], NOW + at + 1)
+        return publish.command
+
+    assert offered("g2", 1e6).actions == offered("g3", 2e6).actions == (HALF,)
+    feed(engine, [frame([2.0, 2.0], generation="g3")], NOW + 2e6 + 2)
+    trained_without = feed(engine, [hello(policy=SUGGEST, generation="g4")], NOW + 3e6)
+    assert not any(isinstance(effect, Publish) for effect in trained_without)
 
 
 def test_what_was_taken_back_is_not_applied_again() -> None:

@@ -207,7 +207,10 @@ class Repairs:
             unproven = entry.record.id if entry.record.state is _S.APPLIED and not entry.approved else entry.reverts
             if unproven is not None and unproven in self.standing:
                 self.standing.drop(unproven)
-                self.say(f"{unproven} was not proven yet when its generation ended: it will not be applied again")
+                self.say(
+                    f"{unproven} was on trial, or being taken back, when its generation ended: it is not carried over"
+                )
+        self.standing.hand_on()
         for command_id in self.held_rates.over:
             self.standing.release(command_id, by="")
         self.held_rates.clear()

@@ -33,6 +33,7 @@ class Standing:
         self._waiting: dict[str, InForce] = {}
         self._under_way: dict[str, list[InForce]] = {}
         """Those that a published command applies again, by that command."""
+        self._refused: dict[str, InForce] = {}
         self._successors: dict[str, str] = {}
 
     def __contains__(self, command: str) -> bool:
@@ -74,13 +75,23 @@ class Standing:
         self._in_force.pop(command, None)
         self._waiting.pop(command, None)
 
-    def begin_generation(self) -> None:
-        """The ranks' processes are new: nothing is in force, and what stood is wanted again."""
+    def hand_on(self) -> None:
+        """The ranks are gone before they had what was under way: it is the next generation's."""
         for fixes in self._under_way.values():
             self._waiting |= {fix.entry.record.id: fix for fix in fixes}
+        self._under_way.clear()
+
+    def begin_generation(self, *, trained: bool) -> None:
+        """The ranks' processes are new: nothing is in force, and what stood is wanted again.
+
+        So is what the last generation refused, unless it ``trained`` without it: a start that came to nothing may have
+        refused because it was none.
+        """
+        if not trained:
+            self._waiting |= self._refused
+        self._refused.clear()
         self._waiting |= {command: fix for command, fix in self._in_force.items() if fix.actions}
         self._in_force.clear()
-        self._under_way.clear()
 
     def take_waiting(self) -> list[InForce]:
         """What is to be applied again, which waits no longer."""
@@ -94,12 +105,14 @@ class Standing:
 
     def apply_again(self, fixes: list[InForce], by: str) -> None:
         """A published command applies them again."""
+        for fix in fixes:
+            self._refused.pop(fix.entry.record.id, None)
         self._under_way[by] = fixes
         self._successors |= {fix.entry.record.id: by for fix in fixes}
 
     def give_up(self, command: str) -> None:
         """The command that was to apply them again has ended otherwise."""
-        self._under_way.pop(command, None)
+        self._refused |= {fix.entry.record.id: fix for fix in self._under_way.pop(command, [])}
 
     def clear(self) -> tuple[str, ...]:
         """Another model is trained: the agents have let go of all. Returns what stood."""
