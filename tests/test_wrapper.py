@@ -239,7 +239,7 @@ def test_it_says_once_which_actions_it_may_take(wrap: Any, said: list[str]) -> N
     wrapper = wrap()
     for step in range(5):
         wrapper.training_step(batch_at(step))
-    promise = "may apply by itself: skip_step, clip_grad, scale_lr, rollback"
+    promise = "may apply by itself: skip_step, split_batch, clip_grad, scale_lr, rollback"
     assert [text for text in said if promise in text] == said[:1]
 
 

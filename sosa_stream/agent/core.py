@@ -34,6 +34,7 @@ from sosa_stream.agent.fence.membership import Coordinator, Joiner, Membership
 from sosa_stream.agent.fence.stores import MemoryStore, RegisterStore, TorchStore
 from sosa_stream.agent.guard import Guard
 from sosa_stream.agent.link import Link, LocalLink, TeeLink
+from sosa_stream.agent.memory import breakdown, is_out_of_memory
 from sosa_stream.agent.outbox import Outbox, Wakeup
 from sosa_stream.agent.probe import Probe
 from sosa_stream.agent.repair.actuators import make_actuators
@@ -151,6 +152,7 @@ class Agent:
         self._closing: tuple[str, int] | None = None
         self._closed = False
         self._posterior_refused = False
+        self._memory: dict[str, int] = {}
 
     # -- starting --------------------------------------------------------------------------------------------------
 
@@ -451,17 +453,36 @@ class Agent:
 
     # -- ending ------------------------------------------------------------------------------------------------------
 
-    def report_exception(self, error: BaseException, *, ends: bool = False) -> None:
-        """The script raised; ``ends`` where nobody catches it and the script is about to tell of it itself."""
+    def measure_memory(self) -> None:
+        """Memory has run out: what holds it, before it is let go, for the coming `report_exception`."""
+        with contextlib.suppress(Exception):
+            optimizers = [self._optimizer] if self._optimizer is not None else self.state.optimizers
+            self._memory = breakdown(optimizers)
+
+    def report_exception(self, error: BaseException, *, ends: bool = False, num_parts: int = 0) -> None:
+        """The script raised; ``ends`` where nobody catches it and the script is about to tell of it itself.
+
+        With ``num_parts`` it did not get that far: memory had run out, and the batch was run in so many parts.
+        """
         if ends and self._courier is not None:
             self._courier.ending = True
         frames = traceback.extract_tb(error.__traceback__)[-20:]
         stack = tuple(f"{frame.filename}:{frame.lineno} {frame.name}"[:500] for frame in frames)
-        kind, message = type(error).__qualname__, str(error)[:2000]
+        kind, message = type(error).__qualname__, "\n".join([str(error), *getattr(error, "__notes__", ())])[:2000]
         step, phase = self.probe.step, self.taps.phase
+        if is_out_of_memory(error) and not self._memory:
+            self.measure_memory()
+        memory, self._memory = self._memory, {}
         self._outbox.add_message(
             lambda header: ExceptionReport(
-                header=header, type=kind, message=message, stack=stack, step=step, phase=phase
+                header=header,
+                type=kind,
+                message=message,
+                stack=stack,
+                step=step,
+                phase=phase,
+                memory=memory,
+                num_parts=num_parts,
             )
         )
 

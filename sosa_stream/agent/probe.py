@@ -464,6 +464,8 @@ class Probe:
         sampled, inputs, update = self.looks.take(step)
         if (scale := self._taps.loss_scale) is not None:
             sampled["loss_scale"] = scale
+        if self._in_force.ran_in_parts > 1:
+            sampled["num_parts"] = self._in_force.ran_in_parts
         self.looks.begin(self.step)
         found, self._found = self._found, {}
         shown = (lr, self._guard.skipped, loss, norm, *found.values(), *sampled.values())

@@ -27,20 +27,20 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sosa_stream.agent import core
+from sosa_stream.agent.batches import ForwardFunction, loss_of
 from sosa_stream.agent.courier import policy
 from sosa_stream.agent.environment import is_disabled, read_settings
 from sosa_stream.agent.link import LocalLink
 from sosa_stream.agent.monitor import TrainingMonitor
 from sosa_stream.agent.repair.best import BestCheckpoint
 from sosa_stream.agent.repair.knobs import Knob
+from sosa_stream.agent.repair.splitting import MicroBatches
 from sosa_stream.config import Mode, Settings, load_settings
 from sosa_stream.detect.detectors import BY_KIND
 from sosa_stream.engine import Engine
 from sosa_stream.errors import UsageError
 
-ForwardFunction = Callable[[nn.Module, Any], Any]
-
-WRAPPER_ALLOW = ("skip_step", "clip_grad", "scale_lr", "rollback")
+WRAPPER_ALLOW = ("skip_step", "split_batch", "clip_grad", "scale_lr", "rollback")
 """What ``auto_fix=True`` allows where neither the configuration nor ``SOSA_AUTO_ALLOW`` says otherwise."""
 
 RECENT_LOSSES = 100
@@ -103,6 +103,7 @@ class SOSATrainingWrapper:
         )
         if self.enabled:
             self._start(run)
+        self._batches = MicroBatches(model, optimizer, self._agent)
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -114,25 +115,18 @@ class SOSATrainingWrapper:
                 argument.
             forward_fn: ``forward_fn(model, batch)`` instead of that.
 
-        The loss is what comes back: a tensor, a tuple's first element, ``["loss"]`` or ``.loss``.
+        The loss is what comes back: a tensor, a tuple's first element, ``["loss"]`` or ``.loss``. Where memory runs out
+        in the forward pass, the batch is run in parts with the same gradient, if its loss is a mean over samples.
 
         Raises:
             UsageError: what came back holds no scalar loss tensor.
         """
-
-        def compute(model: nn.Module) -> torch.Tensor:
-            return find_loss(forward_fn(model, batch) if forward_fn else _forward(model, batch))
-
         if self._agent is not None:
             if self._owns_agent:
                 self._agent.see_inputs(self.model, batch)
-            self._agent.hand_over(self.model, batch, compute)
+            self._agent.hand_over(self.model, batch, lambda model: loss_of(model, batch, forward_fn))
         try:
-            loss = compute(self.model)
-            self.optimizer.zero_grad(set_to_none=True)
-            if self._agent is not None and self._owns_agent:
-                self._agent.taps.add_loss(loss)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss = self._batches.backward(batch, forward_fn)
             self.optimizer.step()
         except UsageError:
             raise
@@ -144,7 +138,7 @@ class SOSATrainingWrapper:
                     self._agent.flush()
             raise
         self._count(loss)
-        return loss.detach()
+        return loss
 
     # -- what it has seen --------------------------------------------------------------------------------------------
 
@@ -227,6 +221,7 @@ class SOSATrainingWrapper:
 
     def close(self) -> None:
         """Stop watching and put everything back. The model and the optimizer stay as they are."""
+        self._batches.remove()
         if self._agent is not None and self._owns_agent:
             self._agent.close("wrapper closed")
 
@@ -269,7 +264,7 @@ class SOSATrainingWrapper:
         self._num_steps += 1
         if loss.device.type != "cpu" and step % 10:
             return  # reading it would make the host wait for the device
-        value = float(loss.detach())
+        value = float(loss)
         self._losses.append(value)
         if math.isfinite(value):
             self._best_loss = min(self._best_loss, value)
@@ -294,37 +289,6 @@ class SOSATrainingWrapper:
 def wrap_training(model: nn.Module, optimizer: Optimizer, auto_fix: bool = True, **options: Any) -> SOSATrainingWrapper:
     """A `SOSATrainingWrapper`; ``options`` are its further arguments."""
     return SOSATrainingWrapper(model, optimizer, auto_fix=auto_fix, **options)
-
-
-def find_loss(output: Any) -> torch.Tensor:
-    """The scalar loss in what a forward gave: a tensor, a tuple's first element, ``["loss"]`` or ``.loss``.
-
-    Raises:
-        UsageError: there is none.
-    """
-    found = output
-    if isinstance(found, Mapping):
-        found = found.get("loss")
-    elif isinstance(found, tuple | list):
-        found = found[0] if found else None
-    elif not isinstance(found, torch.Tensor):
-        found = getattr(found, "loss", None)
-    if not isinstance(found, torch.Tensor):
-        raise UsageError(
-            f"the forward gave {type(output).__name__}, in which there is no loss tensor; return the loss, a tuple "
-            'that begins with it, or a dict with "loss", or pass forward_fn(model, batch) -> loss'
-        )
-    if found.numel() != 1:
-        raise UsageError(f"the loss must be one number, not of shape {tuple(found.shape)}; reduce it (mean) first")
-    return found.reshape(())
-
-
-def _forward(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, tuple | list):
-        return model(*batch)
-    return model(batch)
 
 
 def _check(model: Any, optimizer: Any) -> None:

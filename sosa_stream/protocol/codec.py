@@ -116,6 +116,8 @@ def encode(message: Message) -> bytes:
                 "stack": list(message.stack),
                 "step": message.step,
                 "phase": str(message.phase),
+                "memory": dict(message.memory),
+                "num_parts": message.num_parts,
             }
         case Ack():
             body |= _header(message.header) | {
@@ -253,6 +255,18 @@ class _Body:
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
             raise self._bad(name, "a map with string keys")
         return value
+
+    def has(self, name: str) -> bool:
+        """Whether the sender knows this field: one that a later release has added is not there in older recordings."""
+        return name in self._body
+
+    def sizes(self, name: str) -> dict[str, int]:
+        """A few numbers of bytes by name; none where the sender does not know the field."""
+        value = self.mapping(name) if self.has(name) else {}
+        numbers = _Body(value, self.limits)
+        if len(value) > self.limits.max_columns:
+            raise self._bad(name, f"a map of at most {self.limits.max_columns}")
+        return {key: numbers.integer(key) for key in value}
 
     def phase(self) -> Phase:
         try:
@@ -393,6 +407,8 @@ def _exception(body: _Body) -> ExceptionReport:
         stack=body.texts("stack"),
         step=body.integer("step"),
         phase=body.phase(),
+        memory=body.sizes("memory"),
+        num_parts=body.integer("num_parts") if body.has("num_parts") else 0,
     )
 
 

@@ -38,6 +38,7 @@ SAMPLED_COLUMNS = (
     "layer_ratio",  # gradient norm of the first weight matrix over the last one's
     "first_norm",  # gradient norm of the first weight matrix, unscaled
     "loss_scale",  # the AMP scale in force; at every step that has one
+    "num_parts",  # parts in which the batch was run; at every step where it was more than one
     "update_ratio",  # norm of the update over norm of the weights, median over the sampled parameters
     "changed_share",  # share of the sampled parameters that the update changed; those that once had a gradient
     "zero_grad_share",  # share of exactly-zero elements in the sampled gradients, embeddings left out

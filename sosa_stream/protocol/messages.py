@@ -154,7 +154,11 @@ class Knobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExceptionReport:
-    """The script raised and did not catch. ``stack`` is innermost last, ``file:line function``."""
+    """The script raised and did not catch. ``stack`` is innermost last, ``file:line function``.
+
+    Where memory ran out, ``memory`` is what held it, in bytes by name (`agent.memory.breakdown`), and ``num_parts``, if
+    not 0, in how many parts the batch was then run: the script has not seen the error.
+    """
 
     header: Header
     type: str
@@ -162,6 +166,8 @@ class ExceptionReport:
     stack: tuple[str, ...]
     step: int
     phase: Phase
+    memory: Mapping[str, int] = field(default_factory=dict)
+    num_parts: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

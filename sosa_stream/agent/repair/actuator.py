@@ -39,6 +39,12 @@ class InForce:
     accumulation: Accumulation | None = None
     """Where the gradients of several steps are gathered for one update."""
     stop_wanted: bool = False
+    can_split: bool = False
+    """Whether a `training_step` runs the batches, and can do so in parts."""
+    num_parts: int = 1
+    """Parts in which the ranks have agreed to run each batch."""
+    ran_in_parts: int = 1
+    """Parts in which this rank has run the batch of this step."""
     norm_is_shared: bool = True
     """Whether the last gradient norm was the same on all ranks, as the probe saw it."""
 

@@ -22,6 +22,7 @@ from sosa_stream.agent.repair.resync import Resync
 from sosa_stream.agent.repair.rollback import Rollback
 from sosa_stream.agent.repair.skipping import SkipData, SkipSteps
 from sosa_stream.agent.repair.snapshots import SnapshotRing
+from sosa_stream.agent.repair.splitting import SplitBatches
 from sosa_stream.agent.repair.stopping import Stop
 from sosa_stream.agent.repair.training_state import TrainingState
 from sosa_stream.agent.watch.deliveries import Deliveries
@@ -209,6 +210,7 @@ def make_actuators(
         "grad_accumulation": AccumulateGradients(in_force, state),
         "set_loss_scale": SetLossScale(state),
         "resync": Resync(in_force, state),
+        "split_batch": SplitBatches(in_force),
         "stop": Stop(in_force),
         "set_knob": knobs if knobs is not None else Knobs(lambda text: None),
         **more,
