@@ -98,6 +98,8 @@ messages: st.SearchStrategy[Message] = st.one_of(
         stack=st.lists(texts, max_size=4).map(tuple),
         step=numbers,
         phase=st.sampled_from(Phase),
+        memory=st.dictionaries(texts, numbers, max_size=4),
+        num_parts=numbers,
     ),
     st.builds(
         Ack,
@@ -251,6 +253,20 @@ GOLDEN: list[tuple[Message, str]] = [
     (
         Received(run="r", sources={"s": 5}),
         "84 a176 01 a46b696e64 a87265636569766564 a372756e a172 a7736f7572636573 81a17305",
+    ),
+    (
+        ExceptionReport(
+            header=HEADER,
+            type="T",
+            message="m",
+            stack=(),
+            step=3,
+            phase=Phase.FORWARD,
+            memory={"free": 1},
+            num_parts=2,
+        ),
+        f"de0010 {_HEAD} a9657863657074696f6e a474797065 a154 a76d657373616765 a16d a5737461636b 90"
+        " a473746570 03 a57068617365 a7666f7277617264 a66d656d6f7279 81 a466726565 01 a96e756d5f7061727473 02",
     ),
 ]
 

@@ -168,6 +168,7 @@ def test_explosion_is_judged_against_the_runs_own_norms() -> None:
     [
         ("oom", "torch.OutOfMemoryError", "tried to allocate"),
         ("oom", "RuntimeError", "CUDA error: out of memory"),
+        ("oom", "RuntimeError", "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
         ("exception", "ValueError", "no"),
     ],
 )
@@ -180,6 +181,32 @@ def test_uncaught_error_names_its_rank_and_host(kind: str, error: str, message: 
     (incident,) = engine.view().incidents
     assert (incident.kind, incident.ranks, incident.hosts) == (kind, (1,), ("host-1",))
     assert incident.evidence["phase"] == "forward"
+
+
+@pytest.mark.parametrize(
+    ("memory", "says"),
+    [
+        ({}, "the batch or the sequence is too large"),
+        ({"parameters": 2_000_000, "resident": 3_000_000_000}, "parameters 2.00 MB; the process has 3.00 GB"),
+        (
+            {"parameters": 10**9, "optimizer_state": 2 * 10**9, "allocated": 40 * 10**9, "other": 37 * 10**9},
+            "parameters 1.00 GB, optimizer state 2.00 GB, activations and others 37.00 GB, free 0.00 MB: a smaller",
+        ),
+        (
+            {"parameters": 10 * 10**9, "optimizer_state": 20 * 10**9, "allocated": 32 * 10**9, "other": 2 * 10**9},
+            "what a smaller batch does not change; shard or offload it",
+        ),
+    ],
+)
+def test_memory_that_ran_out_is_explained_by_what_held_it(memory: dict[str, int], says: str) -> None:
+    engine = Engine("run")
+    report = ExceptionReport(
+        header=header(0, 1), type="OutOfMemoryError", message="", stack=(), step=7, phase=Phase.FORWARD, memory=memory
+    )
+    feed(engine, [hello(), report])
+    (incident,) = engine.view().incidents
+    assert says in incident.causes[0]
+    assert "micro_batch_size" in incident.clears
 
 
 GLOO_LOST_PEER = (

@@ -18,8 +18,13 @@ from sosa_stream.decide.probation import HELPED_STEPS, Probation
 from sosa_stream.detect.incidents import Group
 from sosa_stream.detect.statistics import Level
 from sosa_stream.errors import ConfigError
+<<<<<<< HEAD
 from sosa_stream.protocol.actions import ACTIONS, Action
 from sosa_stream.protocol.messages import Ack, AckState
+=======
+from sosa_stream.protocol.actions import Action
+from sosa_stream.protocol.messages import Ack, AckState, KnobState
+>>>>>>> 9b6ca76 (Out of memory is explained by what held it; parts are an incident that lasts and a record of the guard)
 from sosa_stream.testing import header, incident
 
 AUTO = RunPolicy(mode=Mode.AUTO, limits=AutoSettings(allow=("scale_lr", "clip_grad", "rollback", "stop")))
@@ -96,6 +101,16 @@ def test_below_the_gate_a_fix_is_only_proposed(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["oom", "exception", "rank_desync"])
 def test_kinds_without_a_known_fix_get_none(kind: str) -> None:
     assert choose(_situation(kind), frozenset(), AUTO) is None
+
+
+def test_out_of_memory_turns_the_scripts_own_knob_unless_the_batch_went_on_in_parts() -> None:
+    policy = RunPolicy(mode=Mode.AUTO, limits=AutoSettings(allow=("set_knob",)))
+    for name in ("micro_batch_size", "batch_size"):
+        knobs = {name: KnobState(name=name, value=12.0, low=1.0, high=64.0)}
+        choice = choose(_situation("oom", knobs=knobs), frozenset(), policy)
+        assert choice is not None
+        assert _plain(choice.actions) == [("set_knob", {"name": name, "value": 6.0})]
+        assert choose(_situation("oom", knobs=knobs, evidence={"num_parts": 2}), frozenset(), policy) is None
 
 
 def test_observe_chooses_nothing_and_suggest_applies_nothing() -> None:

@@ -439,3 +439,33 @@ def test_the_breakdown_counts_every_byte_of_what_training_keeps() -> None:
     assert found["optimizer_state"] == 2 * size + 4 * len(list(model.parameters())), "two moments, and a step each"
     assert found["buffers"] == 2 * 16 * 4 + 8
     assert found["resident"] > size
+
+
+def test_each_change_is_an_incident_with_the_memory_and_a_record_of_the_guard(wrap: Wrap) -> None:
+    wrapper = wrap(Net(capacity=4))
+    train(wrapper, 3)
+    (incident,) = wrapper.get_statistics()["incidents"]
+    assert (incident["kind"], incident["severity"], incident["ranks"]) == ("oom", "warning", [0])
+    assert "its batches run in 2 parts from here on" in incident["message"]
+    assert incident["evidence"]["memory"]["parameters"] > 0
+    assert incident["causes"][0].startswith("parameters ")
+    (split_up,) = wrapper.monitor.commands.values()
+    assert (split_up.origin, str(split_up.state), str(split_up.verdict)) == ("guard", "verified", "helped")
+    assert split_up.as_dict()["actions"] == [{"action": "split_batch", "params": {"num_parts": 2}}]
+    wrapper.model.capacity = None
+    train(wrapper, RELAX_STEPS + 22, first=3)
+    assert [record.actions[0].params["num_parts"] for record in wrapper.monitor.commands.values()] == [2, 1]
+    (incident,) = wrapper.get_statistics()["incidents"]
+    assert incident["state"] == "resolved"
+
+
+def test_the_rows_say_in_how_many_parts_a_step_was_run() -> None:
+    with Watch().installed() as watch:
+        model = Net()
+        optimizer = SGD(model.parameters(), lr=0.1)
+        for num_parts in (1, 2, 1):
+            watch.actuators.in_force.ran_in_parts = num_parts
+            optimizer.zero_grad()
+            mse(model, batch_at(0)).backward()
+            optimizer.step()
+    assert [row.get("num_parts") for row in watch.rows] == [None, 2, None]

@@ -52,7 +52,7 @@ from sosa_stream.errors import SosaError
 from sosa_stream.protocol import messages
 from sosa_stream.protocol.channels import AgentChannel
 from sosa_stream.protocol.keys import load_agent_keys
-from sosa_stream.protocol.messages import ExceptionReport, Layers
+from sosa_stream.protocol.messages import ExceptionReport, Layers, Phase
 
 EXIT_IN_DOUBT = 75
 """Exit code of a rank that cannot know what the others do; torch elastic then restarts them all."""
@@ -469,7 +469,7 @@ class Agent:
         frames = traceback.extract_tb(error.__traceback__)[-20:]
         stack = tuple(f"{frame.filename}:{frame.lineno} {frame.name}"[:500] for frame in frames)
         kind, message = type(error).__qualname__, "\n".join([str(error), *getattr(error, "__notes__", ())])[:2000]
-        step, phase = self.probe.step, self.taps.phase
+        step, phase = self.probe.step, Phase.FORWARD if num_parts else self.taps.phase
         if is_out_of_memory(error) and not self._memory:
             self.measure_memory()
         memory, self._memory = self._memory, {}

@@ -95,13 +95,14 @@ def _keeps_swinging(now: Situation) -> bool:
     return _stays(now) and now.steps_since_finding <= SLOW_PATIENCE_STEPS
 
 
-def _always(now: Situation) -> bool:
-    return True
-
-
 def _stays(now: Situation) -> bool:
     """Slow kinds are not acted upon at once: what they see may have been a pause."""
     return now.step - now.incident.detected_step >= SLOW_PATIENCE_STEPS
+
+
+def _has_not_gone_on(now: Situation) -> bool:
+    """Memory ran out, and no rank could run its batch in parts."""
+    return not now.incident.evidence.get("num_parts")
 
 
 def _scale(factor: float) -> Callable[[Situation], tuple[Action, ...]]:
@@ -263,8 +264,8 @@ LADDERS: Mapping[str, tuple[Fix, ...]] = {
         Fix(
             name="smaller_micro_batch",
             confidence=0.6,
-            due=_always,
-            build=_turn(("micro_batch_size", "micro_batch"), 0.5, least=1.0, whole=True),
+            due=_has_not_gone_on,
+            build=_turn(("micro_batch_size", "micro_batch", "batch_size"), 0.5, least=1.0, whole=True),
             patience_steps=60,
             keep=True,
         ),

@@ -16,6 +16,7 @@ from sosa_stream.decide.policy import Budget, RunPolicy
 from sosa_stream.decide.requests import Pause
 from sosa_stream.decide.standing import Standing
 from sosa_stream.decide.trials import Trials
+from sosa_stream.detect.incidents import IncidentState
 from sosa_stream.detect.tracker import OpenIncident, Tracker, in_band, make_id
 from sosa_stream.detect.windows import RunWindows
 from sosa_stream.effects import Effect, Notice, OutcomeCounted, Publish, Withdraw
@@ -62,6 +63,8 @@ class Repairs:
         self._blocked: set[str] = set()
         self._withheld = ""
         """Why nothing is applied by itself now, or nothing."""
+        self._num_parts = 1
+        """Parts in which a rank runs its batches by itself, or all by command."""
 
     @property
     def in_flight(self) -> bool:
@@ -75,7 +78,7 @@ class Repairs:
     @property
     def is_idle(self) -> bool:
         """Whether a healthy step changes nothing."""
-        return not (self.ledger.live or self.held_rates)
+        return not (self.ledger.live or self.held_rates or self._num_parts > 1)
 
     @property
     def kept_open(self) -> frozenset[str]:
@@ -119,6 +122,7 @@ class Repairs:
         for known in self._tracker.open:
             self._budget.note(known.incident.kind, windows.step, self.policy.limits.cooldown_steps)
         self._note_guard(windows)
+        self._note_parts(windows)
         self._watch(windows)
         self._expire(windows)
         self._decide_anew(windows)
@@ -201,6 +205,7 @@ class Repairs:
 
         What was on trial, or being taken back, does not stand in the next generation: nothing has shown that it should.
         """
+        self._num_parts = 1
         for entry in self.ledger.live:
             if entry.in_flight and entry.releases is not None:
                 self.standing.release(entry.releases, by=entry.record.id)
@@ -402,6 +407,37 @@ class Repairs:
             entry = Entry(record=record, fix="skip_step", patience_steps=60, keep=True, seq=seq)
             self.ledger.add(entry)
             self._trials.begin(entry, known, windows)
+
+    def _note_parts(self, windows: RunWindows) -> None:
+        """A rank has run its batch in more parts, or fewer, than before: recorded unless a command asked for it."""
+        num_parts, more = windows.num_parts, windows.num_parts > self._num_parts
+        if num_parts == self._num_parts:
+            return
+        action = Action(action="split_batch", params={"num_parts": num_parts})
+        asked = any(action in entry.record.actions for entry in self.ledger.live)
+        incident = self._tracker.newest("oom")
+        if not asked and more and (incident is None or incident.state is not IncidentState.OPEN):
+            return  # the rank's word on it comes after its row
+        self._num_parts = num_parts
+        if asked or incident is None:
+            return
+        seq = len(self.ledger) + 1
+        record = CommandRecord(
+            id=make_id("c", self._run, seq),
+            run=self._run,
+            generation=self.generation,
+            incident=incident.id,
+            actions=(action,),
+            confidence=GUARD_CONFIDENCE,
+            state=_S.APPLIED,
+            reason=incident.message if more else "fewer parts are enough, or are tried",
+            origin="guard",
+            applied_step=windows.step,
+        )
+        entry = Entry(record=record, fix="split_batch", patience_steps=0, keep=True, seq=seq)
+        self.ledger.add(entry)
+        # The step that did not fit has been made: there is nothing to wait for.
+        self.ledger.move(entry, _S.VERIFIED, verdict=Verdict.HELPED if more else Verdict.INCONCLUSIVE)
 
     def _watch(self, windows: RunWindows) -> None:
         for entry in self.ledger.live:

@@ -10,7 +10,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from sosa_stream.detect import inputs, latent, layers, numerical, reports, rises, stagnation, validation, vanishing
+from sosa_stream.detect import (
+    inputs,
+    latent,
+    layers,
+    memory,
+    numerical,
+    reports,
+    rises,
+    stagnation,
+    validation,
+    vanishing,
+)
 from sosa_stream.detect.incidents import Finding, Group
 from sosa_stream.detect.windows import RunWindows
 from sosa_stream.protocol.columns import EVAL_LOSS
@@ -177,7 +188,15 @@ ALL: tuple[Detector, ...] = (
         warms=False,
         quiet_points=LOOK_POINTS,
     ),
-    Detector(kind="oom", group=Group.SYSTEM, requires=(), check=reports.oom, warms=False, on=(On.REPORT,)),
+    Detector(
+        kind="oom",
+        group=Group.SYSTEM,
+        requires=(),
+        check=memory.oom,
+        warms=False,
+        on=(On.REPORT,),
+        well=memory.fits_again,
+    ),
     Detector(
         kind="shape_mismatch",
         group=Group.SYSTEM,

@@ -25,7 +25,7 @@ WORSENS: Mapping[str, str] = {
     "weights_unchanged": "every further step is paid for and changes nothing",
     "input_anomaly": "more such batches in a row, or one that drives the loss out of its band",
     "posterior_collapse": "the decoder learns to do without the latent code, and does not unlearn it",
-    "oom": "the rank has ended; its peers wait for it",
+    "oom": "one sample that does not fit by itself, or memory that runs out in backward, ends the rank",
     "shape_mismatch": "the script has ended",
     "exception": "the rank has ended; its peers wait for it",
     "rank_desync": "every further step takes the replicas further apart",
@@ -36,12 +36,14 @@ WORST: Mapping[str, str] = {
     "lr_jump": "every further step at this rate takes the weights further from where a rollback finds them",
     "loss_divergence": "weights that far off seldom come back, and every further step takes them further",
     "exploding_gradient": "the next such step may end in a loss that is not finite",
+    "oom": "the rank has ended, if its script does not catch the error; its peers wait for it",
 }
 """Instead, where the incident is as severe as it can be: what comes next."""
 CLEARS: Mapping[str, str] = {
     "loss_plateau": "the loss falls by 6% of where it stood",
     "overfitting": "the validation loss is back within 5% of its best",
-    "oom": "the run begins again",
+    "oom": "the run goes on with whole batches, or begins again from its last good state with smaller ones (a fix sets "
+    "them where the script has a knob named micro_batch_size)",
     "shape_mismatch": "the run begins again",
     "exception": "the run begins again",
     "rank_desync": "the run begins again, or the ranks are brought together",

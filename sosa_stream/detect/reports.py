@@ -6,10 +6,9 @@ import re
 from dataclasses import replace
 
 from sosa_stream.detect.incidents import Finding, Severity
+from sosa_stream.detect.memory import is_out_of_memory
 from sosa_stream.detect.windows import RunWindows
 from sosa_stream.detect.wording import name_ranks
-
-OUT_OF_MEMORY_TYPES = frozenset({"OutOfMemoryError", "torch.OutOfMemoryError", "torch.cuda.OutOfMemoryError"})
 
 LOST_PEER_TYPES = frozenset({"DistBackendError", "torch.distributed.DistBackendError"})
 LOST_PEER_WORDS = ("closed by peer", "reset by peer", "remote worker", "remote process exited")
@@ -69,14 +68,10 @@ _SHAPE = re.compile(r"(?:torch\.Size\()?\[[\d, *]+\]\)?|\(\d+(?:, ?\d+)*,?\)|\b\
 _LIBRARIES = ("site-packages", "dist-packages", "<frozen", "<string>", "/torch/")
 
 
-def oom(windows: RunWindows) -> Finding | None:
-    """A rank ran out of memory: torch.OutOfMemoryError, or an error that says ``out of memory``."""
-    return _exception(windows, "oom") if _is_oom(windows) else None
-
-
 def exception(windows: RunWindows) -> Finding | None:
     """A rank's script raised and did not catch; `oom` and `shape_mismatch` take its place where they fit."""
-    if windows.reports.exception is None or _is_oom(windows) or _wrong_shape(windows) is not None:
+    report = windows.reports.exception
+    if report is None or is_out_of_memory(report) or _wrong_shape(windows) is not None:
         return None
     return _exception(windows, "exception")
 
@@ -131,7 +126,7 @@ def rank_desync(windows: RunWindows) -> Finding | None:
 def _wrong_shape(windows: RunWindows) -> str | None:
     """What a shape error means; None for any other report."""
     report = windows.reports.exception
-    if report is None or _is_oom(windows):
+    if report is None or is_out_of_memory(report):
         return None
     for pattern, cause in SHAPE_ERRORS:
         found = pattern.search(report.message)
@@ -140,20 +135,13 @@ def _wrong_shape(windows: RunWindows) -> str | None:
     return None
 
 
-def _is_oom(windows: RunWindows) -> bool:
-    report = windows.reports.exception
-    return report is not None and (report.type in OUT_OF_MEMORY_TYPES or "out of memory" in report.message.lower())
-
-
 def _exception(windows: RunWindows, kind: str) -> Finding:
     report = windows.reports.exception
     assert report is not None
     rank = report.header.rank
     lost_peer = report.type in LOST_PEER_TYPES or any(words in report.message for words in LOST_PEER_WORDS)
     causes = (
-        ("the batch or the sequence is too large for the device", "memory grows from step to step: a kept graph")
-        if kind == "oom"
-        else ("another rank has ended: its own log says why",)
+        ("another rank has ended: its own log says why",)
         if lost_peer
         else (f"raised in {report.stack[-1]}" if report.stack else "no stack was sent",)
     )

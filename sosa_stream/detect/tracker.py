@@ -140,6 +140,10 @@ class Tracker:
         """Whether the bands must keep what is above them out."""
         return any(known.holds_band for known in self.open)
 
+    def newest(self, kind: str) -> Incident | None:
+        """The last incident that this kind has named, open or not."""
+        return next((incident for incident in reversed(self._all.values()) if incident.kind == kind), None)
+
     def find(self, incident_id: str) -> OpenIncident | None:
         return self._open.get(incident_id)
 

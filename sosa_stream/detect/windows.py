@@ -246,6 +246,14 @@ class RunWindows:
             self._look(values[:, FIRST_SAMPLED:], finite[:, FIRST_SAMPLED:])
         self._fold()
 
+    @property
+    def num_parts(self) -> int:
+        """Parts in which the newest step's batch was run, on the rank with most."""
+        if "num_parts" not in self.columns or self.row is None:
+            return 1
+        parts = self.over_ranks("num_parts")
+        return int(np.nanmax(parts)) if np.isfinite(parts).any() else 1
+
     def over_ranks(self, name: str) -> NDArray[np.float64]:
         """The newest step's values of a column, one for each rank, NaN where it was not sent or is not a number."""
         assert self.row is not None

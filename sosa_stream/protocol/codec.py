@@ -116,9 +116,9 @@ def encode(message: Message) -> bytes:
                 "stack": list(message.stack),
                 "step": message.step,
                 "phase": str(message.phase),
-                "memory": dict(message.memory),
-                "num_parts": message.num_parts,
             }
+            if message.memory or message.num_parts:
+                body |= {"memory": dict(message.memory), "num_parts": message.num_parts}
         case Ack():
             body |= _header(message.header) | {
                 "kind": "ack",

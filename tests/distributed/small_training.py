@@ -38,6 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kill-once", type=int, metavar="STEP", help="rank 1 kills itself there, in its first start")
     parser.add_argument("--raise-at", type=int, metavar="STEP", help="rank 1 raises there")
     parser.add_argument("--workers", type=int, default=0, help="processes that load data")
+    parser.add_argument("--wrapper", action="store_true", help="steps are `training_step`s of `wrap_training`")
     parser.add_argument("--no-group", action="store_true", help="the ranks train alone, without a process group")
     return parser.parse_args()
 
@@ -63,6 +64,10 @@ def load_forever(num_workers: int, sampler: torch.Generator, solution: torch.Ten
         yield from DataLoader(data, batch_size=32, num_workers=num_workers, multiprocessing_context="fork")
 
 
+def forward(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+
 def main() -> None:
     arguments = parse_arguments()
     out: Path = arguments.out
@@ -86,6 +91,11 @@ def main() -> None:
         optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
 
+    wrapper = None
+    if arguments.wrapper:
+        from sosa_stream import wrap_training
+
+        wrapper = wrap_training(model, optimizer, checkpoint_dir=out / f"best{rank}")
     batches = load_forever(arguments.workers, torch.Generator().manual_seed(1 + rank + 100 * first_step), solution)
     marker = out / "killed"
     with (out / f"steps-rank{rank}.jsonl").open("a", encoding="utf-8", buffering=1) as lines:
@@ -96,10 +106,13 @@ def main() -> None:
                 marker.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             inputs, targets = next(batches)
-            loss = nn.functional.mse_loss(model(inputs), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            if wrapper is not None:
+                loss = wrapper.training_step((inputs, targets), forward)
+            else:
+                loss = forward(model, (inputs, targets))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
             scheduler.step()
             lines.write(json.dumps({"step": step, "pid": os.getpid(), "loss": repr(loss.item())}) + "\n")
             time.sleep(arguments.sleep)

@@ -119,10 +119,8 @@ class Looks:
         if self.are_due(step):
             update = self._weights.after()
             self._columns |= self.forward.take_activations() | self.posterior.take()
-        columns, inputs = self._columns, self.forward.inputs
-        self.forward.inputs = None
-        if columns:
-            self._columns = {}
+        columns, self._columns = self._columns, {}
+        inputs, self.forward.inputs = self.forward.inputs, None
         return columns, inputs, update
 
     def remove(self) -> None:
