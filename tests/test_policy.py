@@ -18,13 +18,8 @@ from sosa_stream.decide.probation import HELPED_STEPS, Probation
 from sosa_stream.detect.incidents import Group
 from sosa_stream.detect.statistics import Level
 from sosa_stream.errors import ConfigError
-<<<<<<< HEAD
 from sosa_stream.protocol.actions import ACTIONS, Action
-from sosa_stream.protocol.messages import Ack, AckState
-=======
-from sosa_stream.protocol.actions import Action
 from sosa_stream.protocol.messages import Ack, AckState, KnobState
->>>>>>> 9b6ca76 (Out of memory is explained by what held it; parts are an incident that lasts and a record of the guard)
 from sosa_stream.testing import header, incident
 
 AUTO = RunPolicy(mode=Mode.AUTO, limits=AutoSettings(allow=("scale_lr", "clip_grad", "rollback", "stop")))

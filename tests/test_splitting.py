@@ -416,6 +416,15 @@ def test_where_it_is_not_allowed_the_error_is_the_scripts_and_nothing_is_tried(
     assert wrapper.settings.mode is Mode.SUGGEST or wrapper.settings.auto.allow == ("skip_step",)
 
 
+def test_a_kill_file_keeps_a_rank_from_splitting(wrap: Wrap, tmp_path: Path) -> None:
+    wrapper = wrap(Net(capacity=4), config={"auto.kill_file": str(tmp_path / "stop")})
+    (tmp_path / "stop").touch()
+    assert refused(wrapper) == ""
+    (tmp_path / "stop").unlink()
+    train(wrapper, 1)
+    assert wrapper.model.sizes == [8, 8, 4, 4]
+
+
 def test_a_script_that_catches_the_error_goes_on(wrap: Wrap) -> None:
     wrapper = wrap(Net(nn.BatchNorm1d(16), capacity=4))
     for step in range(3):

@@ -47,7 +47,7 @@ from sosa_stream.agent.repair.training_state import TrainingState
 from sosa_stream.agent.watch.looks import Census
 from sosa_stream.agent.watch.metrics import Libraries, columns_of
 from sosa_stream.agent.watch.taps import Taps
-from sosa_stream.config import Settings
+from sosa_stream.config import Mode, Settings
 from sosa_stream.errors import SosaError
 from sosa_stream.protocol import messages
 from sosa_stream.protocol.channels import AgentChannel
@@ -452,6 +452,11 @@ class Agent:
             self._pump_local()
 
     # -- ending ------------------------------------------------------------------------------------------------------
+
+    def may_by_itself(self, action: str) -> bool:
+        """Whether this rank may do ``action`` without asking, which changes nothing that ranks must agree on."""
+        allowed = self.settings.mode is Mode.AUTO and action in self.settings.auto.allow
+        return allowed and not (self._courier is not None and self._courier.killed)
 
     def measure_memory(self) -> None:
         """Memory has run out: what holds it, before it is let go, for the coming `report_exception`."""

@@ -148,6 +148,11 @@ class Courier:
         self._outbox.flush(self.header)  # acks leave in the same round
         self._outbox.ring.send(self._link.send, now)
 
+    @property
+    def killed(self) -> str:
+        """Why nothing is to be done by itself now, or nothing: looked up on disk."""
+        return self._kill_file.refusal()
+
     def header(self, seq: int) -> Header:
         """The header of a message with this sequence number; 0 for one outside the sequence."""
         return Header(

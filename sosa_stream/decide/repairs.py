@@ -414,16 +414,15 @@ class Repairs:
         if num_parts == self._num_parts:
             return
         action = Action(action="split_batch", params={"num_parts": num_parts})
-        asked = any(action in entry.record.actions for entry in self.ledger.live)
+        asked = any(action in record.actions and record.origin != "guard" for record in self.ledger.records)
         incident = self._tracker.newest("oom")
         if not asked and more and (incident is None or incident.state is not IncidentState.OPEN):
             return  # the rank's word on it comes after its row
         self._num_parts = num_parts
         if asked or incident is None:
             return
-        seq = len(self.ledger) + 1
         record = CommandRecord(
-            id=make_id("c", self._run, seq),
+            id=self.next_id,
             run=self._run,
             generation=self.generation,
             incident=incident.id,
@@ -433,8 +432,9 @@ class Repairs:
             reason=incident.message if more else "fewer parts are enough, or are tried",
             origin="guard",
             applied_step=windows.step,
+            made_step=windows.step,
         )
-        entry = Entry(record=record, fix="split_batch", patience_steps=0, keep=True, seq=seq)
+        entry = Entry(record=record, fix="split_batch", patience_steps=0, keep=True, seq=len(self.ledger) + 1)
         self.ledger.add(entry)
         # The step that did not fit has been made: there is nothing to wait for.
         self.ledger.move(entry, _S.VERIFIED, verdict=Verdict.HELPED if more else Verdict.INCONCLUSIVE)

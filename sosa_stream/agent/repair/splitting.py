@@ -20,7 +20,6 @@ from sosa_stream.agent.memory import is_out_of_memory, release
 from sosa_stream.agent.repair import splittable
 from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Undo
 from sosa_stream.agent.repair.reduction import Reduction
-from sosa_stream.config import Mode
 from sosa_stream.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -230,10 +229,7 @@ class MicroBatches:
     @property
     def _may_split(self) -> bool:
         """Whether this run lets a rank split its batches by itself."""
-        if self._agent is None:
-            return False
-        settings = self._agent.settings
-        return settings.mode is Mode.AUTO and "split_batch" in settings.auto.allow
+        return self._agent is not None and self._agent.may_by_itself("split_batch")
 
     def _say(self, text: str) -> None:
         if self._agent is not None:
