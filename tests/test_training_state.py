@@ -406,3 +406,29 @@ def test_optimizer_state_that_was_reset_since_is_made_anew(training: Training) -
     training.optimizer.state.clear()
     training.go_back(3)
     assert bits(training.model, training.optimizer) == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_state_on_a_gpu_is_copied_without_waiting_and_goes_back_in_place() -> None:
+    model = toy().cuda()
+    data = [(x.cuda(), y.cuda()) for x, y in batches(8)]
+    optimizer = AdamW(model.parameters(), lr=0.01, fused=True)
+    watch = Watch(snapshots=True, snapshot_every_ticks=1, quarantine_ticks=0)
+    with watch.installed():
+        train(model, optimizer, data[:2])
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            train(model, optimizer, data[2:4])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        before = [t.clone() for t in watch.state.local_tensors()]
+        at = [t.data_ptr() for t in watch.state.local_tensors()]
+        train(model, optimizer, data[4:])
+        carry_out(watch.actuators, command(act("rollback", before_step=4)), 8, 8)
+        after = list(watch.state.local_tensors())
+    assert not watch.errors
+    assert watch.ring is not None
+    assert all(copy.host.is_pinned() for copy in watch.ring._snapshots[0].parameters)
+    assert [t.data_ptr() for t in after] == at
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))

@@ -42,6 +42,9 @@ def test_a_suggested_fix_waits_for_a_person_and_is_then_applied_on_all_ranks_at_
     assert judged[0]["applied_step"] == first.step
     if snapshots:
         assert judged[0]["verdict"] == "helped"
+        restored, _, left = judged[0]["detail"].partition("not restored: ")
+        assert "restored: parameters, optimizer;" in restored
+        assert left.startswith("data position, random numbers, LambdaLR (goes on)")
         assert float(job.steps()[-1]["loss"]) < 1
     job.digest()
     incident = job.incidents()[0]

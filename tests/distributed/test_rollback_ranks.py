@@ -13,14 +13,14 @@ import torch.distributed as dist
 from agent_parts import Watch, act, batches, bits, carry_out, command, toy, train
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 from two_ranks import TwoRanks
 
 from sosa_stream.agent.gradients import to_local
 from sosa_stream.agent.repair.ranks import Ranks, ranks_of_node
-from sosa_stream.errors import SosaError, describe
+from sosa_stream.errors import HalfAppliedError, SosaError, describe
 
 NODE = (0, 1)
 
@@ -73,9 +73,12 @@ def replicas(rank: int, model: nn.Module | None = None, node: tuple[int, ...] = 
 
 
 @contextmanager
-def shards(rank: int) -> Iterator[Pair]:
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+def shards(rank: int, kind: str = "fully_shard") -> Iterator[Pair]:
+    model: nn.Module = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    if kind == "fully_shard":
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    else:
+        model = FullyShardedDataParallel(model, use_orig_params=kind == "fsdp1", device_id=torch.device("cpu"))
     pair = Pair(rank, model, AdamW(model.parameters(), lr=0.05))
     with pair.watch.installed():
         yield pair
@@ -215,8 +218,8 @@ def test_what_is_equal_on_some_ranks_only_is_copied_by_each(two_ranks: TwoRanks)
 # -- shards ------------------------------------------------------------------------------------------------------------
 
 
-def go_back_with_shards(rank: int, reset: bool) -> dict[str, Any]:
-    with shards(rank) as pair:
+def go_back_with_shards(rank: int, kind: str, reset: bool) -> dict[str, Any]:
+    with shards(rank, kind) as pair:
         pair.run(3)
         before = pair.state
         pair.run(2, seed=1)
@@ -233,12 +236,15 @@ def go_back_with_shards(rank: int, reset: bool) -> dict[str, Any]:
         return {"same": restored == before, "undone": undone, "kinds": kinds, "bytes": restored, "words": words}
 
 
-@pytest.mark.parametrize("reset", [False, True])
-def test_each_rank_restores_its_own_shards(two_ranks: TwoRanks, reset: bool) -> None:
-    told = two_ranks.run(go_back_with_shards, reset)
+@pytest.mark.parametrize(
+    ("kind", "reset"),
+    [("fully_shard", False), ("fully_shard", True), ("fsdp1", False), ("fsdp1 flat", False), ("fsdp1 flat", True)],
+)
+def test_each_rank_restores_its_own_shards(two_ranks: TwoRanks, kind: str, reset: bool) -> None:
+    told = two_ranks.run(go_back_with_shards, kind, reset)
     assert [its["same"] for its in told] == [True, True]
     assert [its["undone"] for its in told] == [not reset, not reset]
-    assert told[0]["kinds"] == {"DTensor", "Tensor"}
+    assert told[0]["kinds"] == ({"DTensor", "Tensor"} if kind == "fully_shard" else {"Tensor"})
     assert told[0]["bytes"] != told[1]["bytes"]
 
 
@@ -285,6 +291,33 @@ def test_an_optimizer_whose_state_is_spread_over_the_ranks_goes_back_on_each(two
     for told in (first, second):
         assert (told["moved"], told["same"], told["replicated"]) == (True, True, False)
     assert first["bytes"] == second["bytes"]
+
+
+# -- when ranks are lost -----------------------------------------------------------------------------------------------
+
+
+def gone(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("connection reset by peer")
+
+
+def test_ranks_that_are_lost_before_anything_is_touched_make_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "new_group", gone)
+    ranks = Ranks(0, NODE, lambda: NODE)
+    with pytest.raises(SosaError, match="could not reach each other: RuntimeError: connection reset") as refused:
+        ranks.gather("here")
+    assert not isinstance(refused.value, HalfAppliedError)
+
+
+def test_ranks_that_are_lost_in_mid_broadcast_leave_this_one_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ranks, "_group", lambda self, ranks: None)
+    monkeypatch.setattr(dist, "broadcast", gone)
+    with pytest.raises(HalfAppliedError, match="did not reach all ranks of this node"):
+        Ranks(0, NODE, lambda: NODE).broadcast([torch.zeros(2)])
+
+
+def test_a_node_whose_copies_are_with_a_rank_that_does_not_train_has_nothing_to_offer() -> None:
+    with pytest.raises(SosaError, match="rank 0, which copies for this node, does not train"):
+        Ranks(1, NODE, lambda: (1, 2)).spread(None)
 
 
 # -- who copies for whom -----------------------------------------------------------------------------------------------

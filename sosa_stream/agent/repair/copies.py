@@ -135,8 +135,11 @@ def finite_flags(tensors: Iterable[torch.Tensor], buffers: Iterable[torch.Tensor
             if local.is_floating_point() and local.numel() and local.element_size() > 1:
                 groups.setdefault((local.device, local.dtype, may_be_infinite), []).append(local)
     flags = []
-    for (_, _, may_be_infinite), alike in groups.items():
-        largest = torch.stack(torch._foreach_norm(alike, float("inf")))
+    for (device, _, may_be_infinite), alike in groups.items():
+        if device.type == "cpu":  # where the norm takes twenty times as long
+            largest = torch.stack([end for tensor in alike for end in tensor.aminmax()])
+        else:
+            largest = torch.stack(torch._foreach_norm(alike, float("inf")))
         flags.append((~torch.isnan(largest) if may_be_infinite else torch.isfinite(largest)).all())
     return flags
 

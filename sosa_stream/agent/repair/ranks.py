@@ -72,9 +72,9 @@ class Ranks:
         Raises:
             SosaError: it could not be had; nothing has been changed.
         """
-        box = [value]
+        box, mates = [value], self._mates
         try:
-            dist.broadcast_object_list(box, src=self._node[0], group=self._group(self._mates))
+            dist.broadcast_object_list(box, src=self._node[0], group=self._group(mates))
         except Exception as error:
             raise SosaError(f"the ranks of this node could not reach each other: {describe(error)}") from error
         return box[0]
