@@ -50,8 +50,9 @@ class Guard:
 
     def before_forward(self, root: nn.Module) -> None:
         """The first forward pass of a step begins: what the script itself has put into buffers is not to be undone."""
-        self._with_buffers(lambda: self.buffers.meet_root(root))
-        self.keep_buffers()
+        if self.on:
+            self._with_buffers(lambda: self.buffers.meet_root(root))
+            self.keep_buffers()
 
     def keep_buffers(self) -> None:
         """The buffers as they are now are what a step that is left out goes back to."""
@@ -104,6 +105,8 @@ class Guard:
         Args:
             others_wait: a backward of another optimizer has been, whose step has not: it may yet turn out bad.
         """
+        if not self.on:
+            return
         bad = self.skipped
         if isinstance(bad, torch.Tensor) and not bad.is_cpu:
             self._with_buffers(lambda: self.buffers.settle(bad))
