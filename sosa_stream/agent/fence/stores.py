@@ -54,7 +54,8 @@ class TorchStore:
 
     def set(self, key: str, value: str) -> None:
         with self._connected() as store:
-            store.set(key, value)
+            store.set(key, value)  # torch sends it off and waits for nothing: on a lost connection it may be nowhere
+            store.check([key])  # the answer comes by the same connection, behind it
 
     def check(self, keys: Sequence[str]) -> bool:
         with self._connected() as store:

@@ -190,7 +190,8 @@ class SnapshotRing:
         farther = max(self._settings.quarantine_ticks, FARTHER_STEPS)
         soon = last is not None and 0 <= present_step - last.at_step < farther
         tried = last.to_tick if soon and last is not None else None
-        whole = [s for s in tuple(self._snapshots) if self._incomplete is None or s is not self._incomplete[0]]
+        incomplete = self._incomplete  # once: the training thread may complete it while the agent's looks
+        whole = [s for s in tuple(self._snapshots) if incomplete is None or s is not incomplete[0]]
         return [s for s in reversed(whole) if oldest <= s.step <= newest and s.tick != tried]
 
     def _victim(self, step: int) -> int:
