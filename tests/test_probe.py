@@ -613,7 +613,7 @@ def test_a_copy_that_fails_ends_the_snapshots_and_not_the_training(monkeypatch: 
     optimizer = AdamW(model.parameters())
     with Watch(snapshots=True, snapshot_every_ticks=1).installed() as watch:
         train(model, optimizer, batches(1))
-        monkeypatch.setattr("sosa_stream.agent.repair.snapshots.TrainingState.capture", None)
+        monkeypatch.setattr("sosa_stream.agent.repair.training_state.TrainingState.capture", None)
         train(model, optimizer, batches(3))
     assert len(watch.errors) == 1
     assert len(watch.rows) == 4

@@ -74,7 +74,8 @@ def copy_all(value: Any, into: Any = None) -> Any:
         old = into if isinstance(into, dict) else {}
         return _like(value, {key: copy_all(item, old.get(key)) for key, item in value.items()})
     if type(value) in (list, tuple):
-        return type(value)(copy_all(item) for item in value)
+        held = into if type(into) is type(value) and len(into) == len(value) else [None] * len(value)
+        return type(value)(copy_all(item, its) for item, its in zip(value, held, strict=True))
     return copy.deepcopy(value) if isinstance(value, set | deque | np.ndarray | bytearray) else value
 
 

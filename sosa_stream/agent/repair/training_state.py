@@ -26,7 +26,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from sosa_stream.agent.gradients import is_sharded, reduced_by_ddp, to_local
 from sosa_stream.agent.repair import random_numbers
 from sosa_stream.agent.repair.copies import (
-    Copy,
     copy_all,
     copy_tensor,
     fill,
@@ -135,16 +134,12 @@ class TrainingState:
         buffers, mine = self.buffers, not self.replicated or self.ranks.holds
         parameters = self.parameters if mine else []
         state: list[dict[int, Any]] = [dict(by_position(its)) if mine else {} for its in self.optimizers]
-        old = reuse if reuse is not None and len(reuse.optimizers) == len(state) else None
         snapshot = Snapshot(
             tick=tick,
             step=step,
-            parameters=_copied(parameters, old.parameters if old else ()),
-            buffers=_copied(buffers, old.buffers if old else ()),
-            optimizers=[
-                copy_all(its, old.optimizers[i] if old else None)  # a position keeps its memory
-                for i, its in enumerate(state)
-            ],
+            parameters=copy_all(parameters, reuse and reuse.parameters),
+            buffers=copy_all(buffers, reuse and reuse.buffers),
+            optimizers=copy_all(state, reuse and reuse.optimizers),
             random=random_numbers.capture(),
             finite=[copy_tensor(flag) for flag in finite_flags([*parameters, *tensors_in(state)], buffers)],
         )
@@ -302,10 +297,3 @@ class TrainingState:
         if not self._looked:
             self._looked = True
             self._models.find(self.parameters, self.registry.note)
-
-
-def _copied(tensors: list[torch.Tensor], old: Iterable[Copy]) -> list[Copy]:
-    reusable = list(old)
-    if len(reusable) != len(tensors):
-        reusable = [None] * len(tensors)  # type: ignore[list-item]
-    return [copy_all(tensor, into) for tensor, into in zip(tensors, reusable, strict=True)]
