@@ -56,5 +56,27 @@ def too_large_for_the_loss(capacity: int) -> Callable[[nn.Module, Any], torch.Te
     return forward
 
 
+class Greedy(torch.autograd.Function):
+    """Out of memory in the backward of more than ``capacity`` samples."""
+
+    @staticmethod
+    def forward(context: Any, x: torch.Tensor, capacity: int) -> torch.Tensor:
+        context.fits = len(x) <= capacity
+        return x.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        if not context.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory in backward (test)")
+        return gradient, None
+
+
+def too_large_for_backward(capacity: int) -> Callable[[nn.Module, Any], torch.Tensor]:
+    def forward(model: nn.Module, batch: Any) -> torch.Tensor:
+        return nn.functional.mse_loss(Greedy.apply(model(batch[0]), capacity), batch[1])
+
+    return forward
+
+
 def flat(model: nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import collections
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from agent_parts import Watch, act, carry_out, command
-from split_parts import NUM_SAMPLES, Net, batch_at, flat, mse, too_large_for_the_loss
+from split_parts import NUM_SAMPLES, Net, batch_at, flat, mse, too_large_for_backward, too_large_for_the_loss
 from torch import nn
 from torch.optim import SGD, AdamW
 
@@ -84,6 +87,14 @@ def test_out_of_memory_after_the_pass_in_the_loss_is_split_too(wrap: Wrap) -> No
     train(whole, 4)
     train(small, 4, too_large_for_the_loss(4))
     torch.testing.assert_close(flat(small.model), flat(whole.model))
+
+
+def test_out_of_memory_in_backward_is_split_too_where_no_gradient_is_under_way_to_peers(wrap: Wrap) -> None:
+    whole, small = wrap(Net()), wrap(Net(capacity=4))
+    train(whole, 4)
+    train(small, 4, too_large_for_backward(2))
+    torch.testing.assert_close(flat(small.model), flat(whole.model))
+    assert small.model.sizes == [8, 4, *[2, 2, 2, 2] * 4]
 
 
 def test_the_allocator_of_the_cpu_counts_as_out_of_memory(wrap: Wrap) -> None:
@@ -363,28 +374,6 @@ def test_sequences_with_unequal_numbers_of_labels_are_a_reason_to_refuse() -> No
     assert count_samples({"labels": labels, "use_cache": False}) == 8
 
 
-def test_out_of_memory_in_backward_is_not_retried_but_the_next_batch_is_split(wrap: Wrap) -> None:
-    class Greedy(torch.autograd.Function):
-        @staticmethod
-        def forward(context: Any, x: torch.Tensor) -> torch.Tensor:
-            context.size = len(x)
-            return x.clone()
-
-        @staticmethod
-        def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
-            if context.size > 4:
-                raise torch.OutOfMemoryError("out of memory in backward (test)")
-            return gradient
-
-    def forward(model: nn.Module, batch: Any) -> torch.Tensor:
-        return nn.functional.mse_loss(Greedy.apply(model(batch[0])), batch[1])
-
-    wrapper = wrap(Net())
-    assert "memory ran out in backward; the next batch is run in 2 parts" in refused(wrapper, forward)
-    assert train(wrapper, 1, forward)[0] > 0
-    assert wrapper.model.sizes == [8, 4, 4]
-
-
 def test_a_forward_that_returns_none_is_told_what_to_return_and_nothing_is_tried_again(wrap: Wrap) -> None:
     calls: list[int] = []
 
@@ -432,6 +421,77 @@ def test_a_script_that_catches_the_error_goes_on(wrap: Wrap) -> None:
             wrapper.training_step(batch_at(step), mse)
         assert wrapper.training_step(batch_at(step, 4), mse).isfinite()
     assert wrapper.get_statistics()["steps"] == 3
+
+
+REAL = """
+import resource, torch
+from pathlib import Path
+from torch import nn
+from sosa_stream import wrap_training
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+    def forward(self, x, y):
+        hidden = x[:, :1].expand(-1, 1 << 22) * self.scale  # 16 MB a sample, for each of three that are kept
+        for _ in range(3):
+            hidden = torch.tanh(hidden)
+        return nn.functional.mse_loss(hidden[:, :1], y)
+
+def train(limit):
+    model = Wide()
+    if limit:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + limit, resource.RLIM_INFINITY))
+    with wrap_training(model, torch.optim.SGD(model.parameters(), lr=0.1)) as wrapper:
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            x = torch.randn(8, 4, generator=generator)
+            wrapper.training_step((x, x[:, :1].sin()))
+        return model.scale.item(), [c.actions[0].params["num_parts"] for c in wrapper.monitor.commands.values()]
+
+free, none = train(0)
+short, parts = train(450 * 10**6)
+assert not none and parts and parts[0] in (2, 4, 8), (none, parts)
+assert abs(free - short) < 1e-5 and free != 1.0, (free, short)
+print("parts", parts)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits the address space as Linux does")
+def test_a_real_allocator_that_fails_in_mid_pass_finds_room_for_the_parts(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", REAL],
+        check=False,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_ARENA_MAX": "1"},
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "DefaultCPUAllocator: can't allocate memory" in done.stdout, "not a fault on purpose"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_that_is_too_small_finds_room_for_the_parts_and_says_what_held_it(wrap: Wrap) -> None:
+    model = nn.Sequential(nn.Linear(6, 1 << 20), nn.Tanh(), nn.Linear(1 << 20, 1)).cuda()
+    whole_batch = [tensor.cuda() for tensor in batch_at(0, 512)]
+    wrapper = wrap(model)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 3 * 2**30) / total)
+    try:
+        for _ in range(3):
+            assert wrapper.training_step(whole_batch, mse).isfinite()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    (incident,) = wrapper.get_statistics()["incidents"]
+    assert incident["severity"] == "warning"
+    assert incident["evidence"]["memory"]["other"] > incident["evidence"]["memory"]["parameters"]
 
 
 # -- explained ---------------------------------------------------------------------------------------------------------

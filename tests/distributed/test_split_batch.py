@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from two_ranks import TwoRanks
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from split_parts import NUM_SAMPLES, Net, batch_at, flat, mse, too_large_for_the_loss
+from split_parts import NUM_SAMPLES, Net, batch_at, flat, mse, too_large_for_backward, too_large_for_the_loss
 
 from sosa_stream.agent.core import Agent
 from sosa_stream.agent.repair.splitting import MicroBatches
@@ -113,6 +113,8 @@ def case(rank: int, kind: str, where: str, starts_at: int, options: dict[str, An
         net.capacity = 4
     elif rank == 1 and where == "loss":
         forward = too_large_for_the_loss(4)
+    elif rank == 1 and where == "backward of a part":
+        net.capacity, forward = 4, too_large_for_backward(2)
     elif rank == 1 and where == "before":
         forward = _too_large_before
     losses += steps.train(rank, NUM_STEPS - starts_at, forward, starts_at)
@@ -130,7 +132,7 @@ def _too_large_before(model: nn.Module, batch: Any) -> torch.Tensor:
     [(0, {}), (1, {}), (3, {}), (3, {"gradient_as_bucket_view": True}), (3, {"broadcast_buffers": False})],
     ids=["first step", "second step", "later", "bucket views", "no broadcast"],
 )
-@pytest.mark.parametrize("where", ["pass", "loss", "before"])
+@pytest.mark.parametrize("where", ["pass", "loss", "before", "backward of a part"])
 def test_memory_that_runs_out_on_one_rank_leaves_both_with_the_weights_of_a_run_in_which_it_did_not(
     two_ranks: TwoRanks, where: str, starts_at: int, options: dict[str, Any]
 ) -> None:
@@ -140,7 +142,7 @@ def test_memory_that_runs_out_on_one_rank_leaves_both_with_the_weights_of_a_run_
     torch.testing.assert_close(torch.tensor(split[0]["weights"]), torch.tensor(whole[0]["weights"]))
     assert split[1]["losses"] == pytest.approx(whole[1]["losses"], rel=1e-4)
     assert [rank["reductions"] for rank in split] == [rank["reductions"] for rank in whole]
-    assert split[1]["sizes"][-2:] == [4, 4]
+    assert split[1]["sizes"][-4:] == ([2] * 4 if where == "backward of a part" else [4] * 4)
     assert split[0]["sizes"] == [NUM_SAMPLES] * NUM_STEPS
 
 
@@ -162,7 +164,13 @@ def refuses(rank: int, kind: str, where: str, options: dict[str, Any]) -> str:
         steps.ddp(batch_at(0)[0])
     else:
         net.capacity = 4 if where in ("pass", "gather", "twice") else None
-        forward = {"pass": mse, "loss": too_large_for_the_loss(4), "gather": _gathers, "twice": _twice}[where]
+        forward = {
+            "pass": mse,
+            "loss": too_large_for_the_loss(4),
+            "backward": too_large_for_backward(4),
+            "gather": _gathers,
+            "twice": _twice,
+        }[where]
         try:
             steps.train(rank, 1, forward)
         except torch.OutOfMemoryError as error:
@@ -188,6 +196,7 @@ def _twice(model: nn.Module, batch: Any) -> torch.Tensor:
     ("kind", "where", "options", "why"),
     [
         ("plain", "pass", {"static_graph": True}, "DistributedDataParallel with static_graph"),
+        ("plain", "backward", {}, "in backward, gradients were on their way to peers"),
         ("plain", "gather", {}, "the forward talks to the other ranks"),
         ("plain", "twice", {}, "the model is called more than once for a batch"),
         ("sometimes", "loss", {"find_unused_parameters": True}, "a pass that has ended cannot be repeated"),

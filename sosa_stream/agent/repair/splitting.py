@@ -1,8 +1,9 @@
 """``split_batch``: a batch that does not fit into memory, run as micro-batches with the same gradient.
 
-A forward pass that has run out of memory is tried again in 2, 4, 8… parts: the loss of each weighted by its share of
-the samples, all but the last without reduction, so that peers under DDP meet the collectives of an ordinary step. What
-was needed is remembered for the batches that follow, and halved again once things have gone well for a while.
+A pass that has run out of memory, in forward or before any gradient is reduced, is tried again in 2, 4, 8… parts: the
+loss of each weighted by its share of the samples, all but the last without reduction, so that peers under DDP meet the
+collectives of an ordinary step. What was needed is remembered for the batches that follow, and halved again once things
+have gone well for a while.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ class MicroBatches:
             return [(batch, 1.0)]
 
     def _run(self, parts: Parts, forward_fn: ForwardFunction | None) -> tuple[torch.Tensor | None, Exception | None]:
-        """The loss of all parts, or what ran out of memory in one's forward pass."""
+        """The loss of all parts, or what ran out of memory in one before its gradients could be under way to peers."""
         total: torch.Tensor | None = None
         for i, (part, share) in enumerate(parts):
             is_last = i == len(parts) - 1
@@ -177,8 +178,14 @@ class MicroBatches:
                 try:
                     self._reduction.backward(loss, is_last=is_last)
                 except Exception as error:
-                    self._failed_in_backward(error, len(parts))
-                    raise
+                    if not (self._may_split and is_out_of_memory(error)):
+                        raise
+                    if is_last and not self._reduction.is_alone:
+                        error.add_note(
+                            "sosa: the batch was not split: it was in backward, and gradients were on their way"
+                        )
+                        raise
+                    return None, error
         return total, None
 
     def _finer(
@@ -244,16 +251,6 @@ class MicroBatches:
         self._reduction.give_up()
         error.add_note(f"sosa: the batch was not split: {why}")
         raise error from None
-
-    def _failed_in_backward(self, error: Exception, num_parts: int) -> None:
-        """Other ranks may be in the reduction already; alone, a script that catches it has its next batch split."""
-        if self._may_split and is_out_of_memory(error):
-            where = "memory ran out in backward"
-            if self._reduction.is_alone:
-                self._need.ran_out(2 * num_parts)
-                error.add_note(f"sosa: {where}; the next batch is run in {2 * num_parts} parts")
-            else:
-                error.add_note(f"sosa: the batch was not split: {where}, where a reduction may be under way")
 
 
 class _StatefulError(RefusedError):
