@@ -182,7 +182,7 @@ class MicroBatches:
                         raise
                     if is_last and not self._reduction.is_alone:
                         error.add_note(
-                            "sosa: the batch was not split: it was in backward, and gradients were on their way"
+                            "sosa: the batch was not split: in backward, gradients were on their way to peers"
                         )
                         raise
                     return None, error
