@@ -15,7 +15,7 @@ import math
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -83,6 +83,8 @@ class Probe:
         self.fence: Fence | None = None
         self.observing = True
         self.controlling = True
+        self.at_rest: Callable[[], None] | None = None
+        """Called when an optimizer step is over; may raise, as a signal's handler does."""
         self._guard = guard
         self._attribution = attribution
         self._found: dict[str, float] = {}
@@ -170,6 +172,17 @@ class Probe:
         self.looks.remove()
         self._put_back()
 
+    @property
+    def in_step(self) -> bool:
+        """Whether an optimizer step is under way, in whatever thread. One that has raised is not."""
+        frames = {id(caller) for _, caller in tuple(self._open)}
+        return bool(frames) and any(id(frame) in frames for frame in _running())
+
+    @property
+    def left_in_step(self) -> bool:
+        """Whether the last optimizer step has raised: weights may be updated in part."""
+        return bool(self._open) and not self.in_step
+
     # -- before the step -------------------------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
@@ -190,6 +203,7 @@ class Probe:
                 return args, {**kwargs, "closure": wrapped}
             return (args[0], wrapped, *args[2:]), kwargs
         except StopTraining:
+            self._open.clear()  # it has not begun
             self._put_back()
             raise
         except InDoubt as error:
@@ -424,8 +438,13 @@ class Probe:
             return
         while self._open.pop()[0] is not optimizer:
             continue
-        if self._open or not self.controlling:
-            return
+        if not self._open:
+            if self.controlling:
+                self._end(optimizer)
+            if self.at_rest is not None:
+                self.at_rest()
+
+    def _end(self, optimizer: Optimizer) -> None:
         try:
             self._put_back()
             self._guard.settle(others_wait=self.observing and self._taps.losses.others_wait(optimizer))
@@ -506,3 +525,12 @@ class Probe:
         self.controlling = False
         self._put_back()
         self._on_error(error, in_force)
+
+
+def _running() -> Iterator[FrameType]:
+    """The frames of all threads."""
+    for top in sys._current_frames().values():
+        frame: FrameType | None = top
+        while frame is not None:
+            yield frame
+            frame = frame.f_back
