@@ -18,6 +18,7 @@ from sosa_stream.agent.link import LocalLink
 from sosa_stream.agent.outbox import Outbox, Row, Wakeup
 from sosa_stream.agent.probe import Probe
 from sosa_stream.agent.repair.actuators import Actuators, make_actuators
+from sosa_stream.agent.repair.knobs import Knobs
 from sosa_stream.agent.repair.ranks import Ranks
 from sosa_stream.agent.repair.registry import Registry
 from sosa_stream.agent.repair.snapshots import SnapshotRing
@@ -106,7 +107,8 @@ class Watch:
         self.errors: list[tuple[BaseException, bool]] = []
         self.ring = SnapshotRing(self.state, AgentSettings(**settings), 2000, self.said.append) if snapshots else None
         mode = guard if isinstance(guard, GuardMode) else GuardMode.SYNC if guard else GuardMode.OFF
-        self.actuators = make_actuators(self.state, self.ring, 10000.0, deliveries=self.taps.deliveries)
+        self.knobs = Knobs(self.said.append)
+        self.actuators = make_actuators(self.state, self.ring, 10000.0, self.knobs, deliveries=self.taps.deliveries)
         self.probe = Probe(
             outbox=self.outbox,
             taps=self.taps,

@@ -130,7 +130,7 @@ def clip(gradients: list[torch.Tensor], norm: torch.Tensor, max_norm: float) -> 
         torch._foreach_mul_(same, coefficient.to(same[0].device, non_blocking=True))
 
 
-def norm_after_clip(norm: torch.Tensor, clipped_to: float | None) -> torch.Tensor:
+def norm_after_clip(norm: torch.Tensor, clipped_to: float | torch.Tensor | None) -> torch.Tensor:
     """What is left of ``norm``, which `clip_grad_norm_` returned, after its own clipping at ``clipped_to``."""
     return norm if clipped_to is None else norm * (clipped_to / (norm + 1e-6)).clamp(max=1.0)
 

@@ -15,7 +15,7 @@ import math
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -83,8 +83,6 @@ class Probe:
         self.fence: Fence | None = None
         self.observing = True
         self.controlling = True
-        self.at_rest: Callable[[], None] | None = None
-        """Called when an optimizer step is over; may raise, as a signal's handler does."""
         self._guard = guard
         self._attribution = attribution
         self._found: dict[str, float] = {}
@@ -106,7 +104,7 @@ class Probe:
         self._restore: list[Callable[[], None]] = []
         self._norm: torch.Tensor | None = None
         self._norm_is_shared = False
-        self._clipped_to: float | None = None
+        self._clipped_to: float | torch.Tensor | None = None
         self.looks = Looks(lambda error: on_error(error, False))
         self.looks.forward.before = self.before_forward
         self._kinds: weakref.WeakKeyDictionary[Optimizer, tuple[bool, bool]] = weakref.WeakKeyDictionary()
@@ -172,17 +170,6 @@ class Probe:
         self.looks.remove()
         self._put_back()
 
-    @property
-    def in_step(self) -> bool:
-        """Whether an optimizer step is under way, in whatever thread. One that has raised is not."""
-        frames = {id(caller) for _, caller in tuple(self._open)}
-        return bool(frames) and any(id(frame) in frames for frame in _running())
-
-    @property
-    def left_in_step(self) -> bool:
-        """Whether the last optimizer step has raised: weights may be updated in part."""
-        return bool(self._open) and not self.in_step
-
     # -- before the step -------------------------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
@@ -203,7 +190,6 @@ class Probe:
                 return args, {**kwargs, "closure": wrapped}
             return (args[0], wrapped, *args[2:]), kwargs
         except StopTraining:
-            self._open.clear()  # it has not begun
             self._put_back()
             raise
         except InDoubt as error:
@@ -340,11 +326,12 @@ class Probe:
                 norms = gradients.tensor_norms(local)
                 self._norm = gradients.total_norm(norms)
             grad_scale = getattr(optimizer, "grad_scale", None)
-            if isinstance(grad_scale, torch.Tensor):
-                self._norm = self._norm / grad_scale.to(self._norm.device)
+            if isinstance(grad_scale, torch.Tensor):  # what was measured and clipped was scaled
+                scale = grad_scale.to(self._norm.device)
+                self._norm = self._norm / scale
+                self._clipped_to = None if self._clipped_to is None else self._clipped_to / scale
         skip = self._leave_out(optimizer, parameters)
-        scaled = isinstance(getattr(optimizer, "grad_scale", None), torch.Tensor)
-        if parameters and in_force.max_norm is not None and self._norm_is_shared and not skip and not scaled:
+        if parameters and in_force.max_norm is not None and self._norm_is_shared and not skip:
             assert self._norm is not None
             gradients.clip(local, gradients.norm_after_clip(self._norm, self._clipped_to), in_force.max_norm)
         if self.observing and not sharded and self.looks.are_due(self.step):
@@ -438,13 +425,8 @@ class Probe:
             return
         while self._open.pop()[0] is not optimizer:
             continue
-        if not self._open:
-            if self.controlling:
-                self._end(optimizer)
-            if self.at_rest is not None:
-                self.at_rest()
-
-    def _end(self, optimizer: Optimizer) -> None:
+        if self._open or not self.controlling:
+            return
         try:
             self._put_back()
             self._guard.settle(others_wait=self.observing and self._taps.losses.others_wait(optimizer))
@@ -525,12 +507,3 @@ class Probe:
         self.controlling = False
         self._put_back()
         self._on_error(error, in_force)
-
-
-def _running() -> Iterator[FrameType]:
-    """The frames of all threads."""
-    for top in sys._current_frames().values():
-        frame: FrameType | None = top
-        while frame is not None:
-            yield frame
-            frame = frame.f_back

@@ -1,0 +1,166 @@
+"""Every reversible action in every kind of training: it takes effect, and taken back at once it leaves no trace."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from agent_parts import Watch, act, batches, command, loss_of, toy
+from test_actions_on_ranks import held, sharded
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, AdamW, Optimizer
+from two_ranks import TwoRanks
+
+from sosa_stream.agent import Knob
+
+NUM_STEPS, AT, BACK = 8, 4, 6
+
+
+@dataclass(kw_only=True)
+class Training:
+    """A loop of the script's own; `step` takes one batch."""
+
+    model: nn.Module
+    optimizers: list[Optimizer]
+    scaler: GradScaler | None = None
+    num_parts: int = 1
+    clips: bool = False
+    beta: list[float] = field(default_factory=lambda: [1.0])
+
+    def step(self, batch: Any) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        parts = zip(*(part.chunk(self.num_parts) for part in batch), strict=True)
+        for i, part in enumerate(parts):
+            waits = isinstance(self.model, DistributedDataParallel) and i < self.num_parts - 1
+            with self.model.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
+                loss = self.beta[0] * loss_of(self.model, part) / self.num_parts
+                (self.scaler.scale(loss) if self.scaler else loss).backward()
+        if self.clips:  # what makes a sharded gradient's norm known on all ranks
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1e6)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer) if self.scaler else optimizer.step()
+        if self.scaler:
+            self.scaler.update()
+
+    def set_beta(self, value: float) -> None:
+        self.beta[0] = value
+
+    def bits(self) -> list[Any]:
+        scale = [self.scaler.state_dict()] if self.scaler else []
+        return [held(self.model, optimizer) for optimizer in self.optimizers] + scale
+
+
+def _replicated(groups: int = 1) -> tuple[nn.Module, list[dict[str, Any]]]:
+    model = DistributedDataParallel(toy())
+    parameters = list(model.parameters())
+    return model, [{"params": parameters[i::groups], "lr": 0.01 / (1 + i)} for i in range(groups)]
+
+
+def plain() -> Training:
+    model, groups = _replicated()
+    return Training(model=model, optimizers=[AdamW(groups)])
+
+
+def param_groups() -> Training:
+    model, groups = _replicated(3)
+    return Training(model=model, optimizers=[SGD(groups, momentum=0.9)])
+
+
+def several_optimizers() -> Training:
+    model, groups = _replicated(2)
+    return Training(model=model, optimizers=[AdamW([groups[0]]), SGD([groups[1]], momentum=0.9)])
+
+
+def accumulation() -> Training:
+    model, groups = _replicated()
+    return Training(model=model, optimizers=[AdamW(groups)], num_parts=4)
+
+
+def amp() -> Training:
+    model, groups = _replicated()
+    return Training(model=model, optimizers=[AdamW(groups)], scaler=GradScaler("cpu", init_scale=1024.0))
+
+
+def amp_fused() -> Training:
+    model, groups = _replicated()
+    return Training(model=model, optimizers=[AdamW(groups, fused=True)], scaler=GradScaler("cpu", init_scale=1024.0))
+
+
+def fsdp() -> Training:
+    model, optimizer = sharded()
+    return Training(model=model, optimizers=[optimizer], clips=True)
+
+
+CONTEXTS = {
+    make.__name__: make for make in (plain, param_groups, several_optimizers, accumulation, amp, amp_fused, fsdp)
+}
+ACTIONS = {
+    "clip_grad": act("clip_grad", max_norm=1e-3),
+    "scale_lr": act("scale_lr", factor=0.1),
+    "set_knob": act("set_knob", name="beta", value=0.25),
+    "skip_step": act("skip_step", num_steps=2),
+    "rollback": act("rollback", before_step=3),
+    "reset_optimizer_state": act("reset_optimizer_state"),
+    "grad_accumulation": act("grad_accumulation", num_steps=2),
+    "set_loss_scale": act("set_loss_scale", scale=2.0),
+}
+
+
+def trained(rank: int, context: str, name: str, how: str) -> tuple[Training, Watch]:
+    """``how``: undisturbed, taken back at once, kept, or reverted later."""
+    training = CONTEXTS[context]()
+    watch = Watch(alone=False, snapshots=True, snapshot_every_ticks=1, snapshot_keep=16, quarantine_ticks=0)
+    watch.knobs.register(Knob("beta", get=lambda: training.beta[0], set=training.set_beta, low=0.0, high=4.0))
+    per_step = len(training.optimizers)
+    if how != "undisturbed":
+        fix = command(ACTIONS[name])
+        watch.fence.due[AT * per_step] = fix
+        if how == "reverted":
+            watch.fence.due[BACK * per_step] = command(act("revert", command=fix.id))
+    if how == "taken back":
+        watch.fence.elsewhere = "a third rank could not"
+    with watch.installed():
+        for batch in batches(NUM_STEPS, seed=rank):
+            training.step(batch)
+    return training, watch
+
+
+def everywhere(rank: int, context: str, name: str) -> dict[str, Any]:
+    undisturbed, _ = trained(rank, context, name, "undisturbed")
+    back, _ = trained(rank, context, name, "taken back")
+    kept, watch = trained(rank, context, name, "kept")
+    reverted, later = trained(rank, context, name, "reverted")
+    in_force = later.actuators.in_force
+    return {
+        "errors": [repr(error) for error in (*watch.errors, *later.errors)],
+        "acks": [str(ack.state) for ack in later.acks],
+        "leaves no trace": back.bits() == undisturbed.bits(),
+        "takes effect": kept.bits() != undisturbed.bits(),
+        "nothing in force": not in_force.standing and in_force.accumulation is None,
+        "beta": reverted.beta[0],
+        "kept": repr(kept.bits()) if context != "fsdp" else "",
+        "reverted": repr(reverted.bits()) if context != "fsdp" else "",
+    }
+
+
+@pytest.mark.parametrize("name", ACTIONS)
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_an_action_takes_effect_on_both_ranks_and_can_be_taken_back(
+    two_ranks: TwoRanks, context: str, name: str
+) -> None:
+    if name == "set_loss_scale" and not context.startswith("amp"):
+        pytest.skip("a training without a scaler refuses it: shown in test_actions.py")
+    one, other = two_ranks.run(everywhere, context, name)
+    for seen in (one, other):
+        assert not seen["errors"]
+        assert seen["acks"] == ["applied", "applied"]
+        assert seen["leaves no trace"]
+        assert seen["takes effect"]
+        assert seen["nothing in force"]
+        assert seen["beta"] == 1.0
+    assert (one["kept"], one["reverted"]) == (other["kept"], other["reverted"]), "the replicas are equal"
