@@ -83,6 +83,7 @@ def courier_of(
     mode: Mode = Mode.AUTO,
     with_settings: Settings | None = None,
     say: Callable[[str], None] = lambda text: None,
+    refusal: Callable[[Command], str] = lambda command: "",
 ) -> Courier:
     return Courier(
         settings=with_settings or settings(mode, "skip_step"),
@@ -95,7 +96,7 @@ def courier_of(
         versions={},
         parameters=(),
         progress=lambda: Progress(tick=7, step=7, phase=Phase.FORWARD),
-        refusal=lambda command: "",
+        refusal=refusal,
         say=say,
     )
 
@@ -168,6 +169,20 @@ def test_what_may_not_be_applied_is_answered_once_and_ended_at_the_fence_for_all
     assert [(ack.command, ack.state, ack.tick) for ack in acks] == [(made.id, AckState.REJECTED, 7)]
     assert "scale_lr" in acks[0].detail
     assert fence.submitted == [(made.id, True)]
+
+
+def test_a_rank_that_fails_to_judge_a_command_refuses_it_and_its_thread_lives_on() -> None:
+    def broken(command: Command) -> str:
+        raise RuntimeError("deque mutated during iteration")
+
+    link, fence = FakeLink(), FakeFence()
+    courier = courier_of(link, fence, refusal=broken)
+    made = command(SKIP)
+    link.arriving = [made]
+    courier.pump()
+    (ack,) = [message for message in link.sent if isinstance(message, Ack)]
+    assert (ack.state, fence.submitted) == (AckState.REJECTED, [(made.id, True)])
+    assert "deque mutated" in ack.detail
 
 
 def test_what_may_be_applied_goes_to_the_fence_once_and_is_not_answered_before_it() -> None:

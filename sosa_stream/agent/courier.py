@@ -20,7 +20,7 @@ from sosa_stream.agent.link import Link
 from sosa_stream.agent.outbox import Outbox
 from sosa_stream.agent.timezone import utc_offsets
 from sosa_stream.config import Mode, Settings
-from sosa_stream.errors import CommandRefusedError
+from sosa_stream.errors import CommandRefusedError, describe
 from sosa_stream.plain import plain
 from sosa_stream.protocol.messages import Ack, AckState, Announcement, Bye, Command, Header, Hello, Phase, Received
 
@@ -231,7 +231,13 @@ class Courier:
         if self._fence_closed:
             return "the fence of this run is closed"
         killed = "" if _only_takes_back(command) else self._kill_file.refusal()
-        return may_apply(self._settings, command) or killed or self._cannot(command)
+        return may_apply(self._settings, command) or killed or self._judge(command)
+
+    def _judge(self, command: Command) -> str:
+        try:
+            return self._cannot(command)
+        except Exception as error:  # this thread must live: it serves the fence that other ranks wait at
+            return f"this rank cannot tell whether it could carry it out: {describe(error)}"
 
     def _serve_fence(self, now: float) -> None:
         if self._fence is None:
