@@ -29,6 +29,9 @@ AUTO_POLICY: Mapping[str, Any] = {
     "allow": ["skip_step", "scale_lr", "clip_grad", "rollback", "stop"],
 }
 
+NO_SNAPSHOTS: Mapping[str, Any] = {**AUTO_POLICY, "snapshots": False}
+"""The same where nothing can be gone back to: of a damaged run only the rate is left to turn."""
+
 
 def header(rank: int = 0, world_size: int = 1, *, run: str = "run", generation: str = "g1", seq: int = 1) -> Header:
     """Who sends: rank ``r`` runs on host ``host-r``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +18,18 @@ from sosa_stream.protocol.codec import encode
 from sosa_stream.protocol.messages import Ack, AckState, Command, MetricFrame
 from sosa_stream.protocol.recording import Recorder
 from sosa_stream.replay import replay_recording
-from sosa_stream.testing import AUTO_POLICY, NOW, SimulatedJob, Simulation, bye, feed, frame, header, hello
+from sosa_stream.testing import (
+    AUTO_POLICY,
+    NO_SNAPSHOTS,
+    NOW,
+    SimulatedJob,
+    Simulation,
+    bye,
+    feed,
+    frame,
+    header,
+    hello,
+)
 
 SEEDS = range(8)
 
@@ -69,19 +81,66 @@ def test_nan_and_jump_in_one_run_are_two_incidents_and_no_more(seed: int) -> Non
 
 
 def test_useless_fix_is_taken_back_and_the_ladder_climbs() -> None:
-    sim = SimulatedJob(seed=0, num_steps=800, damage=_drift).run()
-    first, revert, second = sim.commands
+    sim = SimulatedJob(seed=0, num_steps=800, damage=_drift, policy=NO_SNAPSHOTS).run()
+    first, revert = sim.commands[:2]
     assert _how(first) == (["scale_lr"], "reverted", "no_effect")
     assert _how(revert) == (["revert"], "verified", "inconclusive")
     assert revert.actions[0].params == {"command": first.id}
-    assert _how(second)[0] == ["scale_lr", "rollback"]
     assert [fix["state"] for fix in sim.incidents[0].fixes][:2] == ["reverted", "verified"]
 
 
+def test_of_a_run_that_has_lost_what_it_learned_the_weights_are_gone_back_to_first_then_farther_and_slower() -> None:
+    sim = SimulatedJob(seed=0, num_steps=800, damage=_drift).run()
+    assert [_how(record) for record in sim.commands[:3]] == [
+        (["rollback"], "verified", "no_effect"),
+        (["rollback", "skip_step"], "verified", "no_effect"),
+        (["scale_lr", "rollback"], "verified", "no_effect"),
+    ]
+    applied = [record.applied_step or 0 for record in sim.commands[:3]]
+    assert applied[0] - 300 < 30
+    assert applied[1] - applied[0] < 30  # a rollback shows at once whether it was the weights
+    assert applied[2] - applied[1] < 80  # as many more as were skipped
+    assert sim.commands[2].actions[1].params["before_step"] < 300 - 50
+
+
+def test_of_a_run_whose_rate_has_crept_up_it_is_brought_back_together_with_the_weights() -> None:
+    sim = SimulatedJob(seed=0, num_steps=800, lr_factor=lambda step: min(1.05 ** max(step - 300, 0), 400.0)).run()
+    back = next(record for record in sim.commands if "rollback" in _how(record)[0])
+    assert _how(back)[0] == ["scale_lr", "rollback"]
+    assert back.actions[0].params["factor"] < 0.3
+
+
 def test_fix_that_heals_is_kept() -> None:
-    sim = SimulatedJob(seed=1, damage=lambda step, lr: 3.0 if step >= 300 and lr > 0.6 else 0.0).run()
-    assert [_how(record) for record in sim.commands] == [(["scale_lr"], "verified", "helped")]
+    sim = SimulatedJob(
+        seed=1, damage=lambda step, lr: 3.0 if step >= 300 and lr > 0.6 else 0.0, policy=NO_SNAPSHOTS
+    ).run()
+    assert [_how(record) for record in sim.commands[:3]] == [(["scale_lr"], "verified", "helped")]
     assert sim.incidents[0].state is IncidentState.RESOLVED
+
+
+def test_a_rate_that_collapsed_is_raised_to_that_of_before() -> None:
+    sim = SimulatedJob(
+        seed=0, num_steps=500, lr_factor=lambda step: 1e-3 if step >= 200 else 1.0, damage=_stands_from_200
+    ).run()
+    fix = sim.commands[0]
+    assert set(_how(fix)[0]) == {"scale_lr"}
+    assert math.prod(action.params["factor"] for action in fix.actions) == pytest.approx(1000, rel=0.1)
+
+
+def _stands_from_200(step: int, multiplier: float) -> float:
+    """What keeps the simulated loss where it was at step 200, as long as the rate is so low."""
+    healthy = 1.8 + 2.7 * math.exp(-step / 120)
+    return 1.8 + 2.7 * math.exp(-200 / 120) - healthy if step >= 200 and multiplier < 10 else 0.0
+
+
+def test_a_rate_that_swings_is_held_until_it_has_stayed_back() -> None:
+    def swings(step: int) -> float:
+        return 1000.0 if 200 <= step < 320 and (step - 200) // 10 % 2 == 0 else 1.0
+
+    sim = SimulatedJob(seed=0, num_steps=600, lr_factor=swings).run()
+    released = [record for record in sim.commands if record.actions[0].params.get("factor", 0.0) > 1.0]
+    assert len(released) == 1
+    assert (released[0].applied_step or 0) >= 310 + 64
 
 
 def test_spike_that_heals_by_itself_gets_no_fix() -> None:

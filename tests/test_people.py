@@ -15,7 +15,7 @@ from sosa_stream.effects import Event, Notice
 from sosa_stream.engine import Engine
 from sosa_stream.protocol.actions import Action
 from sosa_stream.protocol.messages import AckState, Command
-from sosa_stream.testing import AUTO_POLICY, NOW, SimulatedJob, Simulation, feed, hello
+from sosa_stream.testing import AUTO_POLICY, NO_SNAPSHOTS, NOW, SimulatedJob, Simulation, feed, hello
 
 HALF = Action(action="scale_lr", params={"factor": 0.5})
 SUGGEST = {**AUTO_POLICY, "mode": "suggest"}
@@ -78,9 +78,13 @@ def test_a_proposal_of_a_paused_run_can_be_approved() -> None:
     assert sim.published[0].approved
 
 
+def _wrong_from_300(step: int, multiplier: float) -> float:
+    return 3.0 if step >= 300 else 0.0
+
+
 def test_a_fix_that_harms_is_taken_back_while_the_run_is_paused() -> None:
     asks = {345: asking(Pause(who="ann"))}
-    sim = SimulatedJob(seed=0, num_steps=500, damage=lambda step, lr: 3.0 if step >= 300 else 0.0, asks=asks).run()
+    sim = SimulatedJob(seed=0, num_steps=500, damage=_wrong_from_300, policy=NO_SNAPSHOTS, asks=asks).run()
     assert [_of(record)[2] for record in sim.commands][:2] == ["reverted", "verified"]
     assert sim.commands[1].actions[0].action == "revert"
     assert all(record.state is not CommandState.VERIFIED for record in sim.commands[2:])
@@ -141,7 +145,7 @@ def test_within_its_bounds_a_fix_goes_ahead_by_itself() -> None:
 
 def test_undo_takes_back_what_was_verified_and_its_verdict_stays() -> None:
     heals = lambda step, lr: 3.0 if 330 > step >= 300 and lr > 0.6 else 0.0  # noqa: E731
-    sim = SimulatedJob(seed=1, damage=heals, asks={400: undo(0)}).run()
+    sim = SimulatedJob(seed=1, damage=heals, policy=NO_SNAPSHOTS, asks={400: undo(0)}).run()
     fix, revert = sim.commands
     assert _of(fix) == (["scale_lr"], "policy", "reverted", "helped")
     assert _of(revert) == (["revert"], "person", "verified", "inconclusive")
@@ -150,7 +154,8 @@ def test_undo_takes_back_what_was_verified_and_its_verdict_stays() -> None:
 
 
 def test_undo_of_a_fix_on_probation_gives_it_no_verdict_of_its_own() -> None:
-    sim = SimulatedJob(seed=0, num_steps=400, damage=lambda s, lr: 3.0 if s >= 300 else 0.0, asks={345: undo(0)}).run()
+    asks = {345: undo(0)}
+    sim = SimulatedJob(seed=0, num_steps=400, damage=_wrong_from_300, policy=NO_SNAPSHOTS, asks=asks).run()
     fix = sim.commands[0]
     assert _of(fix) == (["scale_lr"], "policy", "reverted", "inconclusive")
     assert [a.action for record in sim.commands[:2] for a in record.actions] == ["scale_lr", "revert"]

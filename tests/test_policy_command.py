@@ -26,7 +26,7 @@ from sosa_stream.protocol.codec import encode
 from sosa_stream.protocol.messages import AgentMessage
 from sosa_stream.protocol.recording import Recorder, decode_record, encode_shell_record
 from sosa_stream.replay import replay_recording
-from sosa_stream.testing import NOW, SimulatedJob, Simulation
+from sosa_stream.testing import NO_SNAPSHOTS, NOW, SimulatedJob, Simulation
 
 OUTCOMES = (
     Outcome(kind="nan_loss", fix="half_lr_and_rollback", verdict=Verdict.HELPED, lasted_steps=12),
@@ -148,13 +148,13 @@ def _drift(step: int, multiplier: float) -> float:
 
 def test_a_run_decides_by_what_it_was_told_and_a_replay_of_it_alike(tmp_path: Path) -> None:
     job = SimulatedJob(seed=0, num_steps=600, damage=_drift)
-    useless = Outcome(kind="loss_divergence", fix="half_lr", verdict=Verdict.NO_EFFECT)
+    useless = Outcome(kind="lost_progress", fix="back", verdict=Verdict.NO_EFFECT)
     learned = Learned(outcomes=(useless,) * 5)
     untaught, taught = Simulation(job).run(), Simulation(job)
     taught.engine.handle(learned, NOW)
     taught.run()
-    assert untaught.commands[0].why.startswith("half_lr for loss_divergence: not tried in this project yet (mean 0.55")
-    assert taught.commands[0].why.startswith("half_lr_and_rollback for loss_divergence: not tried in this project yet")
+    assert untaught.commands[0].why.startswith("back for lost_progress: not tried in this project yet (mean 0.70")
+    assert taught.commands[0].why.startswith("back_and_skip for lost_progress: not tried in this project yet")
     path = tmp_path / "run.sosa"
     recorder = Recorder(path)
     recorder.append(NOW, encode_shell_record(learned))
@@ -169,14 +169,16 @@ def test_what_a_trial_has_shown_is_counted_once_and_numbered() -> None:
     sim = SimulatedJob(seed=0, num_steps=900, damage=_drift).run()
     counted = [effect for effect in sim.effects if isinstance(effect, OutcomeCounted)]
     judged = [record for record in sim.commands if record.verdict is Verdict.NO_EFFECT]
-    assert [effect.outcome.fix for effect in counted] == ["half_lr", "half_lr_and_rollback"]
+    assert [effect.outcome.fix for effect in counted] == ["back", "back_and_skip", "far_back_and_slower"]
     assert len({effect.id for effect in counted}) == len(counted) == len(judged)
 
 
 @pytest.mark.parametrize("asked_at", [250, 360])
 def test_a_trial_that_a_person_disturbed_counts_nothing(asked_at: int) -> None:
     half = Fix(action=Action(action="scale_lr", params={"factor": 0.5}), who="ann")
-    sim = SimulatedJob(seed=0, num_steps=900, damage=_drift, asks={asked_at: lambda engine: half}, stop_at=460).run()
+    sim = SimulatedJob(
+        seed=0, num_steps=900, damage=_drift, policy=NO_SNAPSHOTS, asks={asked_at: lambda engine: half}, stop_at=460
+    ).run()
     assert [record.origin for record in sim.commands].count("person") == 1
     chosen = [record for record in sim.commands if record.why and record.verdict is Verdict.NO_EFFECT]
     counted = [effect.outcome.fix for effect in sim.effects if isinstance(effect, OutcomeCounted)]

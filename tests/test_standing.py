@@ -14,7 +14,19 @@ from sosa_stream.effects import Notice, Publish
 from sosa_stream.engine import Engine
 from sosa_stream.protocol.actions import Action
 from sosa_stream.protocol.messages import Ack, AckState, Command, MetricFrame
-from sosa_stream.testing import AUTO_POLICY, COLUMNS, NOW, SimulatedJob, Simulation, bye, feed, frame, header, hello
+from sosa_stream.testing import (
+    AUTO_POLICY,
+    COLUMNS,
+    NO_SNAPSHOTS,
+    NOW,
+    SimulatedJob,
+    Simulation,
+    bye,
+    feed,
+    frame,
+    header,
+    hello,
+)
 
 HALF = Action(action="scale_lr", params={"factor": 0.5})
 CLIP = Action(action="clip_grad", params={"max_norm": 1.0})
@@ -56,7 +68,7 @@ def test_a_persons_fixes_are_in_force_again_in_the_next_generation_as_one_comman
 
 
 def test_a_verified_fix_of_auto_is_in_force_again_and_no_new_incident_is_needed_for_it() -> None:
-    sim = SimulatedJob(seed=1, damage=standing_heal, restarts={350: AUTO_POLICY}).run()
+    sim = SimulatedJob(seed=1, damage=standing_heal, policy=NO_SNAPSHOTS, restarts={350: NO_SNAPSHOTS}).run()
     first, again = sim.commands
     assert (of(first), first.verdict) == ((["scale_lr"], "policy", "verified"), Verdict.HELPED)
     assert of(again) == (["scale_lr"], "standing", "verified")
@@ -72,7 +84,7 @@ def test_a_verified_fix_of_auto_is_in_force_again_and_no_new_incident_is_needed_
     ],
 )
 def test_what_the_new_generation_may_not_have_is_dropped_with_a_message(policy: Mapping[str, Any], why: str) -> None:
-    sim = SimulatedJob(seed=1, num_steps=360, damage=standing_heal, restarts={350: policy}).run()
+    sim = SimulatedJob(seed=1, num_steps=360, damage=standing_heal, policy=NO_SNAPSHOTS, restarts={350: policy}).run()
     dropped = next(record for record in sim.commands if record.origin == "standing")
     assert of(dropped) == (["scale_lr"], "standing", "rejected")
     assert why in dropped.reason
@@ -81,7 +93,9 @@ def test_what_the_new_generation_may_not_have_is_dropped_with_a_message(policy: 
 
 
 def test_a_fix_still_on_trial_when_its_generation_ends_is_not_carried_over_and_that_is_said() -> None:
-    sim = SimulatedJob(seed=1, num_steps=250, damage=standing_heal, restarts={180: AUTO_POLICY}).run()
+    sim = SimulatedJob(
+        seed=1, num_steps=250, damage=standing_heal, policy=NO_SNAPSHOTS, restarts={180: NO_SNAPSHOTS}
+    ).run()
     assert of(sim.commands[0]) == (["scale_lr"], "policy", "verified")
     assert any("is not carried over" in text for text in notices(sim))
     assert all(record.origin != "standing" for record in sim.commands)

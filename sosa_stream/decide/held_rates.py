@@ -1,6 +1,7 @@
 """Learning rates that fixes hold down, and when to let them go: once the script's own rate has come back.
 
-Else training would crawl on at the product of both.
+Else training would crawl on at the product of both. A rate that comes back and jumps again, as a cyclic one does,
+is let go only once it has stayed for a while.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from sosa_stream.detect.schedule import LR_RATIO
 from sosa_stream.detect.windows import RunWindows
 from sosa_stream.protocol.actions import ACTIONS, Action
 
+CYCLE_STEPS = 64
+"""How long a rate that has come back and jumped again must stay before it is let go."""
+
 
 class HeldRates:
     """The commands that hold the learning rate down, by what factor, and whether the reason for it has gone."""
@@ -21,7 +25,10 @@ class HeldRates:
         self._factors: dict[str, float] = {}
         self._asked_at: dict[str, float] = {}
         """The script's own rate when a command was published."""
-        self._over: set[str] = set()
+        self._over: dict[str, int] = {}
+        """With the step at which that was seen."""
+        self._let_go_at = -CYCLE_STEPS
+        self._wait_steps = 0
 
     def __bool__(self) -> bool:
         return bool(self._factors)
@@ -44,21 +51,28 @@ class HeldRates:
             return
         command = entry.record.id
         self._factors[command] = factor
+        if windows.step - self._let_go_at < CYCLE_STEPS:
+            self._wait_steps = CYCLE_STEPS
         asked, now = self._asked_at.get(command), windows.schedule.script_lr
         if asked is not None and now is not None and now <= LR_RATIO * factor * asked:
-            self._over.add(command)  # it came back while the ranks were agreeing, or with a restart
+            self._over[command] = windows.step  # it came back while the ranks were agreeing, or with a restart
 
     def look(self, windows: RunWindows) -> None:
         """One more step: did the script's own rate fall?"""
         for command, factor in self._factors.items():
             if windows.schedule.script_lr_fell(LR_RATIO * factor):
-                self._over.add(command)
+                self._over[command] = windows.step
+            elif command in self._over and windows.schedule.script_lr_rose(LR_RATIO):
+                del self._over[command]
+                self._wait_steps = CYCLE_STEPS
 
-    def let_go(self) -> Iterator[tuple[str, tuple[Action, ...]]]:
+    def let_go(self, step: int) -> Iterator[tuple[str, tuple[Action, ...]]]:
         """Each command whose reason has gone, once, and the actions that undo its factor."""
-        for command in [command for command in self._factors if command in self._over]:
+        wait = self._wait_steps
+        for command in [one for one in self._factors if one in self._over and step >= self._over[one] + wait]:
             factor = self._factors.pop(command)
-            self._over.discard(command)
+            del self._over[command]
+            self._let_go_at = step
             yield command, _raise(1.0 / factor)
 
     @property

@@ -28,6 +28,13 @@ CLIP_MARGIN = 1.5
 """A clip bound is this far above the 90% quantile of the healthy norms, so that it leaves healthy steps alone."""
 RELEARN_STEPS = 240
 """A rollback is judged later: what it gave up, a few snapshots' worth of steps, has to be learned again first."""
+LOST_SHARE = 0.25
+"""A loss that has risen by this share of all that was learned, and stays there, comes from damaged weights: to go back
+a few snapshots costs less than to learn it again, and neither a clip nor a lower rate brings it back."""
+SKIPPED_STEPS = 40
+"""Batches that go by unused after a rollback whose loss shows bad data [PaLM, Chowdhery et al. 2022, 5.1: 200-500]."""
+FIRST_SNAPSHOT_STEPS = 12
+"""Before this step lies the quarantine of the snapshot that was taken before training."""
 FARTHER_STEPS = 100
 """How far before the first bad step the second rollback goes: too near the blow-up repeats it [FAULTS.md D]."""
 
@@ -51,6 +58,10 @@ class Situation:
     lr_multiplier: float
     norm_high: float | None
     """The 90% quantile of the gradient norm before the incident."""
+    usual_lr: float | None = None
+    """The effective learning rate of some time before the incident."""
+    lost: float = 0.0
+    """The share of what was learned that the loss has lost: 1 is where training began."""
     knobs: Mapping[str, KnobState] = field(default_factory=dict)
     """What the script lets fixes set, by name."""
 
@@ -95,6 +106,10 @@ def _keeps_swinging(now: Situation) -> bool:
     return _stays(now) and now.steps_since_finding <= SLOW_PATIENCE_STEPS
 
 
+def _always(now: Situation) -> bool:
+    return True
+
+
 def _stays(now: Situation) -> bool:
     """Slow kinds are not acted upon at once: what they see may have been a pause."""
     return now.step - now.incident.detected_step >= SLOW_PATIENCE_STEPS
@@ -137,6 +152,47 @@ def _half_lr_and_rollback(now: Situation) -> tuple[Action, ...]:
 
 def _half_lr_and_far_rollback(now: Situation) -> tuple[Action, ...]:
     return (Action(action="scale_lr", params={"factor": 0.5}), _rollback(now.incident.first_step - FARTHER_STEPS))
+
+
+def _no_higher_lr(now: Situation) -> tuple[Action, ...]:
+    """The rate of before the incident, where it has risen since; nothing where it has not."""
+    if now.usual_lr is None or now.lr is None or not 0.0 < now.usual_lr < now.lr / 1.5:
+        return ()
+    low = ACTIONS["scale_lr"].params["factor"].low
+    return (Action(action="scale_lr", params={"factor": max(now.usual_lr / now.lr, low)}),)
+
+
+def _back(now: Situation) -> tuple[Action, ...]:
+    """To before the incident, at the rate of then, and within the norms of then if it was they that exploded."""
+    exploded = "exploding_gradient" in (now.incident.kind, *now.incident.symptoms)
+    return (*_no_higher_lr(now), *(_clip(now) if exploded else ()), _rollback(now.incident.first_step))
+
+
+def _back_and_skip(now: Situation) -> tuple[Action, ...]:
+    skip = Action(action="skip_step", params={"num_steps": SKIPPED_STEPS})
+    return (*_no_higher_lr(now), _rollback(now.incident.first_step), skip)
+
+
+def _far_back_and_slower(now: Situation) -> tuple[Action, ...]:
+    slower = Action(action="scale_lr", params={"factor": 0.3})
+    return (slower, _rollback(now.incident.first_step - FARTHER_STEPS))
+
+
+def _much_slower_and_far_back(now: Situation) -> tuple[Action, ...]:
+    """Units died of too large steps, at some time before anybody looked."""
+    begun = now.incident.first_step - FARTHER_STEPS
+    return (Action(action="scale_lr", params={"factor": 0.1}), _rollback(max(begun, FIRST_SNAPSHOT_STEPS)))
+
+
+def _lr_of_before_its_fall(now: Situation) -> tuple[Action, ...]:
+    """Nothing where the loss stands without the rate having fallen."""
+    before, after = (now.incident.evidence.get(name) for name in ("lr_before", "lr_after"))
+    if not (isinstance(before, float) and isinstance(after, float)) or now.lr is None or now.lr > 10.0 * after:
+        return ()
+    high = ACTIONS["scale_lr"].params["factor"].high
+    ratio = before / after
+    steps = max(1, math.ceil(math.log(ratio, high)))
+    return (Action(action="scale_lr", params={"factor": ratio ** (1.0 / steps)}),) * steps
 
 
 def _clip(now: Situation) -> tuple[Action, ...]:
@@ -229,8 +285,42 @@ LADDERS: Mapping[str, tuple[Fix, ...]] = {
     "loss_oscillation": (
         Fix(name="lower_lr", confidence=0.6, due=_keeps_swinging, build=_scale(0.7), patience_steps=120),
     ),
-    # Below the gate: a person's choice. Nothing tells from the loss alone which way the rate is wrong.
+    # Any of the kinds below whose loss stays far above what it was: see `kind_of`.
+    "lost_progress": (
+        Fix(name="back", confidence=0.7, due=_spike_stays, build=_back, patience_steps=RELEARN_STEPS, keep=True),
+        Fix(
+            name="back_and_skip",
+            confidence=0.6,
+            due=_spike_stays,
+            build=_back_and_skip,
+            patience_steps=RELEARN_STEPS,
+            keep=True,
+        ),
+        Fix(
+            name="far_back_and_slower",
+            confidence=0.55,
+            due=_spike_stays,
+            build=_far_back_and_slower,
+            patience_steps=RELEARN_STEPS,
+            keep=True,
+        ),
+        HALF_LR,
+    ),
+    # Units die of steps that are too large.
+    "dead_units": (
+        Fix(
+            name="much_slower_and_far_back",
+            confidence=0.55,
+            due=_stays,
+            build=_much_slower_and_far_back,
+            patience_steps=RELEARN_STEPS,
+            keep=True,
+        ),
+    ),
+    # Below the gate, but for a rate that has fallen: a person's choice. Nothing tells from the loss alone which way the
+    # rate is wrong.
     "loss_plateau": (
+        Fix(name="lr_of_before", confidence=0.65, due=_always, build=_lr_of_before_its_fall, patience_steps=120),
         Fix(name="higher_lr", confidence=0.3, due=_stays, build=_scale(3.0), patience_steps=240),
         Fix(name="lower_lr", confidence=0.2, due=_stays, build=_scale(0.3), patience_steps=240),
     ),
@@ -272,6 +362,10 @@ LADDERS: Mapping[str, tuple[Fix, ...]] = {
     ),
     "vanishing_gradient": (Fix(name="higher_lr", confidence=0.35, due=_stays, build=_scale(2.0), patience_steps=240),),
 }
+LOSES_PROGRESS = frozenset(
+    {"loss_spike", "loss_divergence", "exploding_gradient", "input_anomaly", "dead_units", "saturated_activations"}
+)
+"""Kinds that may leave damaged weights behind."""
 PRIORS: Mapping[tuple[str, str], float] = {
     (kind, fix.name): fix.confidence for kind, fixes in LADDERS.items() for fix in fixes
 }
@@ -295,7 +389,7 @@ def kind_of(now: Situation) -> str:
     kind = now.incident.kind
     if kind == "nonfinite_gradient" or (kind not in ("lr_jump", "nan_loss") and _poisoned(now)):
         return "nan_loss"
-    return kind
+    return "lost_progress" if kind in LOSES_PROGRESS and now.lost >= LOST_SHARE else kind
 
 
 def ladder(now: Situation) -> tuple[Fix, ...]:

@@ -28,14 +28,20 @@ class Probation:
         level: Level | None,
         loss: float | None,
         steady_steps: int = HELPED_STEPS,
+        skipped_steps: int = 0,
+        shows_at_once: bool = False,
     ) -> None:
         """``level`` is the band before the incident, ``loss`` the smoothed loss at the fix, None if non-finite.
 
         ``steady_steps`` is how long a run must stay well: longer for a kind that is not judged at each step.
+        ``skipped_steps`` follow with nothing learned, and are not judged. ``shows_at_once``: within a few steps the
+        loss must have come half of the way back to the band, as it does after a rollback if it was the weights.
         """
         self.applied_step = applied_step
         self._steady = max(steady_steps, HELPED_STEPS)
         self._patience = max(patience_steps, 2 * self._steady)
+        self._settling = skipped_steps + SETTLING_STEPS
+        self._shows_at_once = shows_at_once
         self._level = level
         self._loss = loss
         self._streak = 0
@@ -62,8 +68,10 @@ class Probation:
             return Verdict.HELPED
         if self._num_nonfinite >= NONFINITE_STEPS:
             return Verdict.HARMED if self._loss is not None else Verdict.NO_EFFECT
-        if self._num_steps >= SETTLING_STEPS and self._worse(loss):
+        if self._num_steps >= self._settling and self._worse(loss):
             return Verdict.HARMED
+        if self._shows_at_once and self._num_steps >= self._settling + SETTLING_STEPS and self._is_as_far(loss):
+            return Verdict.NO_EFFECT
         if self._num_steps >= self._patience:
             return Verdict.INCONCLUSIVE if self._num_in_band >= HELPED_STEPS // 2 else Verdict.NO_EFFECT
         return None
@@ -72,6 +80,12 @@ class Probation:
     def steps_until_well(self) -> int:
         """Steps from the fix to the last one that was not in the band."""
         return self._num_steps - self._streak
+
+    def _is_as_far(self, loss: float | None) -> bool:
+        """Still outside of the band by half or more of what it was at the fix."""
+        if self._level is None or self._loss is None or loss is None or not loss > self._level.top:
+            return False
+        return loss - self._level.center > 0.5 * (self._loss - self._level.center) > 0.0
 
     def _worse(self, loss: float | None) -> bool:
         """Farther from the band than at the fix, by half of that distance and three scales."""

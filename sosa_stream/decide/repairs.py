@@ -250,7 +250,7 @@ class Repairs:
         self.held_rates.look(windows)
         if self._busy():
             return
-        for command_id, actions in self.held_rates.let_go():
+        for command_id, actions in self.held_rates.let_go(windows.step):
             held = self.ledger.get(command_id)
             if held is None or held.record.state is _S.REVERTED:
                 continue
@@ -508,5 +508,15 @@ def _situation(known: OpenIncident, windows: RunWindows, knobs: Mapping[str, Kno
         lr=windows.lr,
         lr_multiplier=windows.lr_multiplier,
         norm_high=known.norm_high,
+        usual_lr=known.usual_lr,
+        lost=_lost(known, windows),
         knobs=knobs,
     )
+
+
+def _lost(known: OpenIncident, windows: RunWindows) -> float:
+    """The share of what was learned that the loss has lost: 0 in the band of before, 1 where it began."""
+    level, start, loss = known.loss_level, windows.start, windows.losses.smoothed(5)
+    if level is None or start is None or loss is None or not start > level.top:
+        return 0.0
+    return (loss - level.center) / (start - level.center)

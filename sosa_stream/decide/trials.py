@@ -10,6 +10,7 @@ from sosa_stream.decide.ledger import Entry
 from sosa_stream.decide.probation import Probation
 from sosa_stream.detect.tracker import OpenIncident, in_band
 from sosa_stream.detect.windows import RunWindows
+from sosa_stream.protocol.actions import Action
 
 
 class Trials:
@@ -40,6 +41,7 @@ class Trials:
                 self._overlapping.add(entry.record.id)
             self.disturb(applied)
             self._on_trial.add(entry.record.id)
+        actions = entry.record.actions
         self._probations[entry.record.id] = Probation(
             applied_step=applied,
             patience_steps=entry.patience_steps,
@@ -47,6 +49,8 @@ class Trials:
             level=windows.loss_level() if not entry.record.incident else known.loss_level if known else None,
             loss=None if by_guard or windows.bad_loss else _smoothed(windows),
             steady_steps=known.detector.quiet_points if known else 0,
+            skipped_steps=0 if by_guard else _num_skipped(actions),
+            shows_at_once=any(action.action == "rollback" for action in actions),
         )
 
     def disturb(self, step: int) -> None:
@@ -123,6 +127,10 @@ def _well(known: OpenIncident | None, windows: RunWindows) -> bool:
     if windows.bad_loss or windows.bad_grad:
         return False
     return known is None or (known.last_found_step < windows.step and in_band(known, windows))
+
+
+def _num_skipped(actions: Iterable[Action]) -> int:
+    return sum(action.params.get("num_steps", 1) for action in actions if action.action == "skip_step")
 
 
 def _smoothed(windows: RunWindows) -> float | None:

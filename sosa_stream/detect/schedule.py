@@ -66,6 +66,11 @@ class Schedule:
         """The learning rate as the script set it last, without what our fixes multiply it with."""
         return float(self._script_lrs.last(1)[0]) if len(self._script_lrs) else None
 
+    @property
+    def usual(self) -> float | None:
+        """The effective learning rate of 72 steps ago, or the first that is known."""
+        return float(self._lrs.last()[0]) if len(self._lrs) else None
+
     def script_lr_fell(self, ratio: float) -> bool:
         """Whether the rate that the script sets fell to ``ratio`` or less in one step, three steps ago, and stays.
 
@@ -76,6 +81,11 @@ class Schedule:
             return False
         before, *after = lrs.tolist()
         return 0.0 < after[0] <= ratio * before and all(after[0] / 3 <= lr <= 3 * after[0] for lr in after[1:])
+
+    def script_lr_rose(self, ratio: float) -> bool:
+        """Whether the rate that the script sets is ``ratio`` times that of the step before, or more."""
+        before, now = self._script_lrs.last(2).tolist() if len(self._script_lrs) > 1 else (0.0, 0.0)
+        return now >= ratio * before > 0.0
 
     def take(
         self, lr: float, multiplier: float, *, step: int, point: int, of_run: Sequence[float | None], hold: bool

@@ -186,6 +186,7 @@ def _stalled(windows: RunWindows) -> Finding | None:
             "value": windows.loss,
             "baseline": first,
             "lr_before": fall.before,
+            "lr_after": fall.after,
             "lr": windows.lr,
             "window": windows.num_points - fall.point,
         },

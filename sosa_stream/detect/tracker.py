@@ -83,6 +83,8 @@ class OpenIncident:
     """The loss band of the time before it; None when there was none, or it is no longer comparable."""
     norm_high: float | None
     """The 90% quantile of the gradient norm before it."""
+    usual_lr: float | None = None
+    """The effective learning rate of some time before it."""
     num_healthy: int = 0
     num_nonfinite: int = 0
     """Steps with a non-finite value since it opened."""
@@ -285,6 +287,7 @@ class Tracker:
             again_in=finding.again_in,
             loss_level=level,
             norm_high=None if log_high is None else math.exp(log_high),
+            usual_lr=windows.schedule.usual,
             last_found_step=finding.step,
         )
         self._all[incident.id] = incident
