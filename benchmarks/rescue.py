@@ -2,6 +2,7 @@
 
     python -m benchmarks.rescue                     the tuning cases, all arms
     python -m benchmarks.rescue --held-out          those of the generator as well, and the results file
+    python -m benchmarks.rescue --harm              what is done to healthy programs
     python -m benchmarks.rescue --cases Jump-MLP --arms auto --verbose
 
 Runs are kept in ``benchmarks/.cache/rescue``, named by case, arm, seed and a hash of the code that they depend on: a
@@ -24,7 +25,7 @@ from typing import Any
 
 import sosa_stream
 from benchmarks.detection import parts
-from benchmarks.rescuing import arms, ranks
+from benchmarks.rescuing import arms, harm, ranks
 from benchmarks.rescuing.arms import Point
 from benchmarks.rescuing.cases import SEEDS, TUNING, Case, held_out
 from benchmarks.rescuing.faults import FAULTS
@@ -39,8 +40,9 @@ CACHE = Path(__file__).parent / ".cache" / "rescue"
 class Bench:
     """Runs, from the cache where they are there."""
 
-    def __init__(self, two: Ranks, *, refresh: Sequence[str] = ()) -> None:
+    def __init__(self, two: Ranks, *, seeds: int = len(SEEDS), refresh: Sequence[str] = ()) -> None:
         self._two = two
+        self._seeds = SEEDS[:seeds]
         self._refresh = set(refresh)
         CACHE.mkdir(parents=True, exist_ok=True)
 
@@ -55,11 +57,11 @@ class Bench:
         return Outcome.read(json.loads(path.read_text()))
 
     def runs(self, case: Case, arm: str) -> tuple[Outcome, ...]:
-        return tuple(self.run(case, arm, seed) for seed in SEEDS)
+        return tuple(self.run(case, arm, seed) for seed in self._seeds)
 
     @functools.cache  # noqa: B019  a bench lives as long as the process
     def clean(self, program: str) -> tuple[Outcome, ...]:
-        return self.runs(Case(program=program, fault="NoFault"), "clean")
+        return tuple(self.run(Case(program=program, fault="NoFault"), "clean", seed) for seed in SEEDS)
 
     @functools.cache  # noqa: B019
     def target(self, program: str) -> Target:
@@ -70,13 +72,13 @@ def _hash(case: Case, arm: str) -> str:
     """Of the code that a run of this case depends on."""
     kinds = [kind for of in (PROGRAMS[case.program], FAULTS[case.fault]) for kind in of.__mro__]
     sources = [inspect.getsource(kind) for kind in kinds if kind.__module__.startswith("benchmarks.")]
-    sources += [inspect.getsource(parts), inspect.getsource(ranks)]
+    sources += [inspect.getsource(parts), inspect.getsource(ranks._train)]
     if arm in arms.ARMS:
         sources += [inspect.getsource(kind) for kind in arms.ARMS[arm].__mro__ if kind is not object]
     if arm == "oracle":
         sources.append(inspect.getsource(arms.Oracle))
     if arm == "auto":
-        sources.append(_product())
+        sources += [inspect.getsource(ranks), _product()]
     return hashlib.blake2b("".join(sources).encode(), digest_size=6).hexdigest()
 
 
@@ -139,9 +141,10 @@ def as_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def tell(result: Result, verbose: bool, out: Callable[[str], None] = print) -> None:
-    reached = "  ".join(f"{arm} {sum(result.reached(arm))}/{len(SEEDS)}" for arm in result.runs)
-    verdict = "" if result.counts else "  does not count"
-    if result.counts and "auto" in result.runs and not result.rescued("auto"):
+    reached = "  ".join(f"{arm} {sum(result.reached(arm))}/{len(runs)}" for arm, runs in result.runs.items())
+    is_whole = len(result.runs["none"]) == len(SEEDS)
+    verdict = "" if result.counts or not is_whole else "  does not count"
+    if is_whole and result.counts and "auto" in result.runs and not result.rescued("auto"):
         verdict = {True: f"  LOST, rescuable by {result.point}", False: "  lost, as by the oracle", None: "  lost"}[
             result.rescuable
         ]
@@ -167,22 +170,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--held-out", action="store_true", help="the generator's cases as well; of them only sums are told"
     )
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="fewer, for a look: nothing is concluded then")
     parser.add_argument("--no-oracle", action="store_true", help="do not look whether a lost case could be rescued")
     parser.add_argument("--refresh", default="", help="arms to run again even if they are in the cache")
     parser.add_argument("--verbose", action="store_true", help="incidents and commands of each run")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/rescue.json")
+    parser.add_argument("--harm", action="store_true", help="the healthy programs in auto instead, and nothing else")
     options = parser.parse_args(arguments)
+    if options.harm:
+        found = harm.main()
+        print(json.dumps(found, indent=2))
+        if options.write:
+            write("rescue_harm", found)
+        return 0
     cases = [case for case in TUNING if case.name.startswith(tuple(options.cases.split(",")))]
     which = [arm for arm in options.arms.split(",") if arm]
     with Ranks() as two:
-        bench = Bench(two, refresh=options.refresh.split(","))
+        bench = Bench(two, seeds=options.seeds, refresh=options.refresh.split(","))
         results = []
         for case in [*cases, *(held_out() if options.held_out else ())]:
-            results.append(judge(bench, case, which, oracle=not options.no_oracle))
+            results.append(judge(bench, case, which, oracle=not options.no_oracle and options.seeds == len(SEEDS)))
             if not case.held_out:
                 tell(results[-1], options.verbose)
                 sys.stdout.flush()
-        if set(ARMS) <= set(which):
+        if set(ARMS) <= set(which) and options.seeds == len(SEEDS):
             summary = figures(results, bench)
             print(json.dumps(summary, indent=2))
             if options.write:

@@ -110,17 +110,20 @@ class Outliers(Fault):
         return loss if program.has_float_inputs or not self.lasts(step) else loss * self.size
 
 
-class Recurring(Fault):
-    """Late instability as tr8-104B told of it: every ``length`` steps a kick to the weights, each half as large again.
+NUM_KICKS = 4
 
-    The first kick is noise of ``size`` times each tensor's deviation.
+
+class Recurring(Fault):
+    """Late instability as tr8-104B told of it: `NUM_KICKS` kicks to the weights, each half as large as the last again.
+
+    They come ``length`` steps apart; the first is noise of ``size`` times each tensor's deviation.
     """
 
     @torch.no_grad()
     def strike(self, program: Program, step: int) -> None:
-        if step < self.onset or (step - self.onset) % self.length:
+        kicks, rest = divmod(step - self.onset, self.length)
+        if rest or not 0 <= kicks < NUM_KICKS:
             return
-        kicks = (step - self.onset) // self.length
         noise = torch.Generator().manual_seed(step)
         for parameter in program.model.parameters():
             if parameter.ndim > 1:

@@ -269,6 +269,7 @@ def _settings(job: Job) -> Settings:
         overrides={
             "mode": Mode.AUTO,
             "run": job.run,
+            "project": job.run,  # no run learns from another: cases and seeds are independent
             "auto.allow": list(ALLOW),
             "agent.daemon": job.daemon,
             "home": tempfile.gettempdir(),
