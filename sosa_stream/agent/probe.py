@@ -16,7 +16,6 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import torch
@@ -33,16 +32,14 @@ from sosa_stream.agent.repair.learning_rate import LearningRate
 from sosa_stream.agent.repair.snapshots import SnapshotRing
 from sosa_stream.agent.repair.stopping import StopTraining
 from sosa_stream.agent.repair.training_state import TrainingState
+from sosa_stream.agent.step_calls import Primary, StepCalls
 from sosa_stream.agent.watch.looks import Looks
 from sosa_stream.agent.watch.losses import Loss
 from sosa_stream.agent.watch.scalars import fetch
 from sosa_stream.agent.watch.taps import Taps
-from sosa_stream.errors import HalfAppliedError, describe
 from sosa_stream.protocol.messages import Ack, AckState, Command, Phase
 
 FORWARD, OPTIMIZER = Phase.FORWARD, Phase.OPTIMIZER  # at every step: to look an enum's member up costs a microsecond
-HANDOVER_TICKS = 16
-"""Ticks of other optimizers after which one that no longer steps is not the primary one: a GAN's take turns sooner."""
 NAMES = {
     (loss, norm): ("lr", "skipped", *(("loss",) if loss else ()), *(("grad_norm",) if norm else ()))
     for loss in (True, False)
@@ -99,8 +96,8 @@ class Probe:
         self._tell = tell
         self._after_tick = after_tick
         self._learning_rate = LearningRate()
-        # Step-calls under way, each with the frame that called our hook: one whose frame is gone has raised.
-        self._open: list[tuple[Optimizer, FrameType]] = []
+        self._calls = StepCalls(self._put_back)
+        self._primary = Primary(actuators.begin_anew)
         self._restore: list[Callable[[], None]] = []
         self._norm: torch.Tensor | None = None
         self._norm_is_shared = False
@@ -111,10 +108,6 @@ class Probe:
         self._kind = False, False
         """That of the optimizer whose tick it is: whether it is sharded, and its gradients shared by all ranks."""
         self._last: Callable[[], Optimizer | None] = lambda: None
-        self._primary: weakref.ref[Optimizer] | None = None
-        self._primary_tick = 0
-        self.model = 0
-        """Counts the times that another optimizer became the primary one."""
         self._alone = alone
         self._num_objectives = 0
         self._last_step_at = 0.0
@@ -128,11 +121,12 @@ class Probe:
             self._guard.undo_forward()
             loss, own = self._taps.losses.take()
             seen = [("loss", loss), ("skipped", 1.0)]
+            model = self._primary.num_changes
             sampled = {} if (scale := self._taps.loss_scale) is None else {"loss_scale": scale}
             self._outbox.add_row(
                 Row(
                     step=self.step,
-                    known=(self.tick, self._in_force.lr_multiplier, 0.0, self.model, self._num_objectives + own),
+                    known=(self.tick, self._in_force.lr_multiplier, 0.0, model, self._num_objectives + own),
                     names=tuple([name for name, value in seen if value is not None]),
                     scalars=fetch([*(value for _, value in seen if value is not None), *sampled.values()]),
                     sampled=tuple(sampled),
@@ -173,11 +167,7 @@ class Probe:
     # -- before the step -------------------------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        frame = sys._getframe(1)
-        if self._open:
-            self._forget_raised(frame)
-        self._open.append((optimizer, frame))
-        if len(self._open) > 1 or not self.controlling:
+        if not self._calls.enter(optimizer, sys._getframe(1)) or not self.controlling:
             return None
         try:
             self._begin(optimizer)
@@ -197,16 +187,6 @@ class Probe:
         except Exception as error:
             self._lose_control(error)
         return None
-
-    def _forget_raised(self, frame: FrameType | None) -> None:
-        """Close step-calls that raised: their after-hook never came, and what they changed is put back now."""
-        running = set()
-        while frame is not None:
-            running.add(id(frame))
-            frame = frame.f_back
-        self._open = [(optimizer, caller) for optimizer, caller in self._open if id(caller) in running]
-        if not self._open:
-            self._put_back()
 
     def _begin(self, optimizer: Optimizer) -> None:
         """The first thing in a tick: apply what the ranks agreed to apply now."""
@@ -249,49 +229,12 @@ class Probe:
                 'ranks step alike, agent.guard = "allreduce" lets them ask each other'
             )
 
-    def _is_primary(self, optimizer: Optimizer) -> bool:
-        return self._primary is None or self._primary() is optimizer
-
-    def _hand_over(self, optimizer: Optimizer) -> bool:
-        """Whether this step is the primary optimizer's, which is another once the last one has not stepped for long.
-
-        By ticks alone, so that all ranks agree: when an object is collected differs from process to process.
-        """
-        if self._primary is not None and self._primary() is optimizer:
-            self._primary_tick = self.tick
-            return True
-        if self._primary is not None and self.tick - self._primary_tick < HANDOVER_TICKS:
-            return False
-        if self._primary is not None:
-            self.model += 1
-            self._actuators.begin_anew()
-        self._primary, self._primary_tick = weakref.ref(optimizer), self.tick
-        return True
-
     def _apply(self, command: Command, fence: Fence) -> None:
-        """Carry out what the ranks agreed on; it stays if all of them could.
-
-        Raises:
-            InDoubt: how the others fared could not be learnt.
-            HalfAppliedError: it could be neither finished nor taken back here. The others have been told.
-            Exception: it went wrong here after all had agreed to keep it.
-        """
+        """Carry out what the ranks agreed on, and say what came of it."""
         tick, step = self.tick, self.step
-        detail = digest = ""
-        failed: Exception | None = None
-        try:
-            detail = self._actuators.apply(command, tick, step, len(fence.members))
-        except Exception as error:
-            failed = error
-        why = fence.conclude(describe(failed) if failed else "")
-        if isinstance(failed, HalfAppliedError):
-            raise failed
-        if not why:
-            self._actuators.keep()
-            digest = self._digest_now()
-        elif failed is None:
-            self._actuators.take_back()
-        state, detail = (AckState.FAILED, why) if why else (AckState.APPLIED, detail)
+        applied, detail = self._actuators.carry_out(command, tick, step, fence)
+        state = AckState.APPLIED if applied else AckState.FAILED
+        digest = self._digest_now() if applied else ""
         self._outbox.add_message(
             lambda header: Ack(
                 header=header, command=command.id, state=state, tick=tick, step=step, detail=detail[:500], digest=digest
@@ -369,7 +312,7 @@ class Probe:
 
     def _look_back(self, optimizer: Optimizer, parameters: list[torch.Tensor], bad: bool) -> None:
         """Where does it come from that the step is ``bad``, as all ranks know?"""
-        if not bad or self._attribution is None or not self._is_primary(optimizer):
+        if not bad or self._attribution is None or not self._primary.is_it(optimizer):
             return
         try:
             loss, buffers = self._taps.losses.waiting, self._guard.buffers if self._guard.on else None
@@ -385,7 +328,7 @@ class Probe:
         norms: list[torch.Tensor] | None,
         skip: bool,
     ) -> None:
-        if not self._is_primary(optimizer):
+        if not self._primary.is_it(optimizer):
             return
         try:
             self.looks.before_update(self.step, optimizer, parameters, local, norms)
@@ -405,7 +348,7 @@ class Probe:
             try:
                 result = closure()
             except BaseException:  # no after-hook will come
-                self._open.clear()
+                self._calls.clear()
                 raise
             try:
                 self._control(optimizer)
@@ -418,19 +361,12 @@ class Probe:
     # -- after the step --------------------------------------------------------------------------------------------
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for seen, _ in self._open:
-            if seen is optimizer:
-                break
-        else:
-            return
-        while self._open.pop()[0] is not optimizer:
-            continue
-        if self._open or not self.controlling:
+        if not self._calls.leave(optimizer) or not self.controlling:
             return
         try:
             self._put_back()
             self._guard.settle(others_wait=self.observing and self._taps.losses.others_wait(optimizer))
-            primary = self._hand_over(optimizer)
+            primary = self._primary.steps(optimizer, self.tick)
             step = self.step
             self.step += primary
             self.tick += 1
@@ -473,7 +409,7 @@ class Probe:
         self._outbox.add_row(
             Row(
                 step,
-                (self.tick - 1, self._in_force.lr_multiplier, seconds, self.model, self._num_objectives),
+                (self.tick - 1, self._in_force.lr_multiplier, seconds, self._primary.num_changes, self._num_objectives),
                 NAMES[loss is not None, norm is not None] + tuple(found),
                 fetch([value for value in shown if value is not None]),
                 tuple(sampled),

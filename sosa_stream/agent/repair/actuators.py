@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from sosa_stream.agent.repair.accumulation import AccumulateGradients
 from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Nothing, Undo
@@ -29,6 +29,15 @@ from sosa_stream.agent.watch.deliveries import Deliveries
 from sosa_stream.errors import HalfAppliedError, RefusedError, describe
 from sosa_stream.protocol.actions import ACTIONS, Action
 from sosa_stream.protocol.messages import Command
+
+
+class Agreement(Protocol):
+    """What a command's ranks agree through: `fence.Fence`."""
+
+    @property
+    def members(self) -> tuple[int, ...]: ...
+
+    def conclude(self, failure: str = "") -> str: ...
 
 
 class Actuators:
@@ -64,6 +73,29 @@ class Actuators:
             if why:
                 return f"{action.action}: {why}"
         return ""
+
+    def carry_out(self, command: Command, tick: int, step: int, agreement: Agreement) -> tuple[bool, str]:
+        """Apply ``command`` here; it stays if all ranks could. Returns whether it does, and what was done or why not.
+
+        Raises:
+            InDoubt: how the others fared could not be learnt.
+            HalfAppliedError: it could be neither finished nor taken back here. The others have been told.
+            Exception: it went wrong here after all had agreed to keep it.
+        """
+        detail = ""
+        failed: Exception | None = None
+        try:
+            detail = self.apply(command, tick, step, len(agreement.members))
+        except Exception as error:
+            failed = error
+        why = agreement.conclude(describe(failed) if failed else "")
+        if isinstance(failed, HalfAppliedError):
+            raise failed
+        if not why:
+            self.keep()
+        elif failed is None:
+            self.take_back()
+        return not why, why or detail
 
     def apply(self, command: Command, tick: int, step: int, num_ranks: int = 1) -> str:
         """Carry out all actions of ``command`` as one, on ``num_ranks`` ranks. Returns what was done, in words.
