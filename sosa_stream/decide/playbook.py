@@ -146,17 +146,22 @@ def _usual_lr_and_rollback(now: Situation) -> tuple[Action, ...]:
     return (*_usual_lr(now), *((_rollback(now.incident.first_step),) if damaged else ()))
 
 
+def _half_lr(now: Situation) -> tuple[Action, ...]:
+    """Half of the rate; that of before the incident where it has crept up."""
+    return _no_higher_lr(now) or (Action(action="scale_lr", params={"factor": 0.5}),)
+
+
 def _half_lr_and_rollback(now: Situation) -> tuple[Action, ...]:
-    return (Action(action="scale_lr", params={"factor": 0.5}), _rollback(now.incident.first_step))
+    return (*_half_lr(now), _rollback(now.incident.first_step))
 
 
 def _half_lr_and_far_rollback(now: Situation) -> tuple[Action, ...]:
-    return (Action(action="scale_lr", params={"factor": 0.5}), _rollback(now.incident.first_step - FARTHER_STEPS))
+    return (*_half_lr(now), _rollback(now.incident.first_step - FARTHER_STEPS))
 
 
 def _no_higher_lr(now: Situation) -> tuple[Action, ...]:
     """The rate of before the incident, where it has risen since; nothing where it has not."""
-    if now.usual_lr is None or now.lr is None or not 0.0 < now.usual_lr < now.lr / 1.5:
+    if now.usual_lr is None or now.lr is None or not 0.0 < now.usual_lr < now.lr / 2.0:
         return ()
     low = ACTIONS["scale_lr"].params["factor"].low
     return (Action(action="scale_lr", params={"factor": max(now.usual_lr / now.lr, low)}),)
@@ -222,7 +227,7 @@ def _stop(now: Situation) -> tuple[Action, ...]:
     return (Action(action="stop"),)
 
 
-HALF_LR = Fix(name="half_lr", confidence=0.55, due=_still_bad, build=_scale(0.5), patience_steps=120)
+HALF_LR = Fix(name="half_lr", confidence=0.55, due=_still_bad, build=_half_lr, patience_steps=120)
 ROLLBACK = Fix(
     name="half_lr_and_rollback",
     confidence=0.65,
@@ -266,7 +271,7 @@ LADDERS: Mapping[str, tuple[Fix, ...]] = {
         Fix(name="stop", confidence=0.5, due=_poisoned, build=_stop, keep=True),
     ),
     "loss_spike": (
-        Fix(name="half_lr", confidence=0.55, due=_spike_stays, build=_scale(0.5), patience_steps=120),
+        Fix(name="half_lr", confidence=0.55, due=_spike_stays, build=_half_lr, patience_steps=120),
         Fix(
             name="half_lr_and_rollback",
             confidence=0.6,
@@ -279,7 +284,7 @@ LADDERS: Mapping[str, tuple[Fix, ...]] = {
     "loss_divergence": (HALF_LR, ROLLBACK),
     "exploding_gradient": (
         Fix(name="clip", confidence=0.65, due=_keeps_happening, build=_clip),
-        Fix(name="half_lr", confidence=0.55, due=_keeps_happening, build=_scale(0.5), patience_steps=120),
+        Fix(name="half_lr", confidence=0.55, due=_keeps_happening, build=_half_lr, patience_steps=120),
         ROLLBACK,
     ),
     "loss_oscillation": (

@@ -16,7 +16,7 @@ from sosa_stream.decide.policy import Budget, RunPolicy
 from sosa_stream.decide.requests import Pause
 from sosa_stream.decide.standing import Standing
 from sosa_stream.decide.trials import Trials
-from sosa_stream.detect.incidents import IncidentState
+from sosa_stream.detect.incidents import IncidentState, Severity
 from sosa_stream.detect.tracker import OpenIncident, Tracker, in_band, make_id
 from sosa_stream.detect.windows import RunWindows
 from sosa_stream.effects import Effect, Notice, OutcomeCounted, Publish, Withdraw
@@ -130,7 +130,7 @@ class Repairs:
             if entry.record.state is _S.APPROVED and not self._busy():
                 self.publish(entry, windows)
         self._release_lr(windows)
-        for known in self._tracker.open:
+        for known in sorted(self._tracker.open, key=lambda known: -known.incident.severity):
             if not self._busy():
                 self._consider(known, windows)
 
@@ -295,6 +295,8 @@ class Repairs:
 
     def _consider(self, known: OpenIncident, windows: RunWindows) -> None:
         incident = known.incident
+        if incident.severity < Severity.WARNING and self.policy.mode is Mode.AUTO:
+            return  # worth knowing is not worth a change; a proposal would only stand in the way of what is
         if any(entry.record.incident == incident.id and entry.record.origin != "guard" for entry in self.ledger.live):
             return
         tried = self._tried.setdefault(incident.id, set())

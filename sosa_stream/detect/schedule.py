@@ -60,6 +60,8 @@ class Schedule:
         self._steps = Ring(LR_LAG + 2)
         self._script_lrs = Ring(4)
         self._borne = 0.0
+        self._borne_long = 0.0
+        """The highest rate that is no longer among ``_lrs``."""
 
     @property
     def script_lr(self) -> float | None:
@@ -68,8 +70,8 @@ class Schedule:
 
     @property
     def usual(self) -> float | None:
-        """The effective learning rate of 72 steps ago, or the first that is known."""
-        return float(self._lrs.last()[0]) if len(self._lrs) else None
+        """The highest effective learning rate until 72 steps ago, or the first that is known."""
+        return max(self._borne_long, float(self._lrs.last()[0])) if len(self._lrs) else None
 
     def script_lr_fell(self, ratio: float) -> bool:
         """Whether the rate that the script sets fell to ``ratio`` or less in one step, three steps ago, and stays.
@@ -98,6 +100,8 @@ class Schedule:
         elif self.fall is not None and lr > 10.0 * self.fall.after:
             self.fall = None
         self._note_zero(lr, step)
+        if len(self._lrs) == LR_WINDOW + LR_LAG:
+            self._borne_long = max(self._borne_long, float(self._lrs.last()[0]))
         self._lrs.push(lr)
         self._steps.push(step)
         jump = self.jump
@@ -121,6 +125,7 @@ class Schedule:
         if self.jump is not None or not float(near.max()) <= LR_RATIO * float(near.min()):
             return False
         self._note_zero(float(lrs[-1]), int(steps[0]))  # all are 0, or none
+        self._borne_long = float(near[: -LR_WINDOW - LR_LAG].max(initial=self._borne_long))
         self._lrs.extend(lrs)
         self._steps.extend(steps.astype(np.float64))
         with np.errstate(divide="ignore", invalid="ignore"):
