@@ -22,7 +22,7 @@ SLOW_PATIENCE_STEPS = 16
 """What unfolds slowly is left alone for this long after it was found."""
 NONFINITE_STEPS = 3
 """Non-finite steps before skipping them is not enough."""
-ONE_RANK_STEPS = 10
+ONE_RANK_STEPS = 30
 """As many when the guard kept the weights clean and other ranks' losses are finite: bad data, not bad weights."""
 CLIP_MARGIN = 1.5
 """A clip bound is this far above the 90% quantile of the healthy norms, so that it leaves healthy steps alone."""
