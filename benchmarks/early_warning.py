@@ -142,12 +142,15 @@ class Chain:
 def risks(run: Heard, chain: Chain, width: int, horizon: int) -> list[tuple[int, float]]:
     """The risk at the end of each window before the first critical one, and the point at which it is known."""
     own, found, before = chain.copy(), [], None
+    known: dict[State, float] = {}  # of windows without events: what the chain says of them changes slowly
     for number, state in enumerate(window_states(run, width)):
         if before is not None:
             own.learn(before, state)
         if state.critical:
             break
-        found.append(((number + 1) * width - 1, own.risk(state, horizon)))
+        if state not in known or state.size:
+            known[state] = own.risk(state, horizon)
+        found.append(((number + 1) * width - 1, known[state]))
         before = state
     return found
 
@@ -280,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "unseen": score(unseen, chain, width, horizon, threshold),
             "unseen_healthy_warned_by_detectors": share(run.warned is not None for run in unseen if run.onset is None),
         }
-        print(name, figures[name])
+        print(name, figures[name], flush=True)
     print(write("early_warning", figures))
     return 0
 
