@@ -6,6 +6,7 @@ import nothing, so that they may stay in the script.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,17 +15,33 @@ if TYPE_CHECKING:
     import torch
 
     from sosa_stream.agent.core import Agent
+    from sosa_stream.agent.repair.checkpoints import latest as latest_checkpoint
     from sosa_stream.agent.repair.knobs import Knob
+    from sosa_stream.agent.repair.loading import load_checkpoint
 
-__all__ = ["Knob", "log", "observe_posterior", "register_knob", "register_state"]
+__all__ = [
+    "Knob",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "log",
+    "observe_posterior",
+    "register_knob",
+    "register_state",
+]
+
+_LATER = {
+    "Knob": ("knobs", "Knob"),
+    "latest_checkpoint": ("checkpoints", "latest"),
+    "load_checkpoint": ("loading", "load_checkpoint"),
+}
+"""Not imported before they are asked for: scripts import this package to log."""
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Knob":  # not before it is asked for: scripts import this package to log
-        from sosa_stream.agent.repair.knobs import Knob
-
-        return Knob
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, its_name = _LATER[name]
+    return getattr(importlib.import_module(f"sosa_stream.agent.repair.{module}"), its_name)
 
 
 def log(metrics: Mapping[str, Any] | None = None, /, **more: Any) -> None:

@@ -5,10 +5,10 @@ Nothing is unpickled that could run code, and a model is changed only once every
 
 from __future__ import annotations
 
+import copy
 import json
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from sosa_stream.errors import SosaError
+from sosa_stream.agent.repair.contents import is_finite
+from sosa_stream.agent.repair.own_checkpoint import OwnCheckpoint
+from sosa_stream.agent.repair.reading import CheckpointError, DistributedFolder, laid_out
+from sosa_stream.errors import describe
 
 MODEL_KEYS = ("model_state_dict", "state_dict", "model", "module", "net", "network", "weights")
 OPTIMIZER_KEYS = ("optimizer_state_dict", "optimizer", "optimizer_states", "optim")
+SCHEDULER_KEYS = ("scheduler_state_dict", "scheduler", "lr_scheduler_state_dict", "lr_scheduler", "lr_schedulers")
+SCALER_KEYS = ("scaler_state_dict", "scaler", "grad_scaler")
 CONFIG_KEYS = ("model_config", "config", "hyper_parameters", "hparams", "args")
 STEP_KEYS = ("step", "global_step", "iteration", "iter", "epoch")
 PREFIXES = ("module.", "_orig_mod.", "_forward_module.", "model.", "network.", "net.")
@@ -29,10 +34,6 @@ SINGLE_FILES = ("model.safetensors", "pytorch_model.bin", "best.pt", "pytorch_mo
 MOST_NAMES_TOLD = 8
 
 
-class CheckpointError(SosaError):
-    """A checkpoint cannot be read, or does not fit; the model is as it was."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """What a file or folder holds. ``layout`` says what it was taken for."""
@@ -40,9 +41,16 @@ class Checkpoint:
     path: Path
     layout: str
     model: Mapping[str, torch.Tensor]
+    """On the CPU; only shapes and types, on the meta device, where `folder` has the values."""
     optimizer: Mapping[str, Any] | None = None
+    scheduler: Mapping[str, Any] | None = None
+    scaler: Mapping[str, Any] | None = None
     config: Mapping[str, Any] | None = None
     step: int | None = None
+    folder: DistributedFolder | None = None
+    prefix: str = ""
+    """What stands in the folder before the names of `model`."""
+    own: OwnCheckpoint | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,62 +85,109 @@ def load_checkpoint(
     path: str | Path,
     model: nn.Module,
     optimizer: Optimizer | None = None,
+    scheduler: Any = None,
+    scaler: Any = None,
     *,
+    registered: Mapping[str, Any] | None = None,
+    random: bool = False,
     strict: bool = False,
     allow_nonfinite: bool = False,
 ) -> LoadReport:
-    """Copy a checkpoint's weights into ``model``, and into ``optimizer`` where the file has its state and it fits.
+    """Copy a checkpoint's weights into ``model``, and the rest into what else is given, where it is there and fits.
+
+    What does not fit is left as it was and told in the report's notes. Sharded models take their own parts; there,
+    every rank calls this.
 
     Args:
         path: a file or a folder.
         model: wrapped or not; the wrappers' prefixes are found by themselves.
         optimizer: as it was when the checkpoint was written.
-        strict: anything missing, unexpected or of another shape is an error.
+        scheduler: of the same class as then.
+        scaler: a ``GradScaler``.
+        registered: what was handed to `register_state`, by its name.
+        random: put the random number generators back too.
+        strict: anything of the model's missing, unexpected or of another shape is an error.
         allow_nonfinite: take weights that hold NaN or Inf.
 
     Raises:
         CheckpointError: it cannot be read, nothing in it fits, or it is not finite. Nothing has been changed.
     """
-    found = read_checkpoint(path)
     target = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
-    given = _renamed(found.model, target)
-    fitting = {name: value for name, value in given.items() if name in target and value.shape == target[name].shape}
+    found = _open(Path(path), target)
+    if found.own is not None and not allow_nonfinite:
+        found.own.refuse_if_not_finite()
+    names = _renamed(found.model, target)
+    fitting = [name for name in names if name in target and found.model[names[name]].shape == target[name].shape]
     report = LoadReport(
         path=found.path,
         layout=found.layout,
         num_loaded=len(fitting),
         step=found.step,
         config=found.config,
-        missing=tuple(sorted(set(target) - set(given))),
-        unexpected=tuple(sorted(set(given) - set(target))),
+        missing=tuple(sorted(set(target) - set(names))),
+        unexpected=tuple(sorted(set(names) - set(target))),
         mismatched=tuple(
-            f"{name}: file {tuple(given[name].shape)}, model {tuple(target[name].shape)}"
-            for name in sorted(set(given) & set(target) - set(fitting))
+            f"{name}: file {tuple(found.model[names[name]].shape)}, model {tuple(target[name].shape)}"
+            for name in sorted(set(names) & set(target) - set(fitting))
         ),
     )
     if not fitting:
         raise CheckpointError(f"nothing in {found.path} fits this model\n{report}")
     if strict and (report.missing or report.unexpected or report.mismatched):
         raise CheckpointError(f"the checkpoint is not this model's, and strict=True\n{report}")
-    bad = [name for name, value in fitting.items() if value.is_floating_point() and not value.isfinite().all()]
+    values = _values(found, {name: names[name] for name in fitting}, target)
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    bad = [name for name, value in values.items() if not is_finite(value, name in buffers)]
     if bad and not allow_nonfinite:
         raise CheckpointError(f"{found.path} holds NaN or Inf, in {', '.join(bad[:MOST_NAMES_TOLD])}: not loaded")
-    notes = _load_optimizer(found.optimizer, optimizer)
+    notes = list(found.own.notes) if found.own is not None else []
+    if found.own is not None:
+        found = replace(found, **found.own.parts(model, optimizer, scheduler, names))
+    for what, state, thing in (
+        ("optimizer", found.optimizer, optimizer),
+        ("scheduler", found.scheduler, scheduler),
+        ("scaler", found.scaler, scaler),
+        *(
+            (name, found.own.registered.get(name) if found.own else None, each)
+            for name, each in (registered or {}).items()
+        ),
+    ):
+        notes += _load_part(what, state, thing)
+    if found.own is not None and random:
+        notes += found.own.restore_random()
     with torch.no_grad():
-        for name, value in fitting.items():
+        for name, value in values.items():
             target[name].copy_(value)
-    return LoadReport(**{**{f: getattr(report, f) for f in LoadReport.__slots__}, "notes": notes})
+    return replace(report, notes=tuple(notes))
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """What lies at ``path``, on the CPU.
+    """What lies at ``path``, whole and on the CPU.
 
     Raises:
         CheckpointError: there is nothing, it is no checkpoint, or reading it would run code from it.
     """
-    path = Path(path)
+    found = _open(Path(path))
+    if found.folder is None:
+        return found
+    model = {name: torch.empty_like(outline, device="cpu") for name, outline in found.model.items()}
+    found.folder.read({found.prefix + name: value for name, value in model.items()})
+    return replace(found, model=model)
+
+
+def _values(found: Checkpoint, names: Mapping[str, str], target: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The checkpoint's values, laid out as the ``target``'s are, by the target's names."""
+    if found.folder is not None:
+        rooms = {name: torch.empty_like(target[name]) for name in names}
+        found.folder.read({found.prefix + names[name]: room for name, room in rooms.items()})
+        return rooms
+    return {name: laid_out(found.model[given], target[name]) for name, given in names.items()}
+
+
+def _open(path: Path, target: Mapping[str, torch.Tensor] | None = None) -> Checkpoint:
+    """What lies at ``path``; of several models in it the one that fits ``target`` best."""
     if path.is_dir():
-        return _read_folder(path)
+        return _open_folder(path, target)
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint at {path}")
     if path.suffix == ".safetensors":
@@ -140,9 +195,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return _sorted_out(path, _read_torch(path))
 
 
-def _read_folder(path: Path) -> Checkpoint:
+def _open_folder(path: Path, target: Mapping[str, torch.Tensor] | None) -> Checkpoint:
     if (path / ".metadata").is_file():
-        return _read_distributed(path)
+        return _open_distributed(path, target)
     config = path / "config.json"
     settings = json.loads(config.read_text("utf-8")) if config.is_file() else None
     for name in SHARD_INDEXES:
@@ -150,49 +205,36 @@ def _read_folder(path: Path) -> Checkpoint:
             files = sorted(set(json.loads((path / name).read_text("utf-8"))["weight_map"].values()))
             model: dict[str, torch.Tensor] = {}
             for file in files:
-                model.update(read_checkpoint(path / file).model)
+                model.update(_open(path / file).model)
             return Checkpoint(path=path, layout=f"{len(files)} shards", model=model, config=settings)
     for name in SINGLE_FILES:
         if (path / name).is_file():
-            found = read_checkpoint(path / name)
-            return Checkpoint(
-                path=found.path,
-                layout=found.layout,
-                model=found.model,
-                optimizer=found.optimizer,
-                config=found.config or settings,
-                step=found.step,
-            )
+            found = _open(path / name)
+            return replace(found, config=found.config or settings)
     raise CheckpointError(
         f"no checkpoint in {path}: looked for {', '.join(('.metadata', *SHARD_INDEXES, *SINGLE_FILES))}"
     )
 
 
-def _read_distributed(path: Path) -> Checkpoint:
-    """A folder of ``torch.distributed.checkpoint``, whole, in this process alone."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    try:
-        reader = dcp.FileSystemReader(path)  # type: ignore[attr-defined]
-        entries = reader.read_metadata().state_dict_metadata
-        tensors = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in entries.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-        with warnings.catch_warnings(action="ignore"):  # that it reads alone is what is wanted
-            dcp.load(tensors, storage_reader=reader, no_dist=True)  # type: ignore[attr-defined]
-    except (Exception, CheckpointException) as error:  # the latter is a BaseException
-        reason = str(error).strip().splitlines()[-1:] or [""]
-        raise CheckpointError(f"{path} is no whole distributed checkpoint: {reason[0][:200]}") from None
-    model = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-    metadata = path / "metadata.json"
-    about = json.loads(metadata.read_text("utf-8")) if metadata.is_file() else {}
-    return Checkpoint(
-        path=path, layout="distributed", model=model or tensors, step=about.get("step"), config=about.get("config")
-    )
+def _open_distributed(path: Path, target: Mapping[str, torch.Tensor] | None) -> Checkpoint:
+    """A folder of ``torch.distributed.checkpoint``: ours, or somebody else's with the weights under ``model.``."""
+    folder = DistributedFolder(path)
+    own = OwnCheckpoint.at(path, folder)
+    if own is not None:
+        fits = {i: _num_fitting(model, target or model) for i, model in own.models.items()}
+        best = max(fits, key=lambda i: fits[i], default=0)
+        return Checkpoint(
+            path=path,
+            layout="sosa",
+            model=own.models.get(best, {}),
+            step=own.about.get("step"),
+            folder=folder,
+            prefix=f"models.{best}.",
+            own=own.of_model(best),
+        )
+    prefix = "model." if any(name.startswith("model.") for name in folder.outline) else ""
+    model = {name.removeprefix(prefix): t for name, t in folder.outline.items() if name.startswith(prefix)}
+    return Checkpoint(path=path, layout="distributed", model=model, folder=folder, prefix=prefix)
 
 
 def _read_torch(path: Path) -> Any:
@@ -233,52 +275,62 @@ def _sorted_out(path: Path, saved: Any) -> Checkpoint:
         layout, model = "bare state dictionary", _tensors(saved)
     if not model:
         raise CheckpointError(f"{path} holds no tensors: its keys are {', '.join(map(str, list(saved)[:8])) or 'none'}")
-    optimizer = _first(saved, OPTIMIZER_KEYS, Mapping)
-    several = saved.get("optimizer_states")
-    if optimizer is None and isinstance(several, list) and several:  # Lightning's
-        optimizer = several[0]
     step = next((int(saved[key]) for key in STEP_KEYS if isinstance(saved.get(key), int)), None)
     return Checkpoint(
         path=path,
         layout=layout,
         model=model,
-        optimizer=optimizer,
-        config=_first(saved, CONFIG_KEYS, Mapping),
+        optimizer=_first(saved, OPTIMIZER_KEYS),
+        scheduler=_first(saved, SCHEDULER_KEYS),
+        scaler=_first(saved, SCALER_KEYS),
+        config=_first(saved, CONFIG_KEYS),
         step=step,
     )
 
 
-def _first(saved: Mapping[str, Any], keys: tuple[str, ...], kind: type) -> Any:
-    return next((saved[key] for key in keys if isinstance(saved.get(key), kind)), None)
+def _first(saved: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
+    """The first mapping under one of ``keys``, or first in a list there, as Lightning keeps its optimizers."""
+    for key in keys:
+        value = saved.get(key)
+        value = value[0] if isinstance(value, list) and value else value
+        if isinstance(value, Mapping):
+            return value
+    return None
 
 
 def _tensors(saved: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return {str(name): value for name, value in saved.items() if isinstance(value, torch.Tensor)}
 
 
-def _renamed(given: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The entries under those names, of all that differ by a wrapper's prefix, by which most of them fit."""
-    candidates = [dict(given)]
+def _renamed(given: Iterable[str], target: Collection[str]) -> dict[str, str]:
+    """By their name in the target the given names, of all readings that differ by a wrapper's prefix the one by which
+    most of them fit."""
+    candidates = [{name: name for name in given}]
     for prefix in PREFIXES:
         for names in list(candidates):
             if any(name.startswith(prefix) for name in names):
-                candidates.append({name.removeprefix(prefix): value for name, value in names.items()})
+                candidates.append({name.removeprefix(prefix): its for name, its in names.items()})
     wrapped = {name.split(".")[0] + "." for name in target} & set(PREFIXES)
     candidates += [
-        {prefix + name: value for name, value in names.items()} for names in list(candidates) for prefix in wrapped
+        {prefix + name: its for name, its in names.items()} for names in list(candidates) for prefix in wrapped
     ]
     return max(candidates, key=lambda names: len(set(names) & set(target)))
 
 
-def _load_optimizer(saved: Mapping[str, Any] | None, optimizer: Optimizer | None) -> tuple[str, ...]:
-    if optimizer is None:
-        return ()
-    if saved is None:
-        return ("the checkpoint has no optimizer state: it begins anew",)
-    before = optimizer.state_dict()
+def _num_fitting(given: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> int:
+    names = _renamed(given, target)
+    return sum(name in target and given[its].shape == target[name].shape for name, its in names.items())
+
+
+def _load_part(what: str, state: Mapping[str, Any] | None, thing: Any) -> list[str]:
+    if thing is None:
+        return []
+    if state is None:
+        return [f"the checkpoint has no {what} state: it begins anew"]
+    before = thing.state_dict() if what == "optimizer" else copy.deepcopy(thing.state_dict())
     try:
-        optimizer.load_state_dict(dict(saved))
+        thing.load_state_dict(dict(state))
     except Exception as error:
-        optimizer.load_state_dict(before)
-        return (f"the optimizer state does not fit and was left out: {error}",)
-    return ()
+        thing.load_state_dict(before)
+        return [f"the {what} state does not fit and was left out: {describe(error)}"]
+    return []
