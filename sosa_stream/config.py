@@ -200,6 +200,17 @@ class AgentSettings:
     """Memory that all kept snapshots together may take on this rank."""
     quarantine_ticks: int = 10
     """Healthy optimizer steps after a snapshot before it counts as last-good."""
+    checkpoints: Switch = Switch.AUTO
+    """Checkpoints at the end, at an error and at SIGTERM, and the state kept until then; ``auto``: if mode is not
+    observe and ``[auto] allow`` has ``save_checkpoint``. ``off`` refuses that action too."""
+    checkpoint_dir: str = ""
+    """Where checkpoints lie; empty: ``<home>/<run>/checkpoints``. Sharded state needs one that all hosts see."""
+    checkpoint_keep: int = 3
+    """Checkpoints kept, the newest; the best ones and the newest finite one always are."""
+    checkpoint_half: bool = False
+    """Write tensors in bfloat16: half the size, three significant digits."""
+    sigterm_seconds: float = 20.0
+    """How long SIGTERM may be held up for a checkpoint; torchrun kills what is left after 30 seconds."""
     rollback_schedulers: Switch = Switch.AUTO
     """Whether a rollback puts schedulers back too; ``auto``: those that follow a metric, not those that count steps."""
     digest_after_fix: bool = False
@@ -209,6 +220,8 @@ class AgentSettings:
         _at_least(0.001, 60, flush_seconds=self.flush_seconds)
         _at_least(16, ring_frames=self.ring_frames)
         _at_least(1, snapshot_every_ticks=self.snapshot_every_ticks, snapshot_keep=self.snapshot_keep)
+        _at_least(1, checkpoint_keep=self.checkpoint_keep)
+        _at_least(0.1, 3600, sigterm_seconds=self.sigterm_seconds)
         _at_least(0, snapshot_max_bytes=self.snapshot_max_bytes, quarantine_ticks=self.quarantine_ticks)
         if self.daemon and not re.fullmatch(r"tcp://[^/\s]+:[0-9]{1,5}", self.daemon):
             raise ConfigError(f"agent.daemon must look like tcp://host:7667, not {self.daemon!r}")
@@ -388,6 +401,12 @@ class Settings:
         if self.agent.snapshots is Switch.AUTO:
             return self.mode is not Mode.OBSERVE and "rollback" in self.auto.allow
         return self.agent.snapshots is Switch.ON
+
+    @property
+    def checkpoints_wanted(self) -> bool:
+        if self.agent.checkpoints is Switch.AUTO:
+            return self.mode is not Mode.OBSERVE and "save_checkpoint" in self.auto.allow
+        return self.agent.checkpoints is Switch.ON
 
     @property
     def attribution_wanted(self) -> bool:

@@ -387,18 +387,6 @@ def test_random_numbers_are_in_a_snapshot_and_a_rollback_leaves_them_alone(train
     assert (random.random(), float(np.random.rand()), float(torch.rand(()))) == drawn
 
 
-def test_the_whole_state_is_one_nested_dict_in_the_order_of_meeting(training: Training) -> None:
-    scheduler, scaler = LambdaLR(training.optimizer, lambda step: 1.0), GradScaler("cpu")
-    training.watch.registry.register("statistics", Counting())
-    training.run(2)
-    whole = training.watch.state.as_dict()
-    assert list(whole) == ["models", "optimizers", "schedulers", "scalers", "registered", "random"]
-    assert [list(model) for model in whole["models"]] == [list(training.model.state_dict())]
-    assert whole["schedulers"] == [scheduler.state_dict()]
-    assert whole["scalers"] == [scaler.state_dict()]
-    assert list(whole["registered"]) == ["statistics"]
-
-
 def test_optimizer_state_that_was_reset_since_is_made_anew(training: Training) -> None:
     training.run(3)
     before = bits(training.model, training.optimizer)

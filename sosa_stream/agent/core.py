@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
+import sosa_stream
 from sosa_stream.agent.attribution import Attribution
 from sosa_stream.agent.courier import Courier, Identity, Progress
 from sosa_stream.agent.embedded import EmbeddedDaemon
@@ -42,12 +43,15 @@ from sosa_stream.agent.repair.diagnostics import DumpDiagnostics
 from sosa_stream.agent.repair.knobs import Knobs
 from sosa_stream.agent.repair.ranks import Ranks, ranks_of_node
 from sosa_stream.agent.repair.registry import Registry
+from sosa_stream.agent.repair.saving import Checkpoints, SaveCheckpoint
 from sosa_stream.agent.repair.snapshots import SnapshotRing
+from sosa_stream.agent.repair.stopping import StopTraining
 from sosa_stream.agent.repair.training_state import TrainingState
+from sosa_stream.agent.signals import Termination
 from sosa_stream.agent.watch.looks import Census
 from sosa_stream.agent.watch.metrics import Libraries, columns_of
 from sosa_stream.agent.watch.taps import Taps
-from sosa_stream.config import Mode, Settings
+from sosa_stream.config import Mode, Settings, Switch
 from sosa_stream.errors import SosaError
 from sosa_stream.protocol import messages
 from sosa_stream.protocol.channels import AgentChannel
@@ -110,6 +114,15 @@ class Agent:
             1.5 * settings.fence.outcome_seconds,  # those that are told to take an action back come that much later
         )
         self.state = TrainingState(self.registry, ranks, settings.agent.rollback_schedulers)
+        self.checkpoints = Checkpoints(
+            self.state,
+            settings.agent,
+            settings.checkpoints_wanted,
+            world_size,
+            lambda: Path(settings.agent.checkpoint_dir or Path(settings.home, self._run, "checkpoints")),
+            self._checkpoint_facts,
+            self.standing_fixes,
+        )
         snapshots = None
         if settings.snapshots_wanted:
             snapshots = SnapshotRing(self.state, settings.agent, settings.auto.max_rollback_steps, self.say)
@@ -120,7 +133,12 @@ class Agent:
             settings.auto.max_lr_change,
             self.knobs,
             self.taps.deliveries,
-            {"dump_diagnostics": DumpDiagnostics(self.state, self._diagnostics_path, self._facts, self._say_here)},
+            {
+                "save_checkpoint": SaveCheckpoint(
+                    self.checkpoints, settings.agent, settings.agent.checkpoints is not Switch.OFF, self._say_here
+                ),
+                "dump_diagnostics": DumpDiagnostics(self.state, self._diagnostics_path, self._facts, self._say_here),
+            },
         )
         self._generation = self._identity.nonce
         self._local = False
@@ -143,6 +161,12 @@ class Agent:
         self.taps.on_compile = self.probe.looks.forward.give_up
         if rank == 0:
             self.probe.looks.tell_layers = self._tell_layers
+        self._termination = Termination(
+            lambda still_wanted: self._save("interrupted", still_wanted),
+            lambda: self.probe.in_step,
+            settings.agent.sigterm_seconds,
+            self._say_here,
+        )
         self._libraries = Libraries(self.log)
         self._courier: Courier | None = None
         self._embedded: EmbeddedDaemon | None = None
@@ -164,6 +188,7 @@ class Agent:
             self.taps.install()
         self._thread = threading.Thread(target=self._serve, name="sosa-agent", daemon=True)
         self._thread.start()
+        self._listen_for_sigterm()
         _started(self)
 
     def show(self, tee: LocalLink) -> None:
@@ -182,6 +207,7 @@ class Agent:
         self.registry.install()
         self._join(self._alone(""), link, MemoryStore())
         self._pump_local()
+        self._listen_for_sigterm()
         _started(self)
 
     def log(self, metrics: Mapping[str, Any] | None, more: Mapping[str, Any] | None = None) -> None:
@@ -267,6 +293,28 @@ class Agent:
             "commands": "".join(f"\n  {each}" for each in self.actuators.history[-32:]),
             "last steps": "".join(f"\n  {each}" for each in self._outbox.recent()),
         }
+
+    def _listen_for_sigterm(self) -> None:
+        if self.checkpoints.kept:
+            import torch.distributed.checkpoint  # noqa: F401  (takes a second, which a signal has no time for)
+
+            self._termination.install()
+            self.probe.at_rest = self._termination.at_rest
+
+    def _checkpoint_facts(self) -> dict[str, Any]:
+        return {
+            "run": self._run,
+            "generation": self._generation,
+            "rank": self._identity.rank,
+            "world_size": self._identity.world_size,
+            "last_step": "".join(self._outbox.recent()[-1:]),
+            "versions": {"sosa_stream": sosa_stream.__version__, "torch": torch.__version__},
+        }
+
+    def _save(self, kind: str, still_wanted: Callable[[], bool] = lambda: True) -> str:
+        if self.probe.left_in_step:
+            return f"no checkpoint {kind}: an optimizer step was broken off, and weights may be updated in part"
+        return self.checkpoints.save(kind, self.probe.step, self.probe.tick, still_wanted)
 
     def _say_here(self, text: str) -> None:
         self.say(text, every_rank=True)
@@ -433,6 +481,9 @@ class Agent:
         if self.probe.tick % LOOK_EVERY == 1:
             self._libraries.find()
             self._tell_knobs()
+            if self.checkpoints.kept:
+                self.checkpoints.look()
+                self._termination.recheck()
         if self._local:
             self._pump_local()
 
@@ -491,12 +542,20 @@ class Agent:
             )
         )
 
-    def close(self, reason: str = "end of script", exit_code: int = 0) -> None:
-        """Put torch back as it was, say goodbye, and wait, within bounds, until the daemon has everything."""
+    def close(self, reason: str = "end of script", exit_code: int = 0, checkpoint: str = "final") -> None:
+        """Put torch back as it was, say goodbye, and wait, within bounds, until the daemon has everything.
+
+        Args:
+            checkpoint: the kind to write where checkpoints are kept: ``final``, ``error`` or ``interrupted``.
+        """
         if self._closed:
             return
         self._closed = True
         _ended(self)
+        if self.checkpoints.kept and (words := self._save(checkpoint)):
+            self.say(words)
+        self._termination.remove()
+        self.checkpoints.let_go()
         self.probe.remove()
         self.taps.remove()
         self.registry.remove()
@@ -510,12 +569,19 @@ class Agent:
             if self._thread is not None:
                 self._thread.join(CLOSE_SECONDS + DAEMON_STOP_SECONDS + 5.0)
 
+    def close_at_exit(self) -> None:
+        """The interpreter ends, and nobody has said how: it remembers an exception that nobody caught."""
+        error = getattr(sys, "last_value", None)
+        self.close(checkpoint=ending(error))
+
     def disable_in_child(self) -> None:
         """A forked worker trains nothing: there, nothing of us may run."""
         self._closed = True
         self.probe.controlling = False
         self.probe.observing = False
         self.probe.looks.remove()
+        self.probe.at_rest = None
+        self._termination.after_fork_in_child()
         self.taps.remove()
         self.registry.remove()
         if self._embedded is not None:
@@ -543,6 +609,13 @@ _fork_hook_installed = False
 def current() -> Agent | None:
     """The agent of this process, if one has been started."""
     return _current
+
+
+def ending(error: BaseException | None) -> str:
+    """The kind of checkpoint for a script that ends like this."""
+    if error is None or (isinstance(error, SystemExit) and not error.code):
+        return "final"
+    return "interrupted" if isinstance(error, KeyboardInterrupt | StopTraining) else "error"
 
 
 def run_name(settings: Settings, env: Mapping[str, str], script: str) -> str:
@@ -576,7 +649,7 @@ def _ask(question: Callable[[], Answer]) -> Answer | None:
 def _started(agent: Agent) -> None:
     global _current, _fork_hook_installed
     _current = agent
-    atexit.register(agent.close)
+    atexit.register(agent.close_at_exit)
     if not _fork_hook_installed:
         _fork_hook_installed = True
         os.register_at_fork(after_in_child=_after_fork_in_child)
@@ -584,7 +657,7 @@ def _started(agent: Agent) -> None:
 
 def _ended(agent: Agent) -> None:
     global _current
-    atexit.unregister(agent.close)
+    atexit.unregister(agent.close_at_exit)
     if _current is agent:
         _current = None
 

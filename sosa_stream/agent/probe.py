@@ -80,6 +80,8 @@ class Probe:
         self.fence: Fence | None = None
         self.observing = True
         self.controlling = True
+        self.at_rest: Callable[[], None] | None = None
+        """Called when an optimizer step is over; may raise, as a signal's handler does."""
         self._guard = guard
         self._attribution = attribution
         self._found: dict[str, float] = {}
@@ -164,6 +166,16 @@ class Probe:
         self.looks.remove()
         self._put_back()
 
+    @property
+    def in_step(self) -> bool:
+        """Whether an optimizer step is under way, in whatever thread."""
+        return self._calls.under_way
+
+    @property
+    def left_in_step(self) -> bool:
+        """Whether the last optimizer step has raised: weights may be updated in part."""
+        return self._calls.have_raised
+
     # -- before the step -------------------------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
@@ -180,6 +192,7 @@ class Probe:
                 return args, {**kwargs, "closure": wrapped}
             return (args[0], wrapped, *args[2:]), kwargs
         except StopTraining:
+            self._calls.clear()  # it has not begun
             self._put_back()
             raise
         except InDoubt as error:
@@ -361,8 +374,13 @@ class Probe:
     # -- after the step --------------------------------------------------------------------------------------------
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._calls.leave(optimizer) or not self.controlling:
-            return
+        if self._calls.leave(optimizer):
+            if self.controlling:
+                self._end(optimizer)
+            if self.at_rest is not None:
+                self.at_rest()
+
+    def _end(self, optimizer: Optimizer) -> None:
         try:
             self._put_back()
             self._guard.settle(others_wait=self.observing and self._taps.losses.others_wait(optimizer))

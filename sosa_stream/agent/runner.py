@@ -169,7 +169,7 @@ def _run(code: CodeType, module: types.ModuleType, target: Target, agent: Agent 
         exec(code, module.__dict__)
     except SystemExit as error:
         if agent is not None:
-            agent.close("the script exited", _exit_code(error))
+            agent.close("the script exited", _exit_code(error), _ending(error))
         raise
     except BaseException as error:
         _trim(error)
@@ -177,7 +177,7 @@ def _run(code: CodeType, module: types.ModuleType, target: Target, agent: Agent 
             agent.report_exception(error, ends=True)
         sys.excepthook(type(error), error, error.__traceback__)
         if agent is not None:
-            agent.close(f"{type(error).__name__}", 1)
+            agent.close(f"{type(error).__name__}", 1, _ending(error))
         if isinstance(error, KeyboardInterrupt):
             # Python ends by the signal, after its own clean-up, only if the exception reaches it; it is told already.
             sys.excepthook = _say_nothing
@@ -187,6 +187,12 @@ def _run(code: CodeType, module: types.ModuleType, target: Target, agent: Agent 
         agent.close()
     del ours
     return 0
+
+
+def _ending(error: BaseException) -> str:
+    from sosa_stream.agent.core import ending  # there is an agent, so torch is there
+
+    return ending(error)
 
 
 def _exit_code(error: SystemExit) -> int:

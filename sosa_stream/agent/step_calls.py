@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from torch.optim import Optimizer
@@ -39,6 +40,17 @@ class StepCalls:
         """What is under way has raised, and no after-hook will come."""
         self._open.clear()
 
+    @property
+    def under_way(self) -> bool:
+        """Whether one is, in whatever thread; looks at the stacks of all."""
+        frames = {id(caller) for _, caller in tuple(self._open)}
+        return bool(frames) and any(id(frame) in frames for frame in _running())
+
+    @property
+    def have_raised(self) -> bool:
+        """Whether the last one has raised, and no other has begun since."""
+        return bool(self._open) and not self.under_way
+
     def _forget_raised(self, frame: FrameType | None) -> None:
         running = set()
         while frame is not None:
@@ -47,6 +59,15 @@ class StepCalls:
         self._open = [(optimizer, caller) for optimizer, caller in self._open if id(caller) in running]
         if not self._open:
             self._on_raised()
+
+
+def _running() -> Iterator[FrameType]:
+    """The frames of all threads."""
+    for top in sys._current_frames().values():
+        frame: FrameType | None = top
+        while frame is not None:
+            yield frame
+            frame = frame.f_back
 
 
 class Primary:

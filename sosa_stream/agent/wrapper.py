@@ -228,8 +228,9 @@ class SOSATrainingWrapper:
     def __enter__(self) -> SOSATrainingWrapper:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self._agent is not None and self._owns_agent:
+            self._agent.close("wrapper closed", checkpoint=core.ending(error))
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

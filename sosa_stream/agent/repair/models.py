@@ -21,9 +21,13 @@ class Models:
         self._buffers: list[tuple[weakref.ref[nn.Module], str]] = []
 
     @property
+    def outermost(self) -> list[nn.Module]:
+        return [model for ref in self._roots if (model := ref()) is not None]
+
+    @property
     def unwrapped(self) -> list[nn.Module]:
         """The script's own, out of `DistributedDataParallel` and `torch.compile`."""
-        return [_unwrapped(model) for ref in self._roots if (model := ref()) is not None]
+        return [_unwrapped(model) for model in self.outermost]
 
     @property
     def buffers(self) -> list[torch.Tensor]:

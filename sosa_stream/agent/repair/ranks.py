@@ -50,6 +50,10 @@ class Ranks:
         """Whether this rank is the one that copies for its node."""
         return self.rank == self._node[0]
 
+    def group(self) -> Any:
+        """A process group of the members, in which objects may travel."""
+        return self._group(self._members())
+
     def gather(self, value: Any) -> dict[int, Any]:
         """What every member says, by rank.
 

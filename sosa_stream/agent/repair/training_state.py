@@ -253,19 +253,9 @@ class TrainingState:
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, live, in the order in which it was met: what a checkpoint on disk is made of and loaded into.
-
-        Tensors are the script's own (DTensors where sharded), as `torch.distributed.checkpoint` wants them.
-        """
-        return {
-            "models": [model.state_dict() for model in self.models],
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
-            "scalers": [scaler.state_dict() for scaler in self.registry.scalers],
-            "registered": {name: thing.state_dict() for name, thing in self.registry.registered.items()},
-            "random": random_numbers.capture(),
-        }
+    def live(self) -> list[Any]:
+        """The objects themselves: whoever keeps this list keeps them alive."""
+        return [*self.optimizers, *self.schedulers, *self.scalers, *self._models.outermost]
 
     @staticmethod
     def _record(snapshot: Snapshot) -> None:
