@@ -25,7 +25,7 @@ from typing import Any
 
 import sosa_stream
 from benchmarks.detection import parts
-from benchmarks.rescuing import arms, harm, ranks
+from benchmarks.rescuing import arms, harm, ranks, table
 from benchmarks.rescuing.arms import Point
 from benchmarks.rescuing.cases import SEEDS, TUNING, Case, held_out
 from benchmarks.rescuing.faults import FAULTS
@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-oracle", action="store_true", help="do not look whether a lost case could be rescued")
     parser.add_argument("--refresh", default="", help="arms to run again even if they are in the cache")
     parser.add_argument("--verbose", action="store_true", help="incidents and commands of each run")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/rescue.json")
+    parser.add_argument("--write", action="store_true", help="results/rescue.json and the README's table")
     parser.add_argument("--harm", action="store_true", help="the healthy programs in auto instead, and nothing else")
     options = parser.parse_args(arguments)
     if options.harm:
@@ -198,6 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(json.dumps(summary, indent=2))
             if options.write:
                 write("rescue", {**summary, "cases": as_rows(results)})
+                table.write(summary, results)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -10,8 +11,9 @@ pytest.importorskip("torch")
 
 from benchmarks.rescuing.arms import grid
 from benchmarks.rescuing.cases import SEEDS, TUNING, Case, held_out
-from benchmarks.rescuing.judge import Result, Target, search, target
+from benchmarks.rescuing.judge import Result, Target, search, share, target
 from benchmarks.rescuing.ranks import Outcome, Ranks
+from benchmarks.rescuing.table import table
 
 
 def outcome(value: float, ended: str = "") -> Outcome:
@@ -77,6 +79,24 @@ def test_the_oracle_ends_at_the_first_point_that_rescues_and_gives_one_up_with_i
     assert search(goal, run) == good
     assert asked == [points[0]] * 2 + [points[1]] * 2 + [good] * len(SEEDS)
     assert search(goal, lambda point, seed: outcome(1.0)) is None
+
+
+def test_the_table_tells_the_shares_by_set_and_the_tuning_cases_by_group() -> None:
+    results = [result([1.0] * 5, [outcome(0.15)] * 5)]
+    results = [
+        replace(one, rescuable=True, runs={**one.runs, "ladder": one.runs["none"], "apt_sosa": one.runs["none"]})
+        for one in results
+    ]
+    shares = {arm: share(results, arm) for arm in ("auto", "ladder", "apt_sosa")}
+    nothing = {arm: share([], arm) for arm in shares}
+    summary = {
+        "tuning": {"counted": shares, "rescuable": shares},
+        "held-out": {"counted": nothing, "rescuable": nothing},
+    }
+    told = table(summary, results)
+    assert "| tuning, counted: 1 | 100% (21%–100%); runs 100% (100%–100%) | 0%" in told
+    assert "| scheduler bug | 1 | 1 | 0 | 0 |" in told
+    assert "held-out" not in told
 
 
 @pytest.mark.torchrun
