@@ -66,9 +66,9 @@ def test_after_a_restart_old_commands_are_dead_and_the_run_goes_on_under_its_nam
     ended = next(command for command in job.commands() if command["id"] == old["id"])
     assert (ended["state"], ended["verdict"]) == ("expired", "not_applied")
     assert "generation" in ended["reason"]
-    # Rank 0 may have been quick enough to tell that rank 1 was gone.
-    kinds = [incident["kind"] for incident in job.incidents() if not incident["evidence"].get("lost_peer")]
-    assert kinds == ["lr_jump", "lr_jump"]
+    # Of the rest: rank 0 may tell that rank 1 is gone, and a run that nobody mends goes on being damaged.
+    kinds = [incident["kind"] for incident in job.incidents()]
+    assert (kinds[0], kinds.count("lr_jump")) == ("lr_jump", 2)
     assert first != second
     job.digest()
 
