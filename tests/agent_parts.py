@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -19,10 +20,9 @@ from sosa_stream.agent.outbox import Outbox, Row, Wakeup
 from sosa_stream.agent.probe import Probe
 from sosa_stream.agent.repair.actuators import Actuators, make_actuators
 from sosa_stream.agent.repair.knobs import Knobs
-from sosa_stream.agent.repair.ranks import Ranks
+from sosa_stream.agent.repair.ranks import Ranks, world_size
 from sosa_stream.agent.repair.registry import Registry
 from sosa_stream.agent.repair.snapshots import SnapshotRing
-from sosa_stream.agent.repair.together import world_size
 from sosa_stream.agent.repair.training_state import TrainingState
 from sosa_stream.agent.watch.baseline import InputBaseline
 from sosa_stream.agent.watch.taps import Taps
@@ -68,13 +68,10 @@ class OneCommand:
         self.due: dict[int, Command] = {}
         self.elsewhere = ""
         """What kept another rank from applying it."""
+        self.members = tuple(range(world_size()))
 
     def arrive(self, tick: int) -> Command | None:
         return self.due.pop(tick, None)
-
-    @property
-    def members(self) -> tuple[int, ...]:
-        return tuple(range(world_size()))
 
     def conclude(self, failure: str = "") -> str:
         return failure or self.elsewhere
@@ -103,7 +100,8 @@ class Watch:
         self.taps = Taps()
         self.said: list[str] = []
         self.registry = Registry(self.said.append)
-        self.state = TrainingState(self.registry, ranks)
+        rank = dist.get_rank() if world_size() > 1 else 0
+        self.state = TrainingState(self.registry, ranks or Ranks(rank, members=lambda: self.fence.members))
         self.errors: list[tuple[BaseException, bool]] = []
         self.ring = SnapshotRing(self.state, AgentSettings(**settings), 2000, self.said.append) if snapshots else None
         mode = guard if isinstance(guard, GuardMode) else GuardMode.SYNC if guard else GuardMode.OFF

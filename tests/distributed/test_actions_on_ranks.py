@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from agent_parts import Watch, act, batches, command, loss_of, toy, train
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
@@ -16,6 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 from two_ranks import TwoRanks
+
+from sosa_stream.agent.repair.ranks import Ranks
+from sosa_stream.errors import SosaError, describe
 
 
 def ddp() -> tuple[nn.Module, AdamW]:
@@ -308,15 +312,15 @@ def resync_taken_back(rank: int) -> Any:
         train(model, optimizer, batches(2, seed=rank))
         comes_apart(rank, model, optimizer)
         before = held(model, optimizer)
-        watch.actuators.apply(command(act("resync", source=0)), 2, 2, 2)
+        watch.actuators.apply(command(act("resync", source=0)), 2, 2)
         between = held(model, optimizer)
         watch.actuators.take_back()
         after = held(model, optimizer)
         fix = command(act("resync", source=0))
-        watch.actuators.apply(fix, 2, 2, 2)
+        watch.actuators.apply(fix, 2, 2)
         watch.actuators.keep()
         with contextlib.suppress(Exception):
-            watch.actuators.apply(command(act("revert", command=fix.id)), 3, 3, 2)
+            watch.actuators.apply(command(act("revert", command=fix.id)), 3, 3)
         kept = held(model, optimizer)
     return before, between, after, kept, watch.actuators.in_force.stale_gradients
 
@@ -337,8 +341,9 @@ def refusals(rank: int) -> list[str]:
     asked = [act("resync", source=2)]
     found = [actuators.refusal(command(each), 0) for each in asked]
     watch.state.meet(whole[1])
+    watch.fence.members = (0,)
     try:
-        actuators.apply(command(act("resync", source=0)), 0, 0, 1)
+        actuators.apply(command(act("resync", source=0)), 0, 0)
     except Exception as error:
         found.append(str(error))
     watch.state.meet(spread[1])
@@ -357,3 +362,79 @@ def test_resync_says_why_it_cannot(two_ranks: TwoRanks) -> None:
 
 def test_resync_needs_more_than_one_rank() -> None:
     assert "there is one rank" in Watch().actuators.refusal(command(act("resync", source=0)), 0)
+
+
+# -- a peer that is lost in an action ----------------------------------------------------------------------------------
+
+
+class Lost(BaseException):
+    """This rank does nothing more for the action, and does not say so."""
+
+
+class Losing(Ranks):
+    """Ranks of which rank 1 is lost when it comes to exchange number ``at``, counted from 0, or to its third tensor."""
+
+    def __init__(self, rank: int, at: int | str) -> None:
+        super().__init__(rank, members=lambda: (0, 1), timeout_seconds=2.0)
+        self._at = at if rank == 1 else ""
+        self._num_exchanges = 0
+
+    def _group(self, ranks: tuple[int, ...]) -> Any:
+        if self._num_exchanges == self._at:
+            raise Lost
+        self._num_exchanges += 1
+        return super()._group(ranks)
+
+    def broadcast(self, tensors: Any, source: int | None = None) -> None:
+        super().broadcast(self._some(tensors), source)
+
+    def _some(self, tensors: Any) -> Any:
+        for number, tensor in enumerate(tensors):
+            if self._at == "third tensor" and number == 2:
+                raise Lost
+            yield tensor
+
+
+def loses_a_peer(rank: int, action: Any, at: int | str) -> tuple[str, bool, bool]:
+    model, optimizer = ddp()
+    loader = DataLoader(TensorDataset(torch.ones(9, 16, 4), torch.ones(9, 16, 1)), batch_size=None)
+    with Watch(alone=False, ranks=Losing(rank, at)).installed() as watch:
+        if at != 0:
+            watch.state.ranks.gather("here")  # makes the group
+        batches_left = iter(loader)
+        train(model, optimizer, [next(batches_left) for _ in range(2)])
+        comes_apart(1 - rank, model, optimizer)
+        before, words = held(model, optimizer), ""
+        try:
+            watch.actuators.apply(command(act("grad_accumulation", num_steps=2), action), 2, 2)
+        except (SosaError, Lost) as error:
+            words = describe(error)
+        dist.barrier()  # the rank that is lost is silent meanwhile: no closed connection tells the other
+        in_force = watch.actuators.in_force
+        unharmed = held(model, optimizer) == before and not in_force.standing and not in_force.stale_gradients
+        return words, unharmed, len(list(batches_left)) == 7
+
+
+@pytest.mark.parametrize(
+    ("action", "at", "why"),
+    [
+        (act("skip_data", num_batches=2), 1, "the ranks could not reach each other"),
+        (act("skip_data", num_batches=2), 0, "the ranks could not reach each other"),
+        (act("resync", source=1), 1, "the ranks could not reach each other"),
+        (act("resync", source=1), 2, "the ranks could not reach each other"),
+        (act("resync", source=1), 3, "the ranks could not reach each other"),
+        (act("resync", source=1), 4, "a copy did not reach all ranks"),
+        (act("resync", source=1), "third tensor", "a copy did not reach all ranks"),
+    ],
+)
+def test_a_peer_that_is_lost_in_an_action_is_waited_for_no_longer_than_our_timeout_and_nothing_is_changed(
+    two_ranks: TwoRanks, action: Any, at: int | str, why: str
+) -> None:
+    """The job's own group would wait for a minute, longer than the case may take."""
+    (words, unharmed, no_data_gone), (lost, *_) = two_ranks.run(loses_a_peer, action, at, seconds=40.0)
+    if at == 0:
+        two_ranks.end()  # what a group that was never whole has left in the store is in the way of the next
+    assert lost == "Lost"
+    assert why in words
+    assert unharmed
+    assert no_data_gone

@@ -155,7 +155,7 @@ def fails_on_rank(rank: int, kind: str, folder: str, failing: int) -> Any:
     try:
         with watch.installed():
             train(model, optimizer, batches(2, seed=rank))
-            watch.actuators.apply(command(act("save_checkpoint")), 2, 2, 2)
+            watch.actuators.apply(command(act("save_checkpoint")), 2, 2)
             watch.actuators.take_back()
             failed = ""
     except Exception as error:

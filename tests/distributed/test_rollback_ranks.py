@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from agent_parts import Watch, act, batches, bits, carry_out, command, toy, train
 from torch import nn
+from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -301,7 +302,8 @@ def gone(*args: Any, **kwargs: Any) -> None:
 
 
 def test_ranks_that_are_lost_before_anything_is_touched_make_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dist, "new_group", gone)
+    monkeypatch.setattr(c10d, "_new_process_group_helper", gone)
+    monkeypatch.setattr(c10d, "_get_default_store", lambda: None)
     ranks = Ranks(0, NODE, lambda: NODE)
     with pytest.raises(SosaError, match="could not reach each other: RuntimeError: connection reset") as refused:
         ranks.gather("here")
@@ -311,13 +313,22 @@ def test_ranks_that_are_lost_before_anything_is_touched_make_a_refusal(monkeypat
 def test_ranks_that_are_lost_in_mid_broadcast_leave_this_one_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ranks, "_group", lambda self, ranks: None)
     monkeypatch.setattr(dist, "broadcast", gone)
-    with pytest.raises(HalfAppliedError, match="did not reach all ranks of this node"):
+    with pytest.raises(HalfAppliedError, match="did not reach all ranks"):
         Ranks(0, NODE, lambda: NODE).broadcast([torch.zeros(2)])
 
 
 def test_a_node_whose_copies_are_with_a_rank_that_does_not_train_has_nothing_to_offer() -> None:
     with pytest.raises(SosaError, match="rank 0, which copies for this node, does not train"):
         Ranks(1, NODE, lambda: (1, 2)).spread(None)
+
+
+def gather_beside_a_group_of_one(rank: int) -> dict[int, Any]:
+    dist.new_group([0])  # so that the ranks are not in equally many groups
+    return Ranks(rank, members=lambda: NODE, timeout_seconds=20.0).gather(f"here is {rank}")
+
+
+def test_ranks_that_are_in_different_numbers_of_groups_find_each_other(two_ranks: TwoRanks) -> None:
+    assert two_ranks.run(gather_beside_a_group_of_one) == [{0: "here is 0", 1: "here is 1"}] * 2
 
 
 # -- who copies for whom -----------------------------------------------------------------------------------------------

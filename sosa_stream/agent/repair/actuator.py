@@ -19,8 +19,6 @@ class Moment:
     command: str
     tick: int
     step: int
-    num_ranks: int = 1
-    """How many carry it out together."""
 
 
 @dataclass(slots=True)
@@ -65,7 +63,7 @@ class Actuator:
         """Why this rank could not do it as things stand, or nothing. For the agent's thread; waits for nothing."""
         return ""
 
-    def consult(self, at: Moment) -> None:
+    def consult(self) -> None:
         """Ask the other ranks what all must know alike, before any action of the command can have failed on one."""
 
     def apply(self, params: Mapping[str, Any], at: Moment) -> tuple[Undo, str]:

@@ -85,7 +85,7 @@ class Actuators:
         detail = ""
         failed: Exception | None = None
         try:
-            detail = self.apply(command, tick, step, len(agreement.members))
+            detail = self.apply(command, tick, step)
         except Exception as error:
             failed = error
         why = agreement.conclude(describe(failed) if failed else "")
@@ -97,8 +97,8 @@ class Actuators:
             self.take_back()
         return not why, why or detail
 
-    def apply(self, command: Command, tick: int, step: int, num_ranks: int = 1) -> str:
-        """Carry out all actions of ``command`` as one, on ``num_ranks`` ranks. Returns what was done, in words.
+    def apply(self, command: Command, tick: int, step: int) -> str:
+        """Carry out all actions of ``command`` as one. Returns what was done, in words.
 
         `keep` or `take_back` follows, as the other ranks fared.
 
@@ -106,10 +106,10 @@ class Actuators:
             HalfAppliedError: an action failed, and those before it could not all be undone.
             Exception: an action failed; those before it have been undone.
         """
-        at = Moment(command=command.id, tick=tick, step=step, num_ranks=num_ranks)
+        at = Moment(command=command.id, tick=tick, step=step)
         for action in command.actions:
             if action.action in self._by_action:
-                self._by_action[action.action].consult(at)
+                self._by_action[action.action].consult()
         in_order = replace(command, actions=tuple(sorted(command.actions, key=self._comes_last)))
         undos, words = self._carry_out(in_order, at)
         self._under_way = in_order, undos
@@ -234,7 +234,7 @@ def make_actuators(
     by_action: dict[str, Actuator] = {
         "none": Nothing(),
         "skip_step": SkipSteps(in_force),
-        "skip_data": SkipData(in_force, deliveries or Deliveries()),
+        "skip_data": SkipData(in_force, deliveries or Deliveries(), state.ranks),
         "clip_grad": ClipGradients(in_force),
         "scale_lr": ScaleLearningRate(in_force, state, max_lr_change),
         "rollback": Rollback(in_force, state, snapshots),

@@ -23,7 +23,7 @@ def inner_optimizer(optimizer: Optimizer) -> Optimizer:
 
 def by_position(optimizer: Optimizer) -> Iterator[tuple[int, dict[str, Any]]]:
     inner = inner_optimizer(optimizer)
-    for position, parameter in enumerate(_parameters(inner)):
+    for position, parameter in enumerate(parameters_of(inner)):
         if parameter in inner.state:
             yield position, inner.state[parameter]
 
@@ -35,7 +35,7 @@ def room_for_state(optimizer: Optimizer, saved: dict[int, dict[str, Any]]) -> di
 
 def set_state(optimizer: Optimizer, state: dict[int, dict[str, Any]]) -> None:
     inner = inner_optimizer(optimizer)
-    for position, parameter in enumerate(_parameters(inner)):
+    for position, parameter in enumerate(parameters_of(inner)):
         inner.state.pop(parameter, None)
         if position in state:
             inner.state[parameter] = state[position]
@@ -58,5 +58,5 @@ def num_moments(group: dict[str, Any]) -> int:
     return sum(bool(group.get(name)) for name in ("momentum", "alpha", "centered", "rho"))
 
 
-def _parameters(optimizer: Optimizer) -> Iterator[Any]:
+def parameters_of(optimizer: Optimizer) -> Iterator[Any]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])

@@ -1,20 +1,23 @@
 """The ranks that carry out a command together: what they tell each other inside an action, and who copies for whom.
 
-Replicas are equal, so one rank of a node keeps the copy for all of its ranks and broadcasts it when it is wanted. That
-happens on the training thread at the agreed tick, so all ranks come to each exchange in the same order;
-the groups are our own, made at first need.
+They speak on the training thread at the agreed tick, so all come to each exchange in the same order. The groups are our
+own, made at first need, and wait no longer than we let them. Replicas are equal, so one rank of a node keeps the copy
+for all of its ranks and broadcasts it when it is wanted.
 """
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from sosa_stream.errors import HalfAppliedError, SosaError, describe
+
+Result = TypeVar("Result")
 
 
 class Ranks:
@@ -39,6 +42,11 @@ class Ranks:
         self._members = members
         self._timeout = datetime.timedelta(seconds=timeout_seconds)
         self._groups: dict[tuple[int, ...], tuple[Any, Any]] = {}
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The ranks that carry out the command at hand."""
+        return self._members()
 
     @property
     def share(self) -> bool:
@@ -70,34 +78,57 @@ class Ranks:
             raise SosaError(f"the ranks could not reach each other: {describe(error)}") from error
         return dict(zip(members, said, strict=True))
 
-    def spread(self, value: Any) -> Any:
-        """The ``value`` of the rank that copies for this node, on all of its ranks.
+    def all_manage(self, work: Callable[[], Result]) -> Result:
+        """Do what may fail on one member alone, and go on only if it has failed on none.
+
+        Raises:
+            SosaError: it failed on a member, which is named on all of them; or they could not be reached.
+        """
+        reason, result = "", None
+        try:
+            result = work()
+        except Exception as error:
+            reason = describe(error)
+        said = self.gather(reason)
+        for rank, words in said.items():
+            if words:
+                raise SosaError(words if len(said) == 1 else f"rank {rank}: {words}")
+        return cast(Result, result)
+
+    def spread(self, value: Any, source: int | None = None) -> Any:
+        """What ``source`` gives as ``value``, on all members; by default what the rank that copies for this node gives,
+        on the ranks of the node.
 
         Raises:
             SosaError: it could not be had; nothing has been changed.
         """
-        box, mates = [value], self._mates
+        box, (giver, takers) = [value], self._from(source)
         try:
-            dist.broadcast_object_list(box, src=self._node[0], group=self._group(mates))
+            dist.broadcast_object_list(box, src=giver, group=self._group(takers))
         except Exception as error:
-            raise SosaError(f"the ranks of this node could not reach each other: {describe(error)}") from error
+            raise SosaError(f"the ranks could not reach each other: {describe(error)}") from error
         return box[0]
 
-    def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Fill ``tensors`` in place with those of the rank that copies for this node.
+    def broadcast(self, tensors: Iterable[torch.Tensor], source: int | None = None) -> None:
+        """Fill ``tensors`` in place with those of ``source``: from whom to whom as in `spread`.
 
         Raises:
             HalfAppliedError: some have been filled and some not.
         """
         try:
-            group = self._group(self._mates)
+            giver, takers = self._from(source)
+            group = self._group(takers)
             for tensor in tensors:
                 flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)  # every type, in one way
-                dist.broadcast(flat, src=self._node[0], group=group)
+                dist.broadcast(flat, src=giver, group=group)
                 if not tensor.is_contiguous():
                     tensor.detach().copy_(flat.view(tensor.dtype).view(tensor.shape))
         except Exception as error:
-            raise HalfAppliedError(f"a copy did not reach all ranks of this node: {describe(error)}") from error
+            raise HalfAppliedError(f"a copy did not reach all ranks: {describe(error)}") from error
+
+    def _from(self, source: int | None) -> tuple[int, tuple[int, ...]]:
+        """The rank that gives, and all to whom it does."""
+        return (self._node[0], self._mates) if source is None else (source, self._members())
 
     @property
     def _mates(self) -> tuple[int, ...]:
@@ -109,19 +140,31 @@ class Ranks:
         return mates
 
     def _group(self, ranks: tuple[int, ...]) -> Any:
-        """A process group of ``ranks``: made once for each start of the job's own."""
+        """A process group of ``ranks``: made once for each start of the job's own.
+
+        By a name of ours. `new_group` makes one out of the number of groups that this rank is in, or else has to be
+        called by all ranks of the job: where the script's groups are not as many on every rank, they never meet.
+        """
         whole = dist.group.WORLD
         known = self._groups.get(ranks)
         if known is None or known[0] is not whole:
             on_gpu = torch.cuda.is_initialized() and dist.is_nccl_available()  # type: ignore[no-untyped-call]
-            group = dist.new_group(
-                list(ranks),
-                timeout=self._timeout,
-                backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-                use_local_synchronization=True,
+            c10d: Any = dist.distributed_c10d
+            backend = dist.Backend("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+            prefix = f"sosa {hashlib.sha1(repr(ranks).encode(), usedforsecurity=False).hexdigest()} "
+            name = prefix + str(sum(name.startswith(prefix) for name in c10d._world.pg_names.values()))
+            here, store = ranks.index(self.rank), c10d._get_default_store()
+            group, _ = c10d._new_process_group_helper(
+                len(ranks), here, list(ranks), backend, store, name, timeout=self._timeout
             )
+            c10d._world.pg_group_ranks[group] = {rank: place for place, rank in enumerate(ranks)}
             self._groups[ranks] = known = whole, group
         return known[1]
+
+
+def world_size() -> int:
+    """Ranks of the job's process group; 1 where there is none."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def ranks_of_node(env: Mapping[str, str], rank: int, world_size: int) -> range:

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch.optim import Optimizer
-
 from sosa_stream.agent.gradients import is_sharded
-from sosa_stream.agent.repair import together
 from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Undo
-from sosa_stream.agent.repair.optimizer_state import by_position, inner_optimizer
+from sosa_stream.agent.repair.copies import Copy, copy_all, fill, outline, room_for, tensors_in
+from sosa_stream.agent.repair.optimizer_state import (
+    by_position,
+    inner_optimizer,
+    parameters_of,
+    room_for_state,
+    set_state,
+)
+from sosa_stream.agent.repair.ranks import world_size
 from sosa_stream.agent.repair.training_state import TrainingState
-from sosa_stream.errors import RefusedError
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Stands for a tensor while the structure around it travels."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    on_host: bool
+from sosa_stream.errors import HalfAppliedError, RefusedError, SosaError
 
 
 class Resync(Actuator):
-    """Every rank ends with the source's bits; what the others held is kept until all have managed.
+    """Every rank ends with the source's bits; a copy of what each held is kept until all have managed.
 
     The gradients at hand belong to weights that are gone, on one rank or another: they are left out on all.
     """
@@ -38,107 +32,66 @@ class Resync(Actuator):
     def __init__(self, in_force: InForce, state: TrainingState) -> None:
         self._in_force = in_force
         self._state = state
-        self._aside: list[tuple[Optimizer, dict[Any, Any], list[torch.Tensor]]] = []
-        """Of each optimizer the state and a copy of the parameters as they were."""
+        self._aside: list[Any] = []
+        """Of each optimizer a copy of its parameters, and of their state by position."""
 
     def refusal(self, params: Mapping[str, Any], step: int) -> str:
-        world_size = together.world_size()
-        if world_size == 1:
+        num_ranks = world_size()
+        if num_ranks == 1:
             return "there is one rank, and nothing to copy from"
-        if params["source"] >= world_size:
-            return f"there is no rank {params['source']}; ranks are 0 to {world_size - 1}"
+        if params["source"] >= num_ranks:
+            return f"there is no rank {params['source']}; ranks are 0 to {num_ranks - 1}"
         if any(is_sharded(each) or inner_optimizer(each) is not each for each in self._state.optimizers):
             return "the state is sharded, each rank holds what no other has"
         return ""
 
     def apply(self, params: Mapping[str, Any], at: Moment) -> tuple[Undo, str]:
-        if why := self.refusal(params, at.step):
+        source, ranks, optimizers = params["source"], self._state.ranks, self._state.optimizers
+        why = self.refusal(params, at.step)
+        if not why and len(ranks.members) < world_size():  # the others would stay apart
+            why = f"only {len(ranks.members)} of {world_size()} ranks step, and this needs all of them"
+        if why:
             raise RefusedError(f"resync: {why}")
-        together.require_all_ranks(at)
-        source, optimizers = params["source"], self._state.optimizers
-        plan = together.from_rank(source, together.all_manage(lambda: pickle.dumps([_plan(o) for o in optimizers])))
-        is_source = together.rank() == source
-        fresh = together.all_manage(lambda: self._prepare(optimizers, pickle.loads(plan), is_source))
+        live = [(list(parameters_of(optimizer)), dict(by_position(optimizer))) for optimizer in optimizers]
+        plan = ranks.spread(ranks.all_manage(lambda: self._put_aside(live)), source)
+        rooms = ranks.all_manage(lambda: self._prepare(live, plan, ranks.rank == source))
         was_stale, held = self._in_force.stale_gradients, self._aside
 
         def undo() -> None:
-            if self._aside is not held:
+            if not held:
                 raise RefusedError("what the ranks held before resync is gone")
-            for optimizer, state, parameters in held:
-                _replace_state(optimizer, state)
-                with torch.no_grad():
-                    for parameter, before in zip(_parameters(optimizer), parameters, strict=True):
-                        parameter.copy_(before)
+            for optimizer, (copies, state) in zip(optimizers, held, strict=True):
+                fill(list(parameters_of(optimizer)), copies)
+                set_state(optimizer, fill(room_for_state(optimizer, state), state))
             self._in_force.stale_gradients = was_stale
-            self._aside = []
+            held.clear()
 
         try:
-            for optimizer, state in zip(optimizers, fresh, strict=True):
-                for tensor in [*_parameters(optimizer), *_tensors(state)]:
-                    together.broadcast_bits(tensor, source)
-                _replace_state(optimizer, state)
-        except Exception:  # a peer is gone: this rank is at least what it was
+            ranks.broadcast(tensors_in([[parameters for parameters, _ in live], rooms]), source)
+        except HalfAppliedError as error:  # a peer is gone: this rank is at least what it was
             undo()
-            raise
+            raise SosaError(str(error)) from error
+        for optimizer, room in zip(optimizers, rooms, strict=True):
+            set_state(optimizer, room)
         self._in_force.stale_gradients = True
         return undo, f"parameters and optimizer state of rank {source} copied to all ranks"
 
     def keep(self) -> None:
-        self._aside = []
+        self._aside.clear()
 
-    def _prepare(self, optimizers: list[Optimizer], plans: list[Any], is_source: bool) -> list[dict[Any, Any]]:
-        """All that may fail on one rank: the state to be filled, and copies for the way back."""
-        if len(plans) != len(optimizers):
+    def _put_aside(self, live: list[Any]) -> bytes:
+        """Keep a copy for the way back; returns its outline."""
+        self._aside = copy_all(live)
+        return pickle.dumps(outline(self._aside))
+
+    def _prepare(self, live: list[Any], plan: bytes, is_source: bool) -> list[Any]:
+        """Room for the state of each optimizer of the source, where that fits in the present one's memory."""
+        theirs = pickle.loads(plan)
+        if len(theirs) != len(live):
             raise RefusedError("the ranks do not have the same optimizers")
-        self._aside, fresh = [], []
-        for optimizer, (shapes, states) in zip(optimizers, plans, strict=True):
-            parameters = _parameters(optimizer)
-            if [_outline(parameter) for parameter in parameters] != shapes:
+        for (parameters, _), (shapes, _) in zip(live, theirs, strict=True):
+            if len(parameters) != len(shapes) or not all(map(Copy.fits, shapes, parameters)):
                 raise RefusedError("the ranks do not have the same parameters")
-            self._aside.append((optimizer, dict(optimizer.state), [p.detach().clone() for p in parameters]))
-            fresh.append(
-                dict(optimizer.state)
-                if is_source
-                else {parameters[i]: _filled_in(values, parameters[i].device) for i, values in states.items()}
-            )
-        return fresh
-
-
-def _replace_state(optimizer: Optimizer, state: dict[Any, Any]) -> None:
-    optimizer.state.clear()
-    optimizer.state.update(state)
-
-
-def _parameters(optimizer: Optimizer) -> list[torch.Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _plan(optimizer: Optimizer) -> tuple[list[Any], dict[int, Any]]:
-    """Its parameters, and the state of each by its position, without the numbers."""
-    states = {position: _outline(values) for position, values in by_position(optimizer)}
-    return [_outline(parameter) for parameter in _parameters(optimizer)], states
-
-
-def _outline(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return Shape(tuple(value.shape), value.dtype, value.device.type == "cpu")
-    if isinstance(value, dict):
-        return {name: _outline(item) for name, item in value.items()}
-    return [_outline(item) for item in value] if isinstance(value, list) else value
-
-
-def _filled_in(outline: Any, device: torch.device) -> Any:
-    """An outline with tensors in it, whose numbers are still to come."""
-    if isinstance(outline, Shape):
-        return torch.empty(outline.shape, dtype=outline.dtype, device="cpu" if outline.on_host else device)
-    if isinstance(outline, dict):
-        return {name: _filled_in(item, device) for name, item in outline.items()}
-    return [_filled_in(item, device) for item in outline] if isinstance(outline, list) else outline
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
+        if is_source:
+            return [state for _, state in live]
+        return [room_for(outlined, state) for (_, outlined), (_, state) in zip(theirs, live, strict=True)]

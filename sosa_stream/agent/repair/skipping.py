@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sosa_stream.agent.repair import together
 from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Undo
+from sosa_stream.agent.repair.ranks import Ranks
 from sosa_stream.agent.watch.deliveries import Deliveries
 
 
@@ -32,17 +32,14 @@ class SkipData(Actuator):
     Without a DataLoader, on any rank, updates are skipped instead: the data goes by all the same.
     """
 
-    def __init__(self, in_force: InForce, deliveries: Deliveries) -> None:
+    def __init__(self, in_force: InForce, deliveries: Deliveries, ranks: Ranks) -> None:
         self._deliveries = deliveries
+        self._ranks = ranks
         self._skip_steps = SkipSteps(in_force)
         self._seen_by_all = False
 
-    def consult(self, at: Moment) -> None:
-        seen = bool(self._deliveries.iterators)
-        if at.num_ranks > 1:
-            together.require_all_ranks(at)
-            seen = together.all_true(seen)
-        self._seen_by_all = seen
+    def consult(self) -> None:
+        self._seen_by_all = all(self._ranks.gather(bool(self._deliveries.iterators)).values())
 
     def apply(self, params: Mapping[str, Any], at: Moment) -> tuple[Undo, str]:
         num_batches = params["num_batches"]

@@ -49,7 +49,7 @@ from sosa_stream.agent.repair.ranks import Ranks
 from sosa_stream.agent.repair.registry import Registry, copy_scale, follows_metric, restore_scale
 from sosa_stream.agent.repair.snapshots import NoSnapshotError, Snapshot
 from sosa_stream.config import Switch
-from sosa_stream.errors import SosaError, describe
+from sosa_stream.errors import SosaError
 
 
 class TrainingState:
@@ -176,27 +176,14 @@ class TrainingState:
             SosaError: it cannot be done on some rank, in the same words on all. Nothing has been changed.
             HalfAppliedError: the other ranks were lost on the way.
         """
-        whole, failure, rooms = snapshot, "", []
         try:
-            if self.replicated:
-                whole = self._whole(snapshot)
-            snapshot.wait()
-            self._check(whole)
-            rooms = [room_for_state(*pair) for pair in zip(self.optimizers, whole.optimizers, strict=True)]
-            self._restore_small(snapshot)
-        except Exception as error:
-            failure = describe(error)
-        try:
-            said = self.ranks.gather(failure)
-        except SosaError as error:
-            said = {self.ranks.rank: failure or str(error)}
-        if refused := {rank: words for rank, words in said.items() if words}:
+            rooms = self.ranks.all_manage(lambda: self._prepare(snapshot))
+        except SosaError:
             present.wait()
             self._restore_small(present)
-            rank, words = next(iter(refused.items()))
-            raise SosaError(words if len(said) == 1 else f"rank {rank}: {words}")
+            raise
         with torch.no_grad():
-            if whole is snapshot:
+            if not self.replicated or self.ranks.holds:
                 for tensor, copy in zip(self.parameters, snapshot.parameters, strict=True):
                     copy.put_back(tensor)
                 for room, saved in zip(rooms, snapshot.optimizers, strict=True):
@@ -205,6 +192,15 @@ class TrainingState:
                 set_state(optimizer, room)
             if self.replicated:
                 self.ranks.broadcast([*self.parameters, *tensors_in(rooms)])
+
+    def _prepare(self, snapshot: Snapshot) -> list[dict[int, dict[str, Any]]]:
+        """All that may fail on one rank: what is its own put back, and room for the optimizers' state."""
+        whole = self._whole(snapshot) if self.replicated else snapshot
+        snapshot.wait()
+        self._check(whole)
+        rooms = [room_for_state(*pair) for pair in zip(self.optimizers, whole.optimizers, strict=True)]
+        self._restore_small(snapshot)
+        return rooms
 
     def _whole(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with all its parts; those that another rank of this node keeps, in outline."""
