@@ -101,13 +101,16 @@ def main() -> None:
 
 
 def fork() -> None:
-    """A child that dies of SIGTERM, as it would without us, and its parent does not."""
-    child = os.fork()
-    if not child:
-        signal.pause()
-        os._exit(0)
-    os.kill(child, signal.SIGTERM)
-    print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    """Children that die of SIGTERM, as they would without us, however early it comes, and their parent does not."""
+    codes = set()
+    for _ in range(100):
+        child = os.fork()
+        if not child:
+            time.sleep(60.0)
+            os._exit(0)
+        os.kill(child, signal.SIGTERM)
+        codes.add(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print("children", codes, flush=True)
 
 
 main()

@@ -223,7 +223,9 @@ def test_a_row_still_on_its_way_from_the_device_holds_back_those_after_it_and_no
 
 
 def _awake(wakeup: Wakeup) -> bool:
-    return bool(select.select([wakeup.fd], [], [], 0)[0])
+    poll = select.poll()  # `select.select` knows only the first 1024 files
+    poll.register(wakeup.fd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def test_non_finite_values_and_messages_wake_the_agents_thread_and_healthy_rows_do_not() -> None:

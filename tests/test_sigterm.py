@@ -136,7 +136,7 @@ def test_a_forked_child_dies_of_sigterm_and_its_parent_goes_on(start: Callable[.
     (script.folder / "go").touch()
     code, said = script.ended()
     assert code == 0, said
-    assert f"child {-signal.SIGTERM}" in said
+    assert f"children {{{-signal.SIGTERM}}}" in said
     assert list(script.checkpoints) == ["final_21"]
 
 

@@ -581,7 +581,6 @@ class Agent:
         self.probe.observing = False
         self.probe.looks.remove()
         self.probe.at_rest = None
-        self._termination.after_fork_in_child()
         self.taps.remove()
         self.registry.remove()
         if self._embedded is not None:

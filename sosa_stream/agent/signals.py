@@ -8,12 +8,16 @@ A Python handler runs only once the main thread is back from C code, which may b
 gone. So the kernel's signal is also seen on a file descriptor by a second thread. If the main thread does not move,
 that thread has the checkpoint written, for the weights rest then too; and where the script leaves SIGTERM at its
 default, it ends the process by it. (C code that does not let go of the interpreter's lock holds up both.)
+
+A forked child has the script's own handler. One that is sent SIGTERM at once would lose it, for Python forgets in a new
+child what came for its handlers: the signal is held back while forking.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import sys
@@ -73,6 +77,9 @@ class Termination:
         if scripts is None:
             self._say("SIGTERM saves no checkpoint: its handler is not Python's")
             return
+        global _listening
+        _listening = self
+        _hold_back_while_forking()
         self._scripts = scripts
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
@@ -91,10 +98,6 @@ class Termination:
         self._let_go()
         if deferred:
             os.kill(os.getpid(), signal.SIGTERM)
-
-    def after_fork_in_child(self) -> None:
-        if self._pipe is not None:
-            self._let_go()
 
     def recheck(self) -> None:
         """At a tick: take note of a handler that has come past us, by a reference to `signal.signal` of before."""
@@ -167,8 +170,10 @@ class Termination:
                 os.write(self._pipe[1], ENTERED)
 
     def _let_go(self) -> None:
+        global _listening
         assert self._pipe is not None
         pipe, self._pipe, self._deferred = self._pipe, None, False
+        _listening = None
         if signal.signal == self._signal_as_seen:
             signal.signal, signal.getsignal = self._signal, self._getsignal
         if self._getsignal(signal.SIGTERM) == self._arrived:
@@ -236,6 +241,32 @@ class _Saver:
 
     def _run(self) -> None:
         self._words = self._save(lambda: self._wanted)
+
+
+_listening: Termination | None = None
+_forking = threading.local()
+
+
+@functools.cache
+def _hold_back_while_forking() -> None:
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
+
+
+def _before_fork() -> None:
+    if _listening is not None:
+        _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _after_fork() -> None:
+    mask = _forking.__dict__.pop("mask", None)
+    if mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _after_fork_in_child() -> None:
+    if _listening is not None:
+        _listening._let_go()
+    _after_fork()
 
 
 def _place_of_main() -> tuple[int, int] | None:
