@@ -15,6 +15,7 @@ import numpy as np
 from sosa_stream.config import DetectSettings
 from sosa_stream.decide.carry_over import CarryOver
 from sosa_stream.decide.commands import CommandRecord
+from sosa_stream.decide.dispatch import Dispatch
 from sosa_stream.decide.people import People
 from sosa_stream.decide.policy import RunPolicy
 from sosa_stream.decide.repairs import Repairs
@@ -111,9 +112,10 @@ class Engine:
         self._last_event = math.nan
         """When the event at hand came in."""
         self._tracker = Tracker(run)
-        self._repairs = Repairs(run, self._tracker)
-        self._people = People(self._repairs)
-        self._carry_over = CarryOver(self._repairs)
+        self._dispatch = Dispatch(run, self._tracker)
+        self._repairs = Repairs(self._tracker, self._dispatch)
+        self._people = People(self._repairs, self._dispatch)
+        self._carry_over = CarryOver(self._dispatch)
         self._firing: dict[str, int] = {}
         self._ended = False
         self._effects: list[Effect] = []
@@ -128,7 +130,7 @@ class Engine:
     @property
     def has_commands_in_flight(self) -> bool:
         """Whether a command is published and not yet applied or given up."""
-        return self._repairs.in_flight
+        return self._dispatch.in_flight
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take one event in, received at ``now`` (seconds, monotone over calls); returns what the shell must do."""
@@ -177,12 +179,12 @@ class Engine:
             learning_rate=windows.lr,
             ranks=tuple(self._ranks[rank] for rank in sorted(self._ranks)),
             incidents=self._tracker.incidents,
-            commands=self._repairs.ledger.records,
+            commands=self._dispatch.ledger.records,
             detectors=tuple((detector.kind, str(self._detector_state(detector))) for detector in self._detectors),
             knobs=tuple(self._repairs.knobs.values()),
             mode=str(self._repairs.policy.mode),
             paused=self._repairs.paused.who if self._repairs.paused else "",
-            standing=tuple(fix.entry.record.id for fix in self._repairs.standing.in_force if fix.actions),
+            standing=tuple(fix.entry.record.id for fix in self._dispatch.standing.in_force if fix.actions),
         )
 
     def _hear(self, event: Hello | Heartbeat | MetricFrame | Layers | Knobs | Ack | Bye, now: float) -> None:
@@ -191,7 +193,7 @@ class Engine:
             self._note_rank(header, now)
             self._greet(event)
             if len(self._members()) >= header.world_size:
-                self._carry_over.begin(self._windows)
+                self._carry_over.begin(self._windows, self._repairs.policy)
         elif isinstance(event, Heartbeat):
             self._note_rank(header, now, step=event.step, phase=event.phase)
         elif isinstance(event, MetricFrame):
@@ -206,7 +208,7 @@ class Engine:
             self._repairs.knobs = {knob.name: knob for knob in event.knobs}
         elif isinstance(event, Ack):
             self._note_rank(header, now, step=event.step)
-            entry = self._repairs.acknowledge(event, self._members(), self._windows)
+            entry = self._dispatch.acknowledge(event, self._members(), self._windows)
             self._carry_over.look(self._windows)
             if entry is not None:
                 step = event.step if entry.record.applied_step is None else entry.record.applied_step
@@ -227,9 +229,9 @@ class Engine:
         if self._started:
             self._past_generations.add(self._generation)
             self._repairs.end_generation("a new generation began")
-            self._repairs.standing.begin_generation(trained=self._windows.step >= 0)
+            self._dispatch.standing.begin_generation(trained=self._windows.step >= 0)
             self._tracker.begin_generation()
-        self._generation = self._repairs.generation = header.generation
+        self._generation = self._dispatch.generation = header.generation
         self._windows = RunWindows(self._settings)
         self._alignment = Alignment(min(max(header.world_size, 1), MAX_WORLD_SIZE))
         self._ranks, self._heard = {}, {}
@@ -346,7 +348,7 @@ class Engine:
         self._windows.take(row)
         if self._windows.model != model:
             self._tracker.begin_generation()
-            self._repairs.forget_holds()
+            self._dispatch.forget_holds()
         elif self._windows.segment != segment:
             self._tracker.begin_segment()
         self._detect()
@@ -356,7 +358,7 @@ class Engine:
             if len(finite) or (name in ALWAYS_NUMBERS and row.sent[:, AT[name]].any()):
                 value = float(finite.mean()) if len(finite) else math.nan
                 self._log((Logged(name=name, step=row.step, value=value),))
-        self._tracker.pass_step(self._windows, self._repairs.kept_open)
+        self._tracker.pass_step(self._windows, self._dispatch.kept_open)
         self._repairs.step(self._windows, self._last_event)
         self._carry_over.look(self._windows)
         self._flush()
@@ -389,12 +391,12 @@ class Engine:
 
     def _flush(self) -> None:
         """Show what has changed: incidents first, since commands refer to them."""
-        records = self._repairs.ledger.changed()
+        records = self._dispatch.ledger.changed()
         for incident in dict.fromkeys(record.incident for record in records if record.incident):
-            self._tracker.set_fixes(incident, self._repairs.ledger.of_incident(incident))
+            self._tracker.set_fixes(incident, self._dispatch.ledger.of_incident(incident))
         self._effects += [IncidentChanged(incident=incident) for incident in self._tracker.changed()]
         self._effects += [CommandChanged(record=record) for record in records]
-        self._effects += self._repairs.effects()
+        self._effects += self._dispatch.effects()
 
     def _detector_state(self, detector: Detector) -> DetectorState:
         """``firing`` while its incident is open, or where it has joined another's at this step."""

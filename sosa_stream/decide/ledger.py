@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +15,7 @@ from sosa_stream.decide.commands import (
     CommandState,
     Verdict,
 )
-from sosa_stream.protocol.messages import Ack, AckState
+from sosa_stream.protocol.messages import Ack, AckState, Command
 
 _NOT_APPLIED = frozenset({CommandState.REJECTED, CommandState.EXPIRED, CommandState.ABORTED})
 
@@ -39,6 +40,8 @@ class Entry:
     """The command that this one takes back."""
     releases: str | None = None
     """The command whose learning rate this one lets go."""
+    spent_on: str = ""
+    """The kind whose budget it was taken from."""
     withheld: bool = False
     """Only proposed because repairs are paused or the hours quiet: decided anew once that is over."""
     acks: dict[int, AckState] = field(default_factory=dict)
@@ -54,11 +57,29 @@ class Entry:
     def final(self) -> bool:
         return self.record.state in FINAL_STATES
 
+    @property
+    def command(self) -> Command:
+        """As it goes to the ranks."""
+        record = self.record
+        return Command(
+            id=record.id,
+            run=record.run,
+            generation=record.generation,
+            seq=self.seq,
+            actions=record.actions,
+            reason=record.reason,
+            incident=record.incident,
+            expires_tick=self.expires_tick,
+            approved=self.approved,
+        )
+
 
 class Ledger:
     """All commands in the order in which they were made; remembers which records changed."""
 
     def __init__(self) -> None:
+        self.tried: defaultdict[str, set[str]] = defaultdict(set)
+        """The fixes that an incident has had, by its id; without those that are to be decided anew."""
         self._entries: dict[str, Entry] = {}
         self._live: dict[str, Entry] = {}
         self._changed: list[CommandRecord] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sosa_stream.config import Mode
 from sosa_stream.decide.commands import CommandState
+from sosa_stream.decide.dispatch import Dispatch
 from sosa_stream.decide.repairs import Repairs
 from sosa_stream.decide.requests import Approve, Fix, Pause, Reply, Request, Resume, Undo
 from sosa_stream.detect.windows import RunWindows
@@ -16,10 +17,11 @@ NOT_BY_HAND = {
 
 
 class People:
-    """Answers and carries out requests, by the `Repairs` of the run."""
+    """Answers requests, and carries them out."""
 
-    def __init__(self, repairs: Repairs) -> None:
+    def __init__(self, repairs: Repairs, dispatch: Dispatch) -> None:
         self._repairs = repairs
+        self._dispatch = dispatch
 
     def reply(self, request: Request, *, anybody_there: bool) -> Reply:
         """What a request would come to as things stand. Changes nothing."""
@@ -40,33 +42,33 @@ class People:
 
     def carry_out(self, request: Request, windows: RunWindows, *, anybody_there: bool) -> None:
         """Do what was asked, if it can still be done; otherwise say why not."""
-        repairs = self._repairs
+        repairs, dispatch = self._repairs, self._dispatch
         reply = self.reply(request, anybody_there=anybody_there)
         if not reply.done:
             what = type(request).__name__.lower()
             about = f" {request.command}" if isinstance(request, Approve | Undo) else ""
-            repairs.say(f"{request.who} asked to {what}{about}: {reply.text}")
+            dispatch.say(f"{request.who} asked to {what}{about}: {reply.text}")
             return
         match request:
             case Approve(command=command):
-                repairs.approve(command, request.who, windows)
+                dispatch.approve(command, request.who, windows)
             case Undo(command=command):
                 why = f"{request.who} asked for it"
-                if anybody_there and command in repairs.standing:
-                    repairs.take_back(command, why, windows, asked=True)
+                if anybody_there and command in dispatch.standing:
+                    dispatch.take_back(command, why, windows, asked=True)
                 else:
-                    repairs.let_go(command, why)
+                    dispatch.let_go(command, why)
             case Fix():
                 self._fix(request, windows)
             case Pause():
                 repairs.paused = request
-                repairs.say(f"{request.who} has paused repairs" + (f": {request.reason}" if request.reason else ""))
+                dispatch.say(f"{request.who} has paused repairs" + (f": {request.reason}" if request.reason else ""))
             case Resume():
                 repairs.paused = None
-                repairs.say(f"{request.who} has resumed repairs")
+                dispatch.say(f"{request.who} has resumed repairs")
 
     def _may_approve(self, command: str) -> Reply:
-        entry = self._repairs.ledger.get(command)
+        entry = self._dispatch.ledger.get(command)
         if entry is None:
             return _no(f"this run does not know command {command}")
         if entry.record.state is not CommandState.PROPOSED:
@@ -74,19 +76,19 @@ class People:
         return _yes("its ranks apply it as soon as they have agreed on a step", command)
 
     def _may_undo(self, command: str, anybody_there: bool) -> Reply:
-        repairs = self._repairs
-        entry, fix = repairs.ledger.get(command), repairs.standing.get(command)
+        dispatch = self._dispatch
+        entry, fix = dispatch.ledger.get(command), dispatch.standing.get(command)
         if entry is None:
             return _no(f"this run does not know command {command}")
-        if any(known.reverts == command and known.in_flight for known in repairs.ledger.live):
+        if any(known.reverts == command and known.in_flight for known in dispatch.ledger.live):
             return _no(f"command {command} is being taken back already")
         if fix is not None and fix.released_by:
             return _no(f"command {fix.released_by} has let its learning rate go: to take it back now would raise it")
         if fix is not None and anybody_there:
-            return _yes("its ranks take it back as soon as they have agreed on a step", repairs.next_id)
-        if fix is not None or any(waiting.entry is entry for waiting in repairs.standing.waiting):
+            return _yes("its ranks take it back as soon as they have agreed on a step", dispatch.next_id)
+        if fix is not None or any(waiting.entry is entry for waiting in dispatch.standing.waiting):
             return _yes("the processes that had it are gone, and it will not be applied again", command)
-        if again := repairs.standing.successor(command):
+        if again := dispatch.standing.successor(command):
             return _no(f"command {command} is in force again as {again}: undo that one")
         state = entry.record.state
         if state in (CommandState.APPLIED, CommandState.VERIFIED):
@@ -98,17 +100,17 @@ class People:
             return _no(NOT_BY_HAND[fix.action.action])
         if self._repairs.policy.mode is Mode.OBSERVE:
             return _no("this run is only observed (mode observe): its ranks apply nothing")
-        return _yes("its ranks apply it as soon as they have agreed on a step", self._repairs.next_id)
+        return _yes("its ranks apply it as soon as they have agreed on a step", self._dispatch.next_id)
 
     def _fix(self, fix: Fix, windows: RunWindows) -> None:
-        repairs = self._repairs
+        dispatch = self._dispatch
         how = "on probation" if fix.on_probation else "kept whatever becomes of it"
-        entry = repairs.new_entry(
-            repairs.worst_incident, (fix.action,), 1.0, f"{fix.who} asked for it, {how}", origin="person"
+        entry = dispatch.new_entry(
+            self._repairs.worst_incident, (fix.action,), 1.0, f"{fix.who} asked for it, {how}", origin="person"
         )
         entry.fix, entry.patience_steps, entry.keep = BY_HAND, BY_HAND_PATIENCE_STEPS, not fix.on_probation
         entry.approved = True
-        repairs.publish(entry, windows)
+        dispatch.publish(entry, windows)
 
 
 def _yes(text: str, command: str = "") -> Reply:
