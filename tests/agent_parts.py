@@ -78,8 +78,12 @@ class OneCommand:
 
 
 def carry_out(actuators: Actuators, fix: Command, tick: int, step: int) -> str:
-    """Apply a command as all ranks do when none fails."""
-    words = actuators.apply(fix, tick, step)
+    """Apply a command as all ranks do, when none fails or this one alone: then it raises what has failed."""
+    try:
+        words = actuators.apply(fix, tick, step)
+    except Exception:
+        actuators.take_back()
+        raise
     actuators.keep()
     return words
 

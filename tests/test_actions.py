@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from agent_parts import Watch, act, batches, bits, command, loss_of, poison, toy, train
+from agent_parts import Watch, act, batches, bits, carry_out, command, loss_of, poison, toy, train
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer, SparseAdam
@@ -49,7 +49,7 @@ def refused(watch: Watch, action: Any) -> str:
     fix = command(action)
     why = watch.actuators.refusal(fix, watch.probe.step)
     with pytest.raises(RefusedError):
-        watch.actuators.apply(fix, watch.probe.tick, watch.probe.step)
+        carry_out(watch.actuators, fix, watch.probe.tick, watch.probe.step)
     return why
 
 
@@ -88,16 +88,14 @@ def test_repairs_taken_back_in_any_order_or_failed_half_way_leave_no_trace(how: 
             scales = train_scaled(model, optimizer, scaler, loader, 3)
             if repaired and how.startswith("failed"):
                 with pytest.raises(RefusedError, match="never seen"):
-                    watch.actuators.apply(command(*ALL, act("revert", command="never seen")), 3, 3)
+                    carry_out(watch.actuators, command(*ALL, act("revert", command="never seen")), 3, 3)
             elif repaired:
                 fixes = [command(each) for each in ALL]
                 for fix in fixes:
-                    watch.actuators.apply(fix, 3, 3)
-                    watch.actuators.keep()
+                    carry_out(watch.actuators, fix, 3, 3)
                 order = {"taken back forwards": fixes, "taken back backwards": fixes[::-1]}
                 for fix in order.get(how, fixes[1::2] + fixes[::2]):
-                    watch.actuators.apply(command(act("revert", command=fix.id)), 3, 3)
-                    watch.actuators.keep()
+                    carry_out(watch.actuators, command(act("revert", command=fix.id)), 3, 3)
             assert not watch.actuators.in_force.standing
             scales += train_scaled(model, optimizer, scaler, loader, 4)
         results.append((bits(model, optimizer), scales))

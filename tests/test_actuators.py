@@ -194,7 +194,8 @@ def test_what_can_be_neither_carried_out_nor_undone_puts_the_rank_in_doubt_once_
     watch.actuators._by_action["none"] = Broken()  # type: ignore[index]
     watch.fence.due[1] = command(act("none"), act("scale_lr", factor=0.1), act("scale_lr", factor=1e-6))
     train(model, optimizer, batches(2))
-    assert told == ["ValueError: cannot go back"]
+    (words,) = told
+    assert "max_lr_change" in words
     ((error, in_force),) = watch.errors
     assert isinstance(error, HalfAppliedError)
     assert in_force
@@ -206,7 +207,7 @@ def test_a_revert_that_is_refused_half_way_leaves_the_whole_fix_in_force() -> No
     carry_out(watch.actuators, first, 8, 8)
     carry_out(watch.actuators, command(act("rollback", before_step=5)), 8, 8)
     with pytest.raises(RefusedError, match="no longer held"):
-        watch.actuators.apply(command(act("revert", command=first.id)), 8, 8)
+        carry_out(watch.actuators, command(act("revert", command=first.id)), 8, 8)
     assert watch.actuators.in_force.lr_multiplier == 0.5
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from agent_parts import Watch, act, batches, command, loss_of, toy, train
+from agent_parts import Watch, act, batches, carry_out, command, loss_of, toy, train
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.fsdp import fully_shard
@@ -406,7 +406,7 @@ def loses_a_peer(rank: int, action: Any, at: int | str) -> tuple[str, bool, bool
         comes_apart(1 - rank, model, optimizer)
         before, words = held(model, optimizer), ""
         try:
-            watch.actuators.apply(command(act("grad_accumulation", num_steps=2), action), 2, 2)
+            carry_out(watch.actuators, command(act("grad_accumulation", num_steps=2), action), 2, 2)
         except (SosaError, Lost) as error:
             words = describe(error)
         dist.barrier()  # the rank that is lost is silent meanwhile: no closed connection tells the other

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from agent_parts import Watch, act, batches, bits, carry_out, command, toy, train
+from agent_parts import OneCommand, Watch, act, batches, bits, carry_out, command, toy, train
 from torch import nn
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import init_device_mesh
@@ -123,6 +123,33 @@ def test_replicas_go_back_and_forth_bit_by_bit_with_one_copy_on_the_node(two_ran
     assert (first["copies"], second["copies"]) == (6, 0)
     assert (first["own"], second["own"]) == (3, 3)
     assert first["own buffers"] != second["own buffers"]
+
+
+class Meeting(OneCommand):
+    """A fence of two ranks that come to it together."""
+
+    def conclude(self, failure: str = "") -> str:
+        said: list[Any] = [None] * len(self.members)
+        dist.all_gather_object(said, failure)
+        return "".join(said)
+
+
+def fail_behind_a_rollback(rank: int) -> tuple[bool, str, bool]:
+    with replicas(rank) as pair:
+        pair.run(6)
+        present = pair.state
+        factor = 0.5 if rank == 0 else 1e-6  # beyond the bound on one of them
+        fix = command(act("rollback", before_step=3), act("scale_lr", factor=factor))
+        probe = pair.watch.probe
+        kept, why = pair.watch.actuators.carry_out(fix, probe.tick, probe.step, Meeting())
+        return kept, why, pair.state[:-3] == present[:-3]
+
+
+def test_a_rank_that_fails_behind_a_rollback_takes_it_back_together_with_the_other(two_ranks: TwoRanks) -> None:
+    for kept, why, as_before in two_ranks.run(fail_behind_a_rollback):
+        assert not kept
+        assert "max_lr_change" in why
+        assert as_before
 
 
 def restore_into_nothing(rank: int) -> bool:

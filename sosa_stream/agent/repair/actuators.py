@@ -1,13 +1,13 @@
 """The fixes in force on this rank: commands carried out whole or not at all, and taken back.
 
-All of it runs on the training thread, at the tick that the fence agreed on, before the optimizer's step. An action
-that fails undoes those of its command that came before it: nothing is left half applied.
+All of it runs on the training thread, at the tick that the fence agreed on, before the optimizer's step. A command
+of which an action fails on any rank is undone on all: nothing is left half applied.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -40,6 +40,20 @@ class Agreement(Protocol):
     def conclude(self, failure: str = "") -> str: ...
 
 
+@dataclass(slots=True, kw_only=True)
+class _UnderWay:
+    """A command whose actions are being carried out, in that order."""
+
+    command: Command
+    step: int
+    undos: list[Undo] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
+
+    @property
+    def detail(self) -> str:
+        return "; ".join(self.words)
+
+
 class Actuators:
     """Carries out commands by one `Actuator` for each action that this agent knows.
 
@@ -56,7 +70,7 @@ class Actuators:
         self._by_action = by_action
         self._applied: dict[str, tuple[Command, list[Undo]]] = {}
         """Commands that can still be taken back."""
-        self._under_way: tuple[Command, list[Undo]] | None = None
+        self._under_way: _UnderWay | None = None
 
     def refusal(self, command: Command, step: int) -> str:
         """Why this rank could not carry ``command`` out as things stand, or nothing.
@@ -77,9 +91,11 @@ class Actuators:
     def carry_out(self, command: Command, tick: int, step: int, agreement: Agreement) -> tuple[bool, str]:
         """Apply ``command`` here; it stays if all ranks could. Returns whether it does, and what was done or why not.
 
+        What has failed is undone only once all ranks know: an undo may speak with the others, and they come to it then.
+
         Raises:
             InDoubt: how the others fared could not be learnt.
-            HalfAppliedError: it could be neither finished nor taken back here. The others have been told.
+            HalfAppliedError: it could be neither finished nor taken back here. The others take it back.
             Exception: it went wrong here after all had agreed to keep it.
         """
         detail = ""
@@ -91,64 +107,61 @@ class Actuators:
         why = agreement.conclude(describe(failed) if failed else "")
         if isinstance(failed, HalfAppliedError):
             raise failed
-        if not why:
-            self.keep()
-        elif failed is None:
+        if why:
             self.take_back()
+        else:
+            self.keep()
         return not why, why or detail
 
     def apply(self, command: Command, tick: int, step: int) -> str:
         """Carry out all actions of ``command`` as one. Returns what was done, in words.
 
-        `keep` or `take_back` follows, as the other ranks fared.
+        `keep` or `take_back` follows, as the other ranks fared; `take_back` where this one has failed.
 
         Raises:
-            HalfAppliedError: an action failed, and those before it could not all be undone.
-            Exception: an action failed; those before it have been undone.
+            HalfAppliedError: a command could be neither reverted nor left in force.
+            Exception: an action failed. Those before it stand until `take_back`.
         """
+        in_order = tuple(sorted(command.actions, key=self._comes_last))
         at = Moment(command=command.id, tick=tick, step=step)
+        self._under_way = it = _UnderWay(command=replace(command, actions=in_order), step=step)
         for action in command.actions:
             if action.action in self._by_action:
                 self._by_action[action.action].consult()
-        in_order = replace(command, actions=tuple(sorted(command.actions, key=self._comes_last)))
-        undos, words = self._carry_out(in_order, at)
-        self._under_way = in_order, undos
-        detail = "; ".join(words)
-        self.history.append(
-            {
-                "id": command.id,
-                "incident": command.incident,
-                "actions": [action.as_dict() for action in command.actions],
-                "state": "applied",
-                "applied_step": step,
-                "verdict": None,
-                "reason": detail,
-            }
-        )
-        return detail
+        for action in in_order:
+            it.words.append(self._apply(action, at, it.undos))
+        return it.detail
 
     def keep(self) -> None:
         """All ranks have applied the command under way."""
         assert self._under_way is not None
-        command, undos = self._under_way
-        self._under_way = None
-        for action in command.actions:
+        it, self._under_way = self._under_way, None
+        for action in it.command.actions:
             if action.action != "revert":
                 self._by_action[action.action].keep()
-        if all(action.action != "revert" for action in command.actions):  # what was taken back stays so
-            self._applied[command.id] = command, undos
+        if all(action.action != "revert" for action in it.command.actions):  # what was taken back stays so
+            self._applied[it.command.id] = it.command, it.undos
+        self.history.append(
+            {
+                "id": it.command.id,
+                "incident": it.command.incident,
+                "actions": [action.as_dict() for action in it.command.actions],
+                "state": "applied",
+                "applied_step": it.step,
+                "verdict": None,
+                "reason": it.detail,
+            }
+        )
 
     def take_back(self) -> None:
-        """Another rank has failed to apply the command under way: undo it, before anything has been trained with it.
+        """Undo what was done of the command under way, which a rank has failed to apply. Nothing is trained with it.
 
         Raises:
             HalfAppliedError: it could not be undone whole.
         """
         assert self._under_way is not None
-        _, undos = self._under_way
-        self._under_way = None
-        self.history.pop()
-        _undo(undos)
+        it, self._under_way = self._under_way, None
+        _undo(it.undos)
 
     def standing_fixes(self) -> list[dict[str, Any]]:
         """The actions in force that stand, by command, in the order in which they were applied: as JSON values.
@@ -176,23 +189,16 @@ class Actuators:
             actuator.begin_anew()
         self._applied.clear()
 
-    def _carry_out(self, command: Command, at: Moment) -> tuple[list[Undo], list[str]]:
-        undos: list[Undo] = []
-        words: list[str] = []
-        try:
-            for action in command.actions:
-                if action.action == "revert":
-                    undo, text = self._revert(action.params["command"])
-                elif action.action in self._by_action:
-                    undo, text = self._by_action[action.action].apply(action.params, at)
-                else:
-                    raise RefusedError(f"this agent does not carry out {action.action!r}")
-                undos.append(undo)
-                words.append(text)
-        except Exception:
-            _undo(undos)
-            raise
-        return undos, words
+    def _apply(self, action: Action, at: Moment, undos: list[Undo]) -> str:
+        """Carry out one action and append what takes it back. Returns what was done."""
+        if action.action == "revert":
+            undo, words = self._revert(action.params["command"])
+        elif action.action in self._by_action:
+            undo, words = self._by_action[action.action].apply(action.params, at)
+        else:
+            raise RefusedError(f"this agent does not carry out {action.action!r}")
+        undos.append(undo)
+        return words
 
     def _comes_last(self, action: Action) -> bool:
         actuator = self._by_action.get(action.action)
@@ -205,8 +211,13 @@ class Actuators:
         left = list(undos)
 
         def redo() -> None:
-            undone = replace(command, actions=command.actions[len(left) :])
-            again, _ = self._carry_out(undone, Moment(command=command_id, tick=-1, step=-1))
+            again: list[Undo] = []
+            try:
+                for action in command.actions[len(left) :]:
+                    self._apply(action, Moment(command=command_id, tick=-1, step=-1), again)
+            except Exception:
+                _undo(again)
+                raise
             self._applied[command_id] = command, [*left, *again]
 
         try:
