@@ -491,6 +491,43 @@ def test_a_loss_scale_that_is_taken_back_before_the_update_was_never_set(watch: 
     assert [ack.state for ack in watch.acks] == [AckState.FAILED]
 
 
+def test_a_fix_is_let_in_where_the_scaler_leaves_every_step_out(watch: Watch) -> None:
+    model = toy()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    scaler = GradScaler("cpu", init_scale=2.0**126, backoff_factor=0.999)
+    watch.fence.due[3] = command(act("set_loss_scale", scale=1024.0))
+    scales = [step_scaled(scaler, model, [optimizer], (x, 1e3 * y)) for x, y in batches(6)]
+    assert scales[4:] == [1024.0, 1024.0]
+    assert [row["skipped"] for row in watch.rows] == [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
+    assert [(row["tick"], row["step"]) for row in watch.rows] == [(i, i) for i in range(6)]
+
+
+def test_a_rollback_at_a_step_that_the_scaler_leaves_out_does_not_cost_the_next_one() -> None:
+    model = toy()
+    optimizer, scaler = SGD(model.parameters(), lr=0.1), GradScaler("cpu", init_scale=4.0)
+    states, data = [], batches(6)
+    with Watch(snapshots=True, snapshot_every_ticks=1, quarantine_ticks=1).installed() as watch:
+        watch.fence.due[4] = command(act("rollback", before_step=3))
+        for i, (x, y) in enumerate(data):
+            states.append(bits(model))
+            step_scaled(scaler, model, [optimizer], (x, y * (math.inf if i == 4 else 1.0)))
+    assert [str(ack.state) for ack in watch.acks] == ["applied"]
+    assert states[5] == states[2]
+    assert bits(model) != states[5]
+    assert [row["skipped"] for row in watch.rows] == [0.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+
+
+def test_a_scaler_of_an_optimizer_that_is_not_watched_makes_no_ticks() -> None:
+    model, other = toy(), toy()
+    optimizer, unwatched = SGD(model.parameters(), lr=0.1), SGD(other.parameters(), lr=0.1)
+    with Watch().installed(optimizer) as watch:
+        for x, y in batches(3):
+            step_scaled(GradScaler("cpu", init_scale=4.0), other, [unwatched], (x, y * math.inf))
+            loss_of(model, (x, y)).backward()
+            optimizer.step()
+    assert [row["tick"] for row in watch.rows] == [0, 1, 2]
+
+
 def test_a_loss_scale_is_refused_without_a_scaler_that_scales(watch: Watch) -> None:
     model = toy()
     optimizer = SGD(model.parameters(), lr=0.1)

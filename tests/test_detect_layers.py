@@ -240,6 +240,31 @@ def test_live_a_detach_behind_the_first_layer_is_recognised() -> None:
     assert "vanishing_gradient" in Job().run(_detach)
 
 
+@pytest.mark.parametrize(("backoff", "is_stuck"), [(0.999, True), (0.5, False)])
+def test_live_a_loss_scale_that_keeps_every_step_from_being_taken_is_told_unless_it_comes_down(
+    backoff: float, is_stuck: bool
+) -> None:
+    job = Job()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, backoff_factor=backoff)
+    with watched_live() as link:
+        for step in range(180):
+            x = torch.randn(64, 16)
+            job.optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(job.model(x), (x @ job.true).argmax(1))
+            scaler.scale(loss).backward()
+            if step == 140:
+                scaler._scale.fill_(2.0**127)
+            if scaler.get_scale() > 2.0**115:
+                job.optimizer.param_groups[0]["params"][0].grad.fill_(math.inf)
+            scaler.step(job.optimizer)
+            scaler.update()
+    found = [i for i in link.engine.view().incidents if i.kind == "nonfinite_gradient"]
+    assert [str(incident.severity) for incident in found] == ["critical"] * is_stuck
+    if is_stuck:
+        assert (found[0].first_step, found[0].detected_step) == (140, 147)
+        assert found[0].evidence["baseline"] == 1024.0
+
+
 def test_live_overflow_in_every_step_collapses_the_loss_scale() -> None:
     job = Job()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)

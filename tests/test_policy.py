@@ -79,6 +79,18 @@ def test_bad_batches_of_one_rank_do_not_roll_clean_weights_back() -> None:
     assert choose(now, frozenset(), AUTO) is None
 
 
+@pytest.mark.parametrize(("usual", "scale"), [(1024.0, 1024.0), (None, 2.0**16)])
+def test_a_loss_scale_that_keeps_every_step_from_being_taken_is_set_to_that_of_before(
+    usual: float | None, scale: float
+) -> None:
+    stuck = _situation("nonfinite_gradient", stuck_loss_scale=2.0**36, usual_loss_scale=usual)
+    allowed = RunPolicy(mode=Mode.AUTO, limits=AutoSettings(allow=("set_loss_scale", "rollback", "scale_lr")))
+    choice = choose(stuck, frozenset(), allowed)
+    assert choice is not None
+    assert choice.automatic
+    assert _plain(choice.actions) == [("set_loss_scale", {"scale": scale})]
+
+
 def test_clip_bound_comes_from_the_runs_own_norms() -> None:
     choice = choose(_situation("exploding_gradient"), frozenset(), AUTO)
     assert choice is not None

@@ -91,6 +91,10 @@ class Guard:
     def skip(self, optimizer: Optimizer, *, stale: bool = False) -> None:
         """Leave the coming update out, whatever its gradients; ``stale`` if a fix has put other weights in place."""
         self._restore.append(_hide(optimizer))
+        self.left_out(stale=stale)
+
+    def left_out(self, *, stale: bool = False) -> None:
+        """The update is not made; here, or because GradScaler does not call the optimizer."""
         self.skipped = 1.0
         self._stale = stale
 
@@ -111,13 +115,9 @@ class Guard:
         if isinstance(bad, torch.Tensor) and not bad.is_cpu:
             self._with_buffers(lambda: self.buffers.settle(bad))
         elif bad and not self._stale:
-            self.undo_forward()
+            self._with_buffers(self.buffers.put_back)
         elif not others_wait:
             self.keep_buffers()
-
-    def undo_forward(self) -> None:
-        """Put the buffers back: GradScaler has left the step out by itself, without calling the optimizer."""
-        self._with_buffers(self.buffers.put_back)
 
     def _skip_if(self, bad: bool, optimizer: Optimizer, step: int) -> bool:
         if bad:

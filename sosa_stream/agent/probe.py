@@ -1,8 +1,8 @@
 """The optimizer step, watched and controlled: the only code of ours on the training thread.
 
-Each outermost call of any optimizer's ``step`` is a *tick*. Before it: take part in the fence, learn the gradient norm,
-keep what must not reach the weights from them. After it: put everything back as the script left it, note the row, and
-copy a snapshot when its time has come.
+Each outermost call of any optimizer's ``step`` is a *tick*, and so is one that GradScaler leaves out. Before it: take
+part in the fence, learn the gradient norm, keep what must not reach the weights from them. After it: put everything
+back as the script left it, note the row, and copy a snapshot when its time has come.
 
 What steers training (*control*) must be the same on all ranks; if it fails here while a fix or the guard is in force,
 this rank would drift from the others unseen, so it ends as in doubt. What only watches (*observation*) may fail alone:
@@ -88,7 +88,7 @@ class Probe:
         """What it has found in the step under way: columns of its row."""
         self._outbox = outbox
         self._taps = taps
-        taps.on_scaler_skip = self.scaler_skipped
+        taps.around_scaler_step = self._around_scaler_step
         self._state = state
         self._actuators = actuators
         self._in_force = actuators.in_force
@@ -114,30 +114,8 @@ class Probe:
         self._num_objectives = 0
         self._last_step_at = 0.0
         self._handles: list[Any] = []
-
-    def scaler_skipped(self) -> None:
-        """GradScaler has left a step out: no optimizer was called, so there is no tick, but a step to tell of."""
-        if not (self.observing and self.controlling):
-            return
-        try:
-            self._guard.undo_forward()
-            loss, own = self._taps.losses.take()
-            seen = [("loss", loss), ("skipped", 1.0)]
-            model = self._primary.num_changes
-            sampled = {} if (scale := self._taps.loss_scale) is None else {"loss_scale": scale}
-            self._outbox.add_row(
-                Row(
-                    step=self.step,
-                    known=(self.tick, self._in_force.lr_multiplier, 0.0, model, self._num_objectives + own),
-                    names=tuple([name for name, value in seen if value is not None]),
-                    scalars=fetch([*(value for _, value in seen if value is not None), *sampled.values()]),
-                    sampled=tuple(sampled),
-                )
-            )
-            self._num_objectives = 0
-            self.step += 1
-        except Exception as error:
-            self._lose_sight(error)
+        self._only: Optimizer | None = None
+        """The one that is watched, where not all are."""
 
     def before_forward(self, root: torch.nn.Module) -> None:
         """The first forward pass of a step is about to begin; never raises."""
@@ -156,6 +134,7 @@ class Probe:
                 optimizer.register_step_pre_hook(self._before_step),
                 optimizer.register_step_post_hook(self._after_step),
             ]
+        self._only = optimizer
         self.looks.sees_inputs = optimizer is None
         self.looks.begin(self.step)
 
@@ -370,6 +349,36 @@ class Probe:
             return result
 
         return wrapped
+
+    def _around_scaler_step(self, optimizer: Any, step: Callable[[], Any]) -> Any:
+        """GradScaler calls the optimizer, or leaves it out: by the same gradients, so that all ranks do alike.
+
+        Where it does so for ever, only a tick of its own lets a fix in.
+        """
+        tick = self.tick
+        result = step()
+        is_watched = isinstance(optimizer, Optimizer) and self._only in (None, optimizer) and bool(self._handles)
+        if is_watched and self.controlling and self.tick == tick and not self.in_step:
+            self._leave_to_scaler(optimizer)
+        return result
+
+    def _leave_to_scaler(self, optimizer: Optimizer) -> None:
+        try:
+            self._begin(optimizer)
+            self._guard.left_out(stale=self._in_force.stale_gradients)
+            self._in_force.stale_gradients = False
+            self.looks.skip_update()
+        except StopTraining:
+            self._put_back()
+            raise
+        except InDoubt as error:
+            self._on_error(error, True)
+        except Exception as error:
+            self._lose_control(error)
+        if self.controlling:
+            self._end(optimizer)
+        if self.at_rest is not None:
+            self.at_rest()
 
     # -- after the step --------------------------------------------------------------------------------------------
 

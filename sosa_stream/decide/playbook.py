@@ -33,6 +33,8 @@ LOST_SHARE = 0.25
 a few snapshots costs less than to learn it again, and neither a clip nor a lower rate brings it back."""
 SKIPPED_STEPS = 40
 """Batches that go by unused after a rollback whose loss shows bad data [PaLM, Chowdhery et al. 2022, 5.1: 200-500]."""
+FIRST_LOSS_SCALE = 2.0**16
+"""Where torch's GradScaler begins."""
 FIRST_SNAPSHOT_STEPS = 12
 """Before this step lies the quarantine of the snapshot that was taken before training."""
 FARTHER_STEPS = 100
@@ -62,6 +64,10 @@ class Situation:
     """The effective learning rate of some time before the incident."""
     lost: float = 0.0
     """The share of what was learned that the loss has lost: 1 is where training began."""
+    stuck_loss_scale: float | None = None
+    """The AMP scale, where it keeps every step from being taken."""
+    usual_loss_scale: float | None = None
+    """That of the last step that was taken."""
     knobs: Mapping[str, KnobState] = field(default_factory=dict)
     """What the script lets fixes set, by name."""
 
@@ -200,6 +206,15 @@ def _lr_of_before_its_fall(now: Situation) -> tuple[Action, ...]:
     return (Action(action="scale_lr", params={"factor": ratio ** (1.0 / steps)}),) * steps
 
 
+def _usual_loss_scale(now: Situation) -> tuple[Action, ...]:
+    """That of the last step that was taken, or the one that scalers begin with."""
+    usual = FIRST_LOSS_SCALE if now.usual_loss_scale is None else now.usual_loss_scale
+    if now.stuck_loss_scale is None or not 0.0 < usual <= 0.5 * now.stuck_loss_scale:
+        return ()
+    bounds = ACTIONS["set_loss_scale"].params["scale"]
+    return (Action(action="set_loss_scale", params={"scale": min(max(usual, bounds.low), bounds.high)}),)
+
+
 def _clip(now: Situation) -> tuple[Action, ...]:
     if now.norm_high is None or not now.norm_high > 0.0:
         return ()
@@ -311,6 +326,10 @@ LADDERS: Mapping[str, tuple[Fix, ...]] = {
         ),
         HALF_LR,
     ),
+    # What `nonfinite_gradient` is treated as where the scaler keeps every step from being taken: see `kind_of`.
+    "stuck_loss_scale": (
+        Fix(name="usual_loss_scale", confidence=0.85, due=_always, build=_usual_loss_scale, keep=True),
+    ),
     # Units die of steps that are too large.
     "dead_units": (
         Fix(
@@ -392,6 +411,8 @@ GUARD_CONFIDENCE = 0.9
 def kind_of(now: Situation) -> str:
     """What an incident is treated as: one that has damaged the weights beyond skipping is what it has become."""
     kind = now.incident.kind
+    if kind == "nonfinite_gradient" and now.stuck_loss_scale is not None:
+        return "stuck_loss_scale"
     if kind == "nonfinite_gradient" or (kind not in ("lr_jump", "nan_loss") and _poisoned(now)):
         return "nan_loss"
     return "lost_progress" if kind in LOSES_PROGRESS and now.lost >= LOST_SHARE else kind

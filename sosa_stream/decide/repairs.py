@@ -183,6 +183,8 @@ def _situation(known: OpenIncident, windows: RunWindows, knobs: Mapping[str, Kno
         norm_high=known.norm_high,
         usual_lr=known.usual_lr,
         lost=_lost(known, windows),
+        stuck_loss_scale=windows.stuck_loss_scale,
+        usual_loss_scale=windows.usual_loss_scale,
         knobs=knobs,
     )
 

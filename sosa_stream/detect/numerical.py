@@ -9,7 +9,7 @@ import numpy as np
 
 from sosa_stream.detect.incidents import Finding, Severity
 from sosa_stream.detect.origin import origin
-from sosa_stream.detect.windows import RunWindows
+from sosa_stream.detect.windows import STUCK_POINTS, RunWindows
 from sosa_stream.detect.wording import number, on_ranks, times
 
 EXPLODED_RATIO = 5.0
@@ -69,7 +69,11 @@ def nonfinite_gradient(windows: RunWindows) -> Finding | None:
 
     Alone it is ``info``, ``warning`` the second time in a row and ``critical`` the third. Before any norm is finite AMP
     may be looking for its scale, halving it each time, while the loss is finite: ``info`` for `CALIBRATION_POINTS`.
+    AMP leaves such steps out and halves its scale; one that stays where it is keeps every step from being taken, and
+    none of them need show a norm (`RunWindows.stuck_loss_scale`): ``critical``.
     """
+    if (scale := windows.stuck_loss_scale) is not None:
+        return _stuck(windows, scale)
     if not windows.bad_grad:
         return None
     never_finite = not len(windows.log_norms.recent(1))
@@ -96,6 +100,31 @@ def nonfinite_gradient(windows: RunWindows) -> Finding | None:
         },
         causes=found.causes
         or ("overflow in half precision", "a backward formula without a finite value at this point"),
+    )
+
+
+def _stuck(windows: RunWindows, scale: float) -> Finding:
+    num, usual = windows.num_overflows, windows.usual_loss_scale
+    return Finding(
+        kind="nonfinite_gradient",
+        severity=Severity.CRITICAL,
+        step=windows.step,
+        first_step=windows.step - num + 1,
+        message=f"the last {num} steps were skipped: gradients overflow at a loss scale of {scale:.6g}, which stays"
+        + ("" if usual is None else f"; the last step was taken at {usual:.6g}"),
+        evidence={
+            "value": scale,
+            "baseline": usual,
+            "score": None,
+            "threshold": STUCK_POINTS,
+            "window": num,
+            "skipped": True,
+            "loss_scale": scale,
+        },
+        causes=(
+            "the loss scale was set, or loaded, far too high",
+            "the scaler does not back off: a fixed scale, a backoff_factor close to 1",
+        ),
     )
 
 

@@ -23,6 +23,7 @@ from sosa_stream.protocol.messages import ExceptionReport, Layers
 
 TICK, LOSS, GRAD_NORM, LR, LR_MULTIPLIER = (AT[name] for name in ("tick", "loss", "grad_norm", "lr", "lr_multiplier"))
 STEP_SECONDS, SKIPPED, MODEL = (AT[name] for name in ("step_seconds", "skipped", "model"))
+LOSS_SCALE = AT["loss_scale"]
 NUM_OBJECTIVES, FINGERPRINT = AT["num_objectives"], AT["fingerprint"]
 FIRST_SAMPLED = AT[SAMPLED_COLUMNS[0]]
 LOWEST_COUNTS = frozenset({"layer_ratio", "first_norm", "update_ratio", "changed_share", "active_units", "kl_per_dim"})
@@ -40,6 +41,8 @@ ORDINARY = frozenset({"tick", "loss", "grad_norm", "lr", "lr_multiplier", "step_
 """Step columns of which many steps can be taken at once."""
 SETTLED_POINTS, SETTLED_SHARE = 32, 0.2
 """A loss that is this long out of its old band, and less than this share of the progress above it, is where it is."""
+STUCK_POINTS = 8
+"""Steps that overflow one after the other: a scaler that backs off has come down by 2^8, or with hysteresis 2^4."""
 YOUNG_STEPS = 128
 """Optimizer steps in which a loss or a norm out of its band is worth knowing, and no more."""
 
@@ -150,6 +153,10 @@ class RunWindows:
         """Non-finite steps in a row."""
         self.num_zero_grad = 0
         """Steps in a row whose gradient norm is exactly 0."""
+        self.num_overflows = 0
+        """Steps in a row that were left out under a loss scale: the loss is finite, and the gradients are not."""
+        self.usual_loss_scale: float | None = None
+        """The loss scale of the last step that was taken."""
         self.looks: dict[str, Ring] = {name: Ring(LOOKS) for name in SAMPLED_COLUMNS}
         """The looks of each sampled column, one value over all ranks each."""
         self.num_looks = 0
@@ -231,6 +238,10 @@ class RunWindows:
             self.step_seconds = one[STEP_SECONDS]
         self.skipped = bool(seen[SKIPPED] and one[SKIPPED] > 0)
         self.row = row
+        if seen[LOSS_SCALE]:
+            overflows = self.skipped and self.grad_norm is None and not self.bad_loss
+            self.num_overflows = self.num_overflows + 1 if overflows else 0
+            self.usual_loss_scale = self.usual_loss_scale if self.skipped else one[LOSS_SCALE]
         if seen[NUM_OBJECTIVES] and one[NUM_OBJECTIVES] >= 2:
             self.is_game = True
         model = int(one[MODEL]) if seen[MODEL] else self.model
@@ -245,6 +256,14 @@ class RunWindows:
         if self.looked:
             self._look(values[:, FIRST_SAMPLED:], finite[:, FIRST_SAMPLED:])
         self._fold()
+
+    @property
+    def stuck_loss_scale(self) -> float | None:
+        """The AMP scale, where the last `STUCK_POINTS` steps have overflowed and it has not even halved over them."""
+        scales = self.looks["loss_scale"].last()
+        if self.num_overflows < STUCK_POINTS or not scales[-1] > 0.5 * scales[-STUCK_POINTS]:
+            return None
+        return float(scales[-1])
 
     @property
     def num_parts(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 STEP_COLUMNS = (
-    "tick",  # outermost optimizer step-calls of this process so far, the fence's time
+    "tick",  # outermost optimizer step-calls of this process so far, left out by GradScaler or not: the fence's time
     "loss",  # this rank's loss of the step, unscaled: the primary optimizer's own backward, accumulation parts summed
     "grad_norm",  # total 2-norm of the gradients as the optimizer received them, unscaled, before our clip
     "lr",  # learning rate of the first parameter group as the script set it

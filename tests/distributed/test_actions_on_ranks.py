@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import pytest
@@ -135,23 +136,24 @@ def test_gradients_gathered_over_steps_are_the_mean_on_every_rank(
         assert results[0][1] == results[1][1]
 
 
-def scales(rank: int) -> Any:
+def scales(rank: int, overflows: bool) -> Any:
     model, optimizer = ddp()
     scaler = GradScaler("cpu", init_scale=4.0)
     seen = []
     with Watch(alone=False).installed() as watch:
         watch.fence.due[1] = command(act("set_loss_scale", scale=512.0))
-        for batch in batches(4, seed=rank):
+        for i, batch in enumerate(batches(4, seed=rank)):
             optimizer.zero_grad()
             seen.append(scaler.get_scale())
-            scaler.scale(loss_of(model, batch)).backward()
+            scaler.scale(loss_of(model, batch) * (math.inf if overflows and rank == i == 1 else 1.0)).backward()
             scaler.step(optimizer)
             scaler.update()
     return seen, watch.actuators.digest()
 
 
-def test_a_loss_scale_is_set_at_the_same_step_on_every_rank(two_ranks: TwoRanks) -> None:
-    one, other = two_ranks.run(scales)
+@pytest.mark.parametrize("overflows", [False, True], ids=["", "where the scaler leaves the step out"])
+def test_a_loss_scale_is_set_at_the_same_step_on_every_rank(two_ranks: TwoRanks, overflows: bool) -> None:
+    one, other = two_ranks.run(scales, overflows)
     assert one == other
     assert one[0] == [4.0, 4.0, 512.0, 512.0]
 

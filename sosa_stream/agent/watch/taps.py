@@ -1,10 +1,11 @@
 """Where a script that knows nothing of us lets its loss and its gradient norm be seen.
 
 A few functions of torch are wrapped, and put back by `Taps.remove`: ``torch.autograd.backward`` (which
-``Tensor.backward`` calls), ``GradScaler.scale`` (to see the loss unscaled), ``GradScaler.update`` (the loss of a step
-that the scaler skipped is not the next one's), ``clip_grad_norm_`` (whose result is the gradient norm that we would
-otherwise compute again), and ``torch.compile`` with ``Module.compile`` (beside which no global hook may be in). What is
-raised is torch's own; what we cannot see is left out.
+``Tensor.backward`` calls), ``GradScaler.scale`` (to see the loss unscaled), ``GradScaler.step`` (which may leave the
+optimizer out), ``GradScaler.update`` (a loss that nobody has stepped on is not the next one's), ``clip_grad_norm_``
+(whose result is the gradient norm that we would otherwise compute again), and ``torch.compile`` with
+``Module.compile`` (beside which no global hook may be in). What is raised is torch's own; what we cannot see is left
+out.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class Taps:
         self._clip_bound: float | None = None
         self._clipped: list[torch.Tensor] = []
         self._depth = 0
-        self.on_scaler_skip: Callable[[], None] = lambda: None
+        self.around_scaler_step: Callable[[Any, Callable[[], Any]], Any] = lambda optimizer, step: step()
+        """Given the optimizer of a ``GradScaler.step`` and what makes the call."""
         self.on_compile: Callable[[], None] = lambda: None
         self._scaler: weakref.ref[GradScaler] | None = None
         self._restore: list[Callable[[], None]] = []
@@ -46,6 +48,7 @@ class Taps:
     def install(self) -> None:
         self._wrap(torch.autograd, "backward", self._backward)
         self._wrap(GradScaler, "scale", self._scale)
+        self._wrap(GradScaler, "step", self._step)
         self._wrap(GradScaler, "update", self._update)
         for module in (torch.nn.utils, clip_grad):
             self._wrap(module, "clip_grad_norm_", self._clip_grad_norm)
@@ -124,10 +127,15 @@ class Taps:
 
         return scale
 
+    def _step(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def step(scaler: GradScaler, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            return self.around_scaler_step(optimizer, lambda: original(scaler, optimizer, *args, **kwargs))
+
+        return step
+
     def _update(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def update(scaler: GradScaler, *args: Any, **kwargs: Any) -> Any:
-            if self.losses:  # a backward, and no step took its loss: the scaler has skipped it
-                self.on_scaler_skip()
+            if self.losses:
                 self.losses.take()
             return original(scaler, *args, **kwargs)
 
