@@ -260,6 +260,7 @@ def test_one_rank_that_cannot_ends_the_command_with_its_reason(ack: AckState, st
     ledger.acknowledge(_ack(1, ack, detail="no snapshot"), (0, 1))
     assert (entry.record.state, entry.record.verdict) == (state, Verdict.NOT_APPLIED)
     assert "rank 1: no snapshot" in entry.record.reason
+    assert entry.record.detail == "rank 1: no snapshot"
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.sampled_from(AckState)), max_size=20))

@@ -158,6 +158,8 @@ def _command(record: Mapping[str, Any]) -> Iterator[str]:
     )
     left = ", taken back" if record["state"] == "reverted" else ""
     yield f"    {record['id']}  {_actions(record)}: {when}{by}{left}; {VERDICTS[record['verdict']]}"
+    if record["detail"]:
+        yield f"      {record['detail']}"
     if record["why"]:
         yield f"      {record['why']}"
 

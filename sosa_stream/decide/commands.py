@@ -79,7 +79,8 @@ class CommandRecord:
     applied_step: int | None = None
     verdict: Verdict | None = None
     detail: str = ""
-    """What applying it did, in the words of the lowest rank: of a rollback, what it restored and what it did not."""
+    """What applying it did, in the words of the lowest rank: of a rollback, what it restored and what it did not.
+    Why it was not applied, where it was not."""
 
     def as_dict(self) -> dict[str, Any]:
         """The public JSON object. Keys are frozen by a test."""

@@ -137,6 +137,7 @@ class Ledger:
             verdict=record.verdict if verdict is None else verdict,
             applied_step=record.applied_step if applied_step is None else applied_step,
             reason=f"{record.reason}; {why}" if why else record.reason,
+            detail=why if why and state in _NOT_APPLIED else record.detail,
         )
         if entry.final:
             self._live.pop(record.id, None)
