@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim import optimizer as torch_optimizer
 
-from sosa_stream.agent import core
+from sosa_stream.agent import process
 from sosa_stream.agent.repair.best import BestCheckpoint
 from sosa_stream.agent.wrapper import SOSATrainingWrapper, wrap_training
 from sosa_stream.config import Mode, Settings
@@ -81,7 +81,7 @@ def wrap(tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> It
     yield make
     for wrapper in made:
         wrapper.close()
-    assert core.current() is None
+    assert process.current() is None
 
 
 def weights(model: nn.Module) -> list[bytes]:
@@ -517,14 +517,14 @@ def test_close_restores_everything_and_may_be_called_twice(wrap: Any) -> None:
     assert not wrapper.optimizer._optimizer_step_pre_hooks
     assert not wrapper.optimizer._optimizer_step_post_hooks
     assert torch.autograd.backward is before
-    assert core.current() is None
+    assert process.current() is None
     assert wrapper.get_statistics()["steps"] == 1
 
 
 def test_a_with_block_closes(wrap: Any) -> None:
     with wrap() as wrapper:
         wrapper.training_step(batch_at(0))
-    assert core.current() is None
+    assert process.current() is None
 
 
 def test_two_wrappers_in_one_process_each_watch_their_own(wrap: Any) -> None:

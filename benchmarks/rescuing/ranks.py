@@ -241,7 +241,8 @@ def _watch(job: Job, rank: int, program: Any) -> Any:
     """The agent as under the runner, or the wrapper where the script uses it; returns what ends it."""
     import torch.distributed as dist
 
-    from sosa_stream.agent import core, register_knob
+    from sosa_stream.agent import process, register_knob
+    from sosa_stream.agent.core import Agent
     from sosa_stream.agent.wrapper import SOSATrainingWrapper
 
     settings = _settings(job)
@@ -251,12 +252,12 @@ def _watch(job: Job, rank: int, program: Any) -> Any:
         )
         program.wrapper, close = wrapper, wrapper.close
     else:
-        agent = core.Agent(settings, run=job.run, rank=rank, world_size=WORLD_SIZE, say=_quiet)
+        agent = Agent(settings, run=job.run, rank=rank, world_size=WORLD_SIZE, say=_quiet)
         agent.start()
         close = agent.close
     if knob := program.knob():
         register_knob(knob)
-    watching = core.current()
+    watching = process.current()
     deadline = time.monotonic() + JOIN_SECONDS
     while watching is not None and watching.probe.fence is None and time.monotonic() < deadline:
         time.sleep(0.005)

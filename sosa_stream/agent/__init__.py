@@ -83,5 +83,5 @@ def register_state(name: str, thing: Any) -> None:
 
 
 def _agent() -> Agent | None:
-    core = sys.modules.get("sosa_stream.agent.core")
-    return core.current() if core is not None else None
+    process = sys.modules.get("sosa_stream.agent.process")
+    return process.current() if process is not None else None

@@ -6,11 +6,8 @@ child process) belongs to one background thread, or, for a process that watches 
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import hashlib
 import os
-import re
 import secrets
 import socket
 import sys
@@ -27,6 +24,7 @@ import torch
 from torch.optim import Optimizer
 
 import sosa_stream
+from sosa_stream.agent import process
 from sosa_stream.agent.attribution import Attribution
 from sosa_stream.agent.courier import Courier, Identity, Progress
 from sosa_stream.agent.embedded import EmbeddedDaemon
@@ -45,7 +43,6 @@ from sosa_stream.agent.repair.ranks import Ranks, ranks_of_node
 from sosa_stream.agent.repair.registry import Registry
 from sosa_stream.agent.repair.saving import Checkpoints, SaveCheckpoint
 from sosa_stream.agent.repair.snapshots import SnapshotRing
-from sosa_stream.agent.repair.stopping import StopTraining
 from sosa_stream.agent.repair.training_state import TrainingState
 from sosa_stream.agent.signals import Termination
 from sosa_stream.agent.watch.looks import Census
@@ -189,7 +186,7 @@ class Agent:
         self._thread = threading.Thread(target=self._serve, name="sosa-agent", daemon=True)
         self._thread.start()
         self._listen_for_sigterm()
-        _started(self)
+        process.started(self)
 
     def show(self, tee: LocalLink) -> None:
         """Let ``tee`` see, from the agent's thread, what this rank sends from here on."""
@@ -208,7 +205,7 @@ class Agent:
         self._join(self._alone(""), link, MemoryStore())
         self._pump_local()
         self._listen_for_sigterm()
-        _started(self)
+        process.started(self)
 
     def log(self, metrics: Mapping[str, Any] | None, more: Mapping[str, Any] | None = None) -> None:
         """What the script logs at the step that it has taken last; never raises."""
@@ -551,7 +548,7 @@ class Agent:
         if self._closed:
             return
         self._closed = True
-        _ended(self)
+        process.ended(self)
         if self.checkpoints.kept and (words := self._save(checkpoint)):
             self.say(words)
         self._termination.remove()
@@ -571,8 +568,7 @@ class Agent:
 
     def close_at_exit(self) -> None:
         """The interpreter ends, and nobody has said how: it remembers an exception that nobody caught."""
-        error = getattr(sys, "last_value", None)
-        self.close(checkpoint=ending(error))
+        self.close(checkpoint=process.ending(getattr(sys, "last_value", None)))
 
     def disable_in_child(self) -> None:
         """A forked worker trains nothing: there, nothing of us may run."""
@@ -601,41 +597,6 @@ class Agent:
 
 Answer = TypeVar("Answer")
 
-_current: Agent | None = None
-_fork_hook_installed = False
-
-
-def current() -> Agent | None:
-    """The agent of this process, if one has been started."""
-    return _current
-
-
-def ending(error: BaseException | None) -> str:
-    """The kind of checkpoint for a script that ends like this."""
-    if error is None or (isinstance(error, SystemExit) and not error.code):
-        return "final"
-    return "interrupted" if isinstance(error, KeyboardInterrupt | StopTraining) else "error"
-
-
-def run_name(settings: Settings, env: Mapping[str, str], script: str) -> str:
-    """`SOSA_RUN`, else the id that torchrun was given, else script name, time and randomness.
-
-    Safe as the name of a folder: what had to be replaced leaves a digest, so that two names stay two. An id that
-    torchrun made up (a UUID) is the same in every restart, and reads better behind the script's name.
-    """
-    elastic = env.get("TORCHELASTIC_RUN_ID", "none")
-    stem = Path(script).stem or "notebook"
-    if settings.run:
-        name = settings.run
-    elif re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", elastic):
-        name = f"{stem}-{elastic[:8]}"
-    elif elastic != "none":
-        name = elastic
-    else:
-        name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    safe = re.sub(r"[^\w.-]+", "-", name).strip(".-")[:60]
-    return safe if safe == name else f"{safe or 'run'}-{hashlib.blake2b(name.encode(), digest_size=3).hexdigest()}"
-
 
 def _ask(question: Callable[[], Answer]) -> Answer | None:
     """A store fails in many ways, most of all when the job ends; each means only that there is no answer yet."""
@@ -643,27 +604,6 @@ def _ask(question: Callable[[], Answer]) -> Answer | None:
         return question()
     except Exception:
         return None
-
-
-def _started(agent: Agent) -> None:
-    global _current, _fork_hook_installed
-    _current = agent
-    atexit.register(agent.close_at_exit)
-    if not _fork_hook_installed:
-        _fork_hook_installed = True
-        os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-def _ended(agent: Agent) -> None:
-    global _current
-    atexit.unregister(agent.close_at_exit)
-    if _current is agent:
-        _current = None
-
-
-def _after_fork_in_child() -> None:
-    if _current is not None:
-        _current.disable_in_child()
 
 
 def _to_stderr(text: str) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+import secrets
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,3 +35,23 @@ def read_settings(env: Mapping[str, str], overrides: Mapping[str, Any] | None = 
     except ConfigError as error:
         return None, f"{error}; training goes on unwatched"
     return settings, f"{complaint}; nobody will be notified" if complaint else ""
+
+
+def run_name(settings: Settings, env: Mapping[str, str], script: str) -> str:
+    """`SOSA_RUN`, else the id that torchrun was given, else script name, time and randomness.
+
+    Safe as the name of a folder: what had to be replaced leaves a digest, so that two names stay two. An id that
+    torchrun made up (a UUID) is the same in every restart, and reads better behind the script's name.
+    """
+    elastic = env.get("TORCHELASTIC_RUN_ID", "none")
+    stem = Path(script).stem or "notebook"
+    if settings.run:
+        name = settings.run
+    elif re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", elastic):
+        name = f"{stem}-{elastic[:8]}"
+    elif elastic != "none":
+        name = elastic
+    else:
+        name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    safe = re.sub(r"[^\w.-]+", "-", name).strip(".-")[:60]
+    return safe if safe == name else f"{safe or 'run'}-{hashlib.blake2b(name.encode(), digest_size=3).hexdigest()}"

@@ -19,7 +19,7 @@ from types import CodeType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from sosa_stream import extras, faults
-from sosa_stream.agent.environment import is_disabled, read_settings
+from sosa_stream.agent.environment import is_disabled, read_settings, run_name
 from sosa_stream.errors import UsageError
 
 if TYPE_CHECKING:  # SOSA_DISABLE=1 must run the script without torch
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None, env: Mapping[str, str] | None = None) ->
         print(f"sosa: {complaint}", file=sys.stderr)
     agent = None
     if settings is not None:
-        from sosa_stream.agent.core import Agent, run_name
+        from sosa_stream.agent.core import Agent
 
         agent = Agent(settings, run=run_name(settings, env, target.name), rank=rank, world_size=world_size)
         agent.start()
@@ -190,7 +190,7 @@ def _run(code: CodeType, module: types.ModuleType, target: Target, agent: Agent 
 
 
 def _ending(error: BaseException) -> str:
-    from sosa_stream.agent.core import ending  # there is an agent, so torch is there
+    from sosa_stream.agent.process import ending  # there is an agent, so torch is there
 
     return ending(error)
 

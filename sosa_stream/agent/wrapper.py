@@ -26,10 +26,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from sosa_stream.agent import core
+from sosa_stream.agent import process
 from sosa_stream.agent.batches import ForwardFunction, loss_of
+from sosa_stream.agent.core import Agent
 from sosa_stream.agent.courier import policy
-from sosa_stream.agent.environment import is_disabled, read_settings
+from sosa_stream.agent.environment import is_disabled, read_settings, run_name
 from sosa_stream.agent.link import LocalLink
 from sosa_stream.agent.monitor import TrainingMonitor
 from sosa_stream.agent.repair.best import BestCheckpoint
@@ -92,10 +93,10 @@ class SOSATrainingWrapper:
         self._num_steps = 0
         self._anomaly_steps = 0
         self._told_of_disk = False
-        self._agent: core.Agent | None = None
+        self._agent: Agent | None = None
         self._owns_agent = True
         self._distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        run = core.run_name(self.settings, os.environ, sys.argv[0] if sys.argv else "")
+        run = run_name(self.settings, os.environ, sys.argv[0] if sys.argv else "")
         self.monitor = TrainingMonitor(
             Engine(run, self.settings.detect),
             self._say,
@@ -230,20 +231,20 @@ class SOSATrainingWrapper:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if self._agent is not None and self._owns_agent:
-            self._agent.close("wrapper closed", checkpoint=core.ending(error))
+            self._agent.close("wrapper closed", checkpoint=process.ending(error))
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _start(self, run: str) -> None:
         here = LocalLink(self.monitor.engine, self.monitor.on_effect)
-        there = core.current()
+        there = process.current()
         if there is not None and there.watches_everything:  # under `-m sosa_stream.agent`
             self._agent, self._owns_agent, self.monitor.decides = there, False, False
             there.show(here)
             return
         ranks = dist.get_world_size() if self._distributed else 1
         names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        self._agent = core.Agent(
+        self._agent = Agent(
             self.settings,
             run=run,
             rank=dist.get_rank() if ranks > 1 else 0,
