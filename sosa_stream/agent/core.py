@@ -8,16 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
-import socket
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,15 +21,15 @@ from torch.optim import Optimizer
 import sosa_stream
 from sosa_stream.agent import process
 from sosa_stream.agent.attribution import Attribution
-from sosa_stream.agent.courier import Courier, Identity, Progress
-from sosa_stream.agent.embedded import EmbeddedDaemon
+from sosa_stream.agent.courier import Courier, Progress
 from sosa_stream.agent.fence.fence import Fence
-from sosa_stream.agent.fence.membership import Coordinator, Joiner, Membership
-from sosa_stream.agent.fence.stores import MemoryStore, RegisterStore, TorchStore
+from sosa_stream.agent.fence.membership import Membership
+from sosa_stream.agent.fence.stores import MemoryStore, RegisterStore
 from sosa_stream.agent.guard import Guard
-from sosa_stream.agent.link import Link, LocalLink, TeeLink
+from sosa_stream.agent.link import Link, LocalLink
 from sosa_stream.agent.memory import breakdown, is_out_of_memory
 from sosa_stream.agent.outbox import Outbox, Wakeup
+from sosa_stream.agent.place import Identity, Place
 from sosa_stream.agent.probe import Probe
 from sosa_stream.agent.repair.actuators import make_actuators
 from sosa_stream.agent.repair.diagnostics import DumpDiagnostics
@@ -45,27 +40,19 @@ from sosa_stream.agent.repair.saving import Checkpoints, SaveCheckpoint
 from sosa_stream.agent.repair.snapshots import SnapshotRing
 from sosa_stream.agent.repair.training_state import TrainingState
 from sosa_stream.agent.signals import Termination
+from sosa_stream.agent.thread import AgentThread
 from sosa_stream.agent.watch.looks import Census
 from sosa_stream.agent.watch.metrics import Libraries, columns_of
 from sosa_stream.agent.watch.taps import Taps
 from sosa_stream.config import Mode, Settings, Switch
-from sosa_stream.errors import SosaError
 from sosa_stream.protocol import messages
-from sosa_stream.protocol.channels import AgentChannel
-from sosa_stream.protocol.keys import load_agent_keys
 from sosa_stream.protocol.messages import ExceptionReport, Layers, Phase
 
 EXIT_IN_DOUBT = 75
 """Exit code of a rank that cannot know what the others do; torch elastic then restarts them all."""
 
-JOIN_SECONDS = 0.05
-NO_GROUP_SECONDS = 60.0
-LAST_JOIN_SECONDS = 3.0
-"""How long the end of a very short script is held up for its ranks to find each other and hand their frames over."""
 LOOK_EVERY = 8
 """Ticks between two looks for trainers that the script has imported since, and at its knobs."""
-CLOSE_SECONDS = 5.0
-DAEMON_STOP_SECONDS = 10.0
 
 
 class Agent:
@@ -92,10 +79,7 @@ class Agent:
         say: Callable[[str], None] | None = None,
     ) -> None:
         self.settings = settings
-        self._run = run
-        self._identity = Identity(
-            rank=rank, world_size=world_size, host=socket.gethostname(), nonce=secrets.token_hex(8)
-        )
+        self._place = Place(Identity(rank=rank, world_size=world_size), run)
         self._optimizer = optimizer
         self._parameters = parameters
         self._said: set[str] = set()
@@ -116,7 +100,7 @@ class Agent:
             settings.agent,
             settings.checkpoints_wanted,
             world_size,
-            lambda: Path(settings.agent.checkpoint_dir or Path(settings.home, self._run, "checkpoints")),
+            lambda: Path(settings.agent.checkpoint_dir or Path(settings.home, self._place.run, "checkpoints")),
             self._checkpoint_facts,
             self.standing_fixes,
         )
@@ -137,7 +121,6 @@ class Agent:
                 "dump_diagnostics": DumpDiagnostics(self.state, self._diagnostics_path, self._facts, self._say_here),
             },
         )
-        self._generation = self._identity.nonce
         self._local = False
         self._attribution = Attribution(alone=world_size == 1, tell=self.say) if settings.attribution_wanted else None
         self.probe = Probe(
@@ -166,11 +149,8 @@ class Agent:
         )
         self._libraries = Libraries(self.log)
         self._courier: Courier | None = None
-        self._embedded: EmbeddedDaemon | None = None
-        self._coordinator: Coordinator | None = None
         self._tee: LocalLink | None = None
-        self._thread: threading.Thread | None = None
-        self._closing: tuple[str, int] | None = None
+        self._thread: AgentThread | None = None
         self._closed = False
         self._posterior_refused = False
         self._memory: dict[str, int] = {}
@@ -183,7 +163,18 @@ class Agent:
         self.registry.install()
         if self._optimizer is None:
             self.taps.install()
-        self._thread = threading.Thread(target=self._serve, name="sosa-agent", daemon=True)
+        self._thread = AgentThread(
+            settings=self.settings,
+            place=self._place,
+            wakeup=self._wakeup,
+            join=self._join,
+            trains=lambda: self.probe.tick > 0,
+            tee=lambda: self._tee,
+            greets=self.watches_everything,
+            say=self.say,
+            say_here=self._say_here,
+            on_error=lambda error: self._on_error(error, False),
+        )
         self._thread.start()
         self._listen_for_sigterm()
         process.started(self)
@@ -202,7 +193,7 @@ class Agent:
         self._local = True
         self.probe.install(self._optimizer)
         self.registry.install()
-        self._join(self._alone(""), link, MemoryStore())
+        self._join(self._place.alone(), link, MemoryStore())
         self._pump_local()
         self._listen_for_sigterm()
         process.started(self)
@@ -227,11 +218,10 @@ class Agent:
 
         ``{"schema_version", "run", "generation", "fixes"}``; see `Actuators.standing_fixes`. For the training thread.
         """
-        membership = self._courier.membership if self._courier is not None else self._alone("")
         return {
             "schema_version": 1,
-            "run": membership.run,
-            "generation": membership.generation,
+            "run": self._place.run,
+            "generation": self._place.generation,
             "fixes": self.actuators.standing_fixes(),
         }
 
@@ -260,10 +250,10 @@ class Agent:
 
     def say(self, text: str, every_rank: bool = False) -> None:
         """One sentence for the user, once, by rank 0 unless each rank has its own to say."""
-        if text not in self._said and (every_rank or self._identity.rank == 0):
+        if text not in self._said and (every_rank or self._place.rank == 0):
             self._said.add(text)
             with contextlib.suppress(Exception):
-                self._say_to(f"rank {self._identity.rank}: {text}" if every_rank and self._identity.rank else text)
+                self._say_to(f"rank {self._place.rank}: {text}" if every_rank and self._place.rank else text)
 
     def _tell_layers(self, seen: Census) -> None:
         norms = np.array(seen.norms.read(), dtype=np.float32)
@@ -273,18 +263,18 @@ class Agent:
         )
 
     def _tell_knobs(self) -> None:
-        states = self.knobs.changed() if self._identity.rank == 0 else None
+        states = self.knobs.changed() if self._place.rank == 0 else None
         if states is not None:
             self._outbox.add_message(lambda header: messages.Knobs(header=header, knobs=states), urgent=False)
 
     def _diagnostics_path(self, step: int) -> Path:
-        return Path(self.settings.home, self._run, "diagnostics", f"rank{self._identity.rank}-step{step}.txt")
+        return Path(self.settings.home, self._place.run, "diagnostics", f"rank{self._place.rank}-step{step}.txt")
 
     def _facts(self) -> dict[str, object]:
         return {
-            "run": self._run,
-            "generation": self._generation,
-            "rank": f"{self._identity.rank} of {self._identity.world_size} on {self._identity.host}",
+            "run": self._place.run,
+            "generation": self._place.generation,
+            "rank": f"{self._place.rank} of {self._place.world_size} on {self._place.identity.host}",
             "phase": self.taps.phase,
             "in force": self.actuators.in_force,
             "commands": "".join(f"\n  {each}" for each in self.actuators.history[-32:]),
@@ -300,10 +290,10 @@ class Agent:
 
     def _checkpoint_facts(self) -> dict[str, Any]:
         return {
-            "run": self._run,
-            "generation": self._generation,
-            "rank": self._identity.rank,
-            "world_size": self._identity.world_size,
+            "run": self._place.run,
+            "generation": self._place.generation,
+            "rank": self._place.rank,
+            "world_size": self._place.world_size,
             "last_step": "".join(self._outbox.recent()[-1:]),
             "versions": {"sosa_stream": sosa_stream.__version__, "torch": torch.__version__},
         }
@@ -320,133 +310,12 @@ class Agent:
         if not self._local:  # in one process the Engine's own words say more
             self.say(text)
 
-    # -- the agent's thread ----------------------------------------------------------------------------------------
-
-    def _serve(self) -> None:
-        try:
-            if self._find_others():
-                self._carry()
-        except SosaError as error:  # keys that are not there, an address that cannot be one
-            self.say(f"{error}; training goes on unwatched", every_rank=True)
-        except Exception as error:
-            self._on_error(error, False)
-        finally:
-            if self._embedded is not None:
-                self._embedded.stop(DAEMON_STOP_SECONDS if self._closing is not None else 0.0)
-                self._pass_on(self._embedded)
-
-    def _carry(self) -> None:
-        courier = self._courier
-        assert courier is not None
-        while self._closing is None:
-            if self._coordinator is None:
-                courier.wait()
-            else:  # rank 0 goes on answering the other ranks' hellos until all have joined
-                time.sleep(JOIN_SECONDS)
-                self._coordinate()
-            courier.pump()
-            if self._embedded is not None:
-                self._embedded.poll()
-                self._pass_on(self._embedded)
-                if self._embedded.given_up:
-                    self.say(f"{self._embedded.given_up}; training goes on unwatched")
-        if self.probe.fence is not None:
-            self.probe.fence.close()
-        deadline = time.monotonic() + LAST_JOIN_SECONDS
-        while self._coordinator is not None and time.monotonic() < deadline:  # a short script's other ranks
-            self._coordinate()
-            time.sleep(JOIN_SECONDS)
-        courier.close(*self._closing, timeout_seconds=CLOSE_SECONDS)
-
-    def _pass_on(self, daemon: EmbeddedDaemon) -> None:
-        for text in daemon.complaints:
-            self.say(text)
-        daemon.complaints.clear()
-
-    def _coordinate(self) -> None:
-        assert self._coordinator is not None
-        if _ask(self._coordinator.poll):
-            self._coordinator = None
-
-    def _find_others(self) -> bool:
-        """Join a generation: through the job's store where there is a process group, else alone."""
-        identity, settings = self._identity, self.settings
-        if identity.rank == 0 and not settings.agent.daemon:
-            embedded = EmbeddedDaemon(Path(settings.home))
-            try:
-                embedded.start()
-            except OSError as error:
-                self.say(f"cannot start a daemon in {settings.home}: {error.strerror}; training goes on unwatched")
-                return False
-            self._embedded = embedded
-        started = time.monotonic()
-        store: RegisterStore | None = None
-        joiner: Joiner | None = None
-        give_up_at = 0.0
-        while True:
-            if self._closing is not None:
-                give_up_at = give_up_at or time.monotonic() + LAST_JOIN_SECONDS
-            if self._embedded is not None:
-                self._embedded.poll()
-            address = settings.agent.daemon or (self._embedded.address if self._embedded else "")
-            daemon_known = bool(address) or not (self._embedded and self._embedded.starting)
-            if identity.world_size == 1:
-                if daemon_known:
-                    return self._join_by_channel(self._alone(address), MemoryStore())
-            elif store is None:
-                store = TorchStore.of_job()
-                late = time.monotonic() - started > NO_GROUP_SECONDS and self.probe.tick > 0
-                if store is None and (late or self._closing is not None) and daemon_known:
-                    self.say("no process group was initialised: each rank is a run of its own, and only observed")
-                    self._go_alone()
-                    return bool(address) and self._join_by_channel(self._alone(address), None)
-            elif identity.rank == 0:
-                if daemon_known:
-                    return self._join_by_channel(self._alone(address), store)
-            else:
-                joiner = joiner or Joiner(store, identity.rank, identity.nonce)
-                membership = _ask(joiner.poll)
-                if membership is not None:
-                    return self._join_by_channel(membership, store)
-                if give_up_at and time.monotonic() > give_up_at:
-                    return False
-            time.sleep(JOIN_SECONDS)
-
-    def _go_alone(self) -> None:
-        """Nobody must wait for ranks that train something else: what one job's ranks share is a process group."""
-        rank = self._identity.rank
-        self._run += f"-rank{rank}" if rank else ""
-        self._identity = replace(self._identity, rank=0, world_size=1)
-
-    def _alone(self, address: str) -> Membership:
-        return Membership(generation=self._identity.nonce, run=self._run, daemon=address, host=self._identity.host)
-
-    def _join_by_channel(self, membership: Membership, store: RegisterStore | None) -> bool:
-        """Connect to the daemon that the membership names. False where there is none for this rank."""
-        if not membership.daemon:
-            why = self._embedded.given_up if self._embedded is not None else ""
-            self.say(f"{why or 'there is no daemon'}; training goes on unwatched")
-            return False
-        if membership.host != self._identity.host and "127.0.0.1" in membership.daemon:
-            self.say(f"the daemon serves {membership.host} only; for several hosts name one with SOSA_DAEMON")
-            return False
-        if store is not None and self._identity.rank == 0 and self._identity.world_size > 1:
-            self._coordinator = Coordinator(store, self._identity.world_size, membership)
-        keys = load_agent_keys(Path(self.settings.daemon.keys)) if self.settings.daemon.keys else None
-        channel = AgentChannel(membership.daemon, membership.run, keys=keys)
-        if self.watches_everything:
-            where = f"in {self.settings.home}" if self._embedded is not None else f"by {membership.daemon}"
-            self.say(f"watching run {membership.run}, mode {self.settings.mode}, recorded {where}")
-        self._join(membership, TeeLink(channel, lambda: self._tee), store)
-        return True
-
-    def _join(self, membership: Membership, link: Link, store: RegisterStore | None) -> None:
-        self._run, self._generation = membership.run, membership.generation
+    def _join(self, membership: Membership, link: Link, store: RegisterStore | None) -> Courier:
         fence = None
         if store is not None:
             fence = Fence(
-                rank=self._identity.rank,
-                world_size=self._identity.world_size,
+                rank=self._place.rank,
+                world_size=self._place.world_size,
                 generation=membership.generation,
                 store=store,
                 settings=self.settings.fence,
@@ -454,7 +323,7 @@ class Agent:
             )
         self._courier = Courier(
             settings=self.settings,
-            identity=self._identity,
+            identity=self._place.identity,
             membership=membership,
             link=link,
             outbox=self._outbox,
@@ -468,6 +337,7 @@ class Agent:
             say=self.say,
         )
         self.probe.fence = fence
+        return self._courier
 
     def _progress(self) -> Progress:
         return Progress(tick=self.probe.tick, step=self.probe.step, phase=self.taps.phase)
@@ -560,11 +430,8 @@ class Agent:
         if self._local:
             assert self._courier is not None
             self._courier.close(reason, exit_code, timeout_seconds=0.0)
-        else:
-            self._closing = (reason, exit_code)
-            self._wakeup.set()
-            if self._thread is not None:
-                self._thread.join(CLOSE_SECONDS + DAEMON_STOP_SECONDS + 5.0)
+        elif self._thread is not None:
+            self._thread.close(reason, exit_code)
 
     def close_at_exit(self) -> None:
         """The interpreter ends, and nobody has said how: it remembers an exception that nobody caught."""
@@ -579,12 +446,12 @@ class Agent:
         self.probe.at_rest = None
         self.taps.remove()
         self.registry.remove()
-        if self._embedded is not None:
-            self._embedded.after_fork_in_child()
+        if self._thread is not None:
+            self._thread.after_fork_in_child()
 
     def _on_error(self, error: BaseException, in_force: bool) -> None:
         """Something of ours failed. Where all ranks must act alike this rank ends; elsewhere training goes on."""
-        if in_force and self._identity.world_size > 1:
+        if in_force and self._place.world_size > 1:
             self.say(
                 f"this rank cannot know what the others do and ends with exit code {EXIT_IN_DOUBT}: {error}",
                 every_rank=True,
@@ -593,17 +460,6 @@ class Agent:
             os._exit(EXIT_IN_DOUBT)
         where = "".join(traceback.format_exception(error)[-3:])
         self.say(f"an internal error, training goes on: {type(error).__name__}: {error}\n{where}", every_rank=True)
-
-
-Answer = TypeVar("Answer")
-
-
-def _ask(question: Callable[[], Answer]) -> Answer | None:
-    """A store fails in many ways, most of all when the job ends; each means only that there is no answer yet."""
-    try:
-        return question()
-    except Exception:
-        return None
 
 
 def _to_stderr(text: str) -> None:

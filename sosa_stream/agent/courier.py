@@ -18,6 +18,7 @@ from sosa_stream.agent.fence.membership import Membership
 from sosa_stream.agent.kill_file import KillFile
 from sosa_stream.agent.link import Link
 from sosa_stream.agent.outbox import Outbox
+from sosa_stream.agent.place import Identity
 from sosa_stream.agent.timezone import utc_offsets
 from sosa_stream.config import Mode, Settings
 from sosa_stream.errors import CommandRefusedError, describe
@@ -29,16 +30,6 @@ NOT_TAKEN_SECONDS = 5.0
 UNREACHED_SECONDS = 1.0
 """How long the end of a job waits for a daemon that does not answer."""
 MAX_PARAMETER_NAMES = 2000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
-    """This process among the ranks. ``nonce`` is new with every process."""
-
-    rank: int
-    world_size: int
-    host: str
-    nonce: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +155,11 @@ class Courier:
             host=self._identity.host,
             seq=seq,
         )
+
+    def leave_fence(self) -> None:
+        """Training has ended: agree on nothing more."""
+        if self._fence is not None:
+            self._fence.close()
 
     def close(self, reason: str, exit_code: int, timeout_seconds: float) -> None:
         """Say goodbye and give what is in the ring ``timeout_seconds`` to be acknowledged, less if nobody is there."""
