@@ -23,7 +23,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.results_file import percentile, write
-from sosa_stream.agent.fence.fence import Aborted, Committed, Fence
+from sosa_stream.agent.fence.fence import Fence
+from sosa_stream.agent.fence.notices import Aborted, Committed
 from sosa_stream.agent.fence.stores import TorchStore
 from sosa_stream.config import FenceSettings
 from sosa_stream.protocol.messages import Command

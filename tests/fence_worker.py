@@ -23,7 +23,9 @@ from agent_parts import Watch, act
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sosa_stream.agent.fence.fence import Aborted, Fence, InDoubt
+from sosa_stream.agent.fence.fence import Fence
+from sosa_stream.agent.fence.notices import Aborted
+from sosa_stream.agent.fence.stop import InDoubt
 from sosa_stream.agent.fence.stores import RegisterStore, TorchStore
 from sosa_stream.agent.repair.actuator import Actuator, Moment, Undo
 from sosa_stream.config import FenceSettings

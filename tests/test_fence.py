@@ -10,8 +10,10 @@ from collections.abc import Sequence
 import pytest
 
 from sosa_stream.agent.fence.agreement import IDLE, Agreement, Local, Reason, Register, State, Terms
-from sosa_stream.agent.fence.fence import Aborted, Closed, Committed, Fence, Held, InDoubt, Notice
+from sosa_stream.agent.fence.fence import Fence
+from sosa_stream.agent.fence.notices import Aborted, Closed, Committed, Held, Notice
 from sosa_stream.agent.fence.operations import Check, CompareSet, Plant, Result, Set
+from sosa_stream.agent.fence.stop import InDoubt
 from sosa_stream.agent.fence.stores import MemoryStore, RegisterStore
 from sosa_stream.config import FenceSettings
 from sosa_stream.protocol.messages import Command

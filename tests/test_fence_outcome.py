@@ -10,9 +10,10 @@ from contextlib import contextmanager
 import pytest
 
 from sosa_stream.agent.fence.agreement import Terms
-from sosa_stream.agent.fence.fence import Fence, InDoubt
+from sosa_stream.agent.fence.fence import Fence
 from sosa_stream.agent.fence.operations import Check, CompareSet, Set
 from sosa_stream.agent.fence.outcome import Decision, Outcome
+from sosa_stream.agent.fence.stop import InDoubt
 from sosa_stream.agent.fence.stores import MemoryStore, RegisterStore
 from sosa_stream.config import FenceSettings
 from sosa_stream.protocol.messages import Command

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sosa_stream.agent.fence.fence import Aborted, Closed, Committed, Fence, Held
+from sosa_stream.agent.fence.fence import Fence
 from sosa_stream.agent.fence.membership import Membership
+from sosa_stream.agent.fence.notices import Aborted, Closed, Committed, Held
 from sosa_stream.agent.kill_file import KillFile
 from sosa_stream.agent.link import Link
 from sosa_stream.agent.outbox import Outbox

@@ -24,7 +24,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from sosa_stream.agent import gradients
 from sosa_stream.agent.attribution import Attribution
-from sosa_stream.agent.fence.fence import Fence, InDoubt
+from sosa_stream.agent.fence.fence import Fence
+from sosa_stream.agent.fence.stop import InDoubt
 from sosa_stream.agent.guard import Guard
 from sosa_stream.agent.outbox import Outbox, Row
 from sosa_stream.agent.repair.actuators import Actuators

@@ -31,21 +31,12 @@ from enum import StrEnum
 from typing import Self
 
 from sosa_stream.agent.fence.operations import IMPOSSIBLE, Check, CompareSet, Operation, Plant, Result, Set
-from sosa_stream.errors import SosaError
 
 IDLE = -1
 """The tick of a rank whose training has not ticked yet."""
 
 PLAUSIBLE_SPREAD_TICKS = 50
 PLAUSIBLE_SPREAD_SECONDS = 5.0
-
-
-class InDoubt(SosaError):
-    """This rank is bound to a command and could not learn in time what the others do with it.
-
-    Going on could split the replicas. The caller must end the process with exit code 75, so that the launcher restarts
-    all ranks.
-    """
 
 
 class State(StrEnum):
