@@ -19,7 +19,7 @@ import torch
 from torch.optim import Optimizer
 
 import sosa_stream
-from sosa_stream.agent import process
+from sosa_stream.agent import failure, process
 from sosa_stream.agent.attribution import Attribution
 from sosa_stream.agent.courier import Courier, Progress
 from sosa_stream.agent.fence.fence import Fence
@@ -46,7 +46,7 @@ from sosa_stream.agent.watch.metrics import Libraries, columns_of
 from sosa_stream.agent.watch.taps import Taps
 from sosa_stream.config import Mode, Settings, Switch
 from sosa_stream.protocol import messages
-from sosa_stream.protocol.messages import ExceptionReport, Layers, Phase
+from sosa_stream.protocol.messages import Layers, Phase
 
 EXIT_IN_DOUBT = 75
 """Exit code of a rank that cannot know what the others do; torch elastic then restarts them all."""
@@ -389,24 +389,12 @@ class Agent:
         """
         if ends and self._courier is not None:
             self._courier.ending = True
-        frames = traceback.extract_tb(error.__traceback__)[-20:]
-        stack = tuple(f"{frame.filename}:{frame.lineno} {frame.name}"[:500] for frame in frames)
-        kind, message = type(error).__qualname__, "\n".join([str(error), *getattr(error, "__notes__", ())])[:2000]
-        step, phase = self.probe.step, Phase.FORWARD if num_parts else self.taps.phase
         if is_out_of_memory(error) and not self._memory:
             self.measure_memory()
         memory, self._memory = self._memory, {}
+        phase = Phase.FORWARD if num_parts else self.taps.phase
         self._outbox.add_message(
-            lambda header: ExceptionReport(
-                header=header,
-                type=kind,
-                message=message,
-                stack=stack,
-                step=step,
-                phase=phase,
-                memory=memory,
-                num_parts=num_parts,
-            )
+            failure.report(error, step=self.probe.step, phase=phase, memory=memory, num_parts=num_parts)
         )
 
     def close(self, reason: str = "end of script", exit_code: int = 0, checkpoint: str = "final") -> None:

@@ -1,0 +1,29 @@
+"""An exception of the script's, as the daemon is told of it."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping
+
+from sosa_stream.protocol.messages import ExceptionReport, Header, Phase
+
+MAX_FRAMES, MAX_FRAME_LENGTH, MAX_MESSAGE_LENGTH = 20, 500, 2000
+
+
+def report(
+    error: BaseException, *, step: int, phase: Phase, memory: Mapping[str, int], num_parts: int
+) -> Callable[[Header], ExceptionReport]:
+    """What is to be sent of ``error``: the innermost frames of its traceback, and its notes behind its words."""
+    frames = traceback.extract_tb(error.__traceback__)[-MAX_FRAMES:]
+    stack = tuple(f"{frame.filename}:{frame.lineno} {frame.name}"[:MAX_FRAME_LENGTH] for frame in frames)
+    message = "\n".join([str(error), *getattr(error, "__notes__", ())])[:MAX_MESSAGE_LENGTH]
+    return lambda header: ExceptionReport(
+        header=header,
+        type=type(error).__qualname__,
+        message=message,
+        stack=stack,
+        step=step,
+        phase=phase,
+        memory=dict(memory),
+        num_parts=num_parts,
+    )
