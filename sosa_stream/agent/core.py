@@ -26,6 +26,7 @@ from sosa_stream.agent.fence.fence import Fence
 from sosa_stream.agent.fence.membership import Membership
 from sosa_stream.agent.fence.stores import MemoryStore, RegisterStore
 from sosa_stream.agent.guard import Guard
+from sosa_stream.agent.last_checkpoint import LastCheckpoint
 from sosa_stream.agent.link import Link, LocalLink
 from sosa_stream.agent.memory import breakdown, is_out_of_memory
 from sosa_stream.agent.outbox import Outbox, Wakeup
@@ -39,7 +40,6 @@ from sosa_stream.agent.repair.registry import Registry
 from sosa_stream.agent.repair.saving import Checkpoints, SaveCheckpoint
 from sosa_stream.agent.repair.snapshots import SnapshotRing
 from sosa_stream.agent.repair.training_state import TrainingState
-from sosa_stream.agent.signals import Termination
 from sosa_stream.agent.thread import AgentThread
 from sosa_stream.agent.watch.looks import Census
 from sosa_stream.agent.watch.metrics import Libraries, columns_of
@@ -141,11 +141,8 @@ class Agent:
         self.taps.on_compile = self.probe.looks.forward.give_up
         if rank == 0:
             self.probe.looks.tell_layers = self._tell_layers
-        self._termination = Termination(
-            lambda still_wanted: self._save("interrupted", still_wanted),
-            lambda: self.probe.in_step,
-            settings.agent.sigterm_seconds,
-            self._say_here,
+        self._last_checkpoint = LastCheckpoint(
+            self.checkpoints, self.probe, settings.agent.sigterm_seconds, self.say, self._say_here
         )
         self._libraries = Libraries(self.log)
         self._courier: Courier | None = None
@@ -176,7 +173,7 @@ class Agent:
             on_error=lambda error: self._on_error(error, False),
         )
         self._thread.start()
-        self._listen_for_sigterm()
+        self._last_checkpoint.install()
         process.started(self)
 
     def show(self, tee: LocalLink) -> None:
@@ -195,7 +192,7 @@ class Agent:
         self.registry.install()
         self._join(self._place.alone(), link, MemoryStore())
         self._pump_local()
-        self._listen_for_sigterm()
+        self._last_checkpoint.install()
         process.started(self)
 
     def log(self, metrics: Mapping[str, Any] | None, more: Mapping[str, Any] | None = None) -> None:
@@ -281,13 +278,6 @@ class Agent:
             "last steps": "".join(f"\n  {each}" for each in self._outbox.recent()),
         }
 
-    def _listen_for_sigterm(self) -> None:
-        if self.checkpoints.kept:
-            import torch.distributed.checkpoint  # noqa: F401  (takes a second, which a signal has no time for)
-
-            self._termination.install()
-            self.probe.at_rest = self._termination.at_rest
-
     def _checkpoint_facts(self) -> dict[str, Any]:
         return {
             "run": self._place.run,
@@ -297,11 +287,6 @@ class Agent:
             "last_step": "".join(self._outbox.recent()[-1:]),
             "versions": {"sosa_stream": sosa_stream.__version__, "torch": torch.__version__},
         }
-
-    def _save(self, kind: str, still_wanted: Callable[[], bool] = lambda: True) -> str:
-        if self.probe.left_in_step:
-            return f"no checkpoint {kind}: an optimizer step was broken off, and weights may be updated in part"
-        return self.checkpoints.save(kind, self.probe.step, self.probe.tick, still_wanted)
 
     def _say_here(self, text: str) -> None:
         self.say(text, every_rank=True)
@@ -348,9 +333,7 @@ class Agent:
         if self.probe.tick % LOOK_EVERY == 1:
             self._libraries.find()
             self._tell_knobs()
-            if self.checkpoints.kept:
-                self.checkpoints.look()
-                self._termination.recheck()
+            self._last_checkpoint.look()
         if self._local:
             self._pump_local()
 
@@ -407,10 +390,7 @@ class Agent:
             return
         self._closed = True
         process.ended(self)
-        if self.checkpoints.kept and (words := self._save(checkpoint)):
-            self.say(words)
-        self._termination.remove()
-        self.checkpoints.let_go()
+        self._last_checkpoint.save(checkpoint)
         self.probe.remove()
         self.taps.remove()
         self.registry.remove()
