@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from benchmarks.results_file import spread, write
-from sosa_stream.agent import gradients
 from sosa_stream.agent.core import Agent
+from sosa_stream.agent.step import gradients
 from sosa_stream.config import Mode, load_settings
 
 STEPS = 200

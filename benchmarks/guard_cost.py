@@ -20,7 +20,7 @@ from torch import nn
 
 from benchmarks.results_file import spread, write
 from sosa_stream.agent.core import Agent
-from sosa_stream.agent.guard import Guard
+from sosa_stream.agent.step.guard import Guard
 from sosa_stream.config import GuardMode, Mode, load_settings
 
 STEPS = 30

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.results_file import percentile, write
-from sosa_stream.agent.courier import Courier, Progress
 from sosa_stream.agent.fence.membership import Membership
-from sosa_stream.agent.outbox import KNOWN_COLUMNS, Outbox, Row, Wakeup
 from sosa_stream.agent.place import Identity
+from sosa_stream.agent.transport.courier import Courier, Progress
+from sosa_stream.agent.transport.outbox import KNOWN_COLUMNS, Outbox, Row, Wakeup
 from sosa_stream.agent.watch.scalars import Scalars
 from sosa_stream.config import FenceSettings, Mode, Settings, load_settings
 from sosa_stream.protocol.channels import AgentChannel

@@ -14,16 +14,16 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sosa_stream.agent.core import Agent
-from sosa_stream.agent.guard import Guard
-from sosa_stream.agent.link import LocalLink
-from sosa_stream.agent.outbox import Outbox, Row, Wakeup
-from sosa_stream.agent.probe import Probe
 from sosa_stream.agent.repair.actuators import Actuators, make_actuators
 from sosa_stream.agent.repair.knobs import Knobs
 from sosa_stream.agent.repair.ranks import Ranks, world_size
 from sosa_stream.agent.repair.registry import Registry
 from sosa_stream.agent.repair.snapshots import SnapshotRing
 from sosa_stream.agent.repair.training_state import TrainingState
+from sosa_stream.agent.step.guard import Guard
+from sosa_stream.agent.step.probe import Probe
+from sosa_stream.agent.transport.link import LocalLink
+from sosa_stream.agent.transport.outbox import Outbox, Row, Wakeup
 from sosa_stream.agent.watch.baseline import InputBaseline
 from sosa_stream.agent.watch.taps import Taps
 from sosa_stream.config import AgentSettings, GuardMode, Mode, load_settings

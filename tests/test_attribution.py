@@ -14,7 +14,7 @@ from agent_parts import Watch, batches, bits, loss_of, poison, toy, watched_live
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from sosa_stream.agent.attribution import EVERY_TICKS, Attribution
+from sosa_stream.agent.step.attribution import EVERY_TICKS, Attribution
 from sosa_stream.agent.wrapper import SOSATrainingWrapper
 from sosa_stream.cli.incident_words import whole
 from sosa_stream.engine import Engine

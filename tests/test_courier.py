@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from agent_parts import act, command
 
-from sosa_stream.agent import courier as courier_module
-from sosa_stream.agent.courier import Courier, Progress, may_apply
 from sosa_stream.agent.fence.membership import Membership
-from sosa_stream.agent.outbox import Outbox, Wakeup
 from sosa_stream.agent.place import Identity
+from sosa_stream.agent.transport import courier as courier_module
+from sosa_stream.agent.transport.courier import Courier, Progress, may_apply
+from sosa_stream.agent.transport.outbox import Outbox, Wakeup
 from sosa_stream.config import Mode, Settings, load_settings
 from sosa_stream.errors import ProtocolError
 from sosa_stream.protocol.actions import Action

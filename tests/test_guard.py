@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from sosa_stream.agent.buffers import SMALL_BYTES, Buffers
+from sosa_stream.agent.step.buffers import SMALL_BYTES, Buffers
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 FLAVOURS = {"foreach": {"foreach": True}, "fused": {"fused": True}, "one by one": {"foreach": False}}

@@ -13,7 +13,7 @@ from agent_parts import HEADER
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from sosa_stream.agent.outbox import MAX_ROWS_PER_FRAME, Outbox, Ring, Row, Wakeup
+from sosa_stream.agent.transport.outbox import MAX_ROWS_PER_FRAME, Outbox, Ring, Row, Wakeup
 from sosa_stream.agent.watch.scalars import Scalars, fetch
 from sosa_stream.protocol.codec import decode
 from sosa_stream.protocol.messages import Bye, Header, Heartbeat, MetricFrame, Phase

@@ -273,7 +273,7 @@ def test_the_norm_of_the_scripts_own_clipping_is_taken_over_and_not_computed_aga
     def never(gradients: Any) -> torch.Tensor:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("sosa_stream.agent.gradients.total_norm", never)
+    monkeypatch.setattr("sosa_stream.agent.step.gradients.total_norm", never)
     model = toy()
     optimizer = SGD(model.parameters(), lr=0.1)
     with Watch(guard=True).installed() as watch:
@@ -601,7 +601,7 @@ def test_an_internal_error_of_control_is_grave_only_while_something_is_in_force(
     def broken(optimizer: Optimizer) -> list[torch.Tensor]:
         raise RuntimeError("control is broken")
 
-    monkeypatch.setattr("sosa_stream.agent.gradients.with_gradients", broken)
+    monkeypatch.setattr("sosa_stream.agent.step.gradients.with_gradients", broken)
     model = toy()
     with Watch(guard=guard).installed() as watch:
         train(model, AdamW(model.parameters()), batches(3))

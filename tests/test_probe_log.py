@@ -14,8 +14,8 @@ from torch.optim import SGD
 from sosa_stream import wrap_training
 from sosa_stream.agent import log, observe_posterior
 from sosa_stream.agent.core import Agent
-from sosa_stream.agent.link import LocalLink
-from sosa_stream.agent.outbox import Outbox, Row, Wakeup
+from sosa_stream.agent.transport.link import LocalLink
+from sosa_stream.agent.transport.outbox import Outbox, Row, Wakeup
 from sosa_stream.agent.watch.scalars import Scalars
 from sosa_stream.config import Mode, load_settings
 from sosa_stream.engine import Engine

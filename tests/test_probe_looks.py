@@ -16,7 +16,7 @@ from torch.optim import SGD, AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sosa_stream.agent import log, observe_posterior
-from sosa_stream.agent.outbox import Outbox, Wakeup
+from sosa_stream.agent.transport.outbox import Outbox, Wakeup
 from sosa_stream.agent.watch.activations import Activations
 from sosa_stream.agent.watch.looks import WEIGHTS_EVERY
 from sosa_stream.agent.watch.metrics import columns_of

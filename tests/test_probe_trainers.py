@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from sosa_stream.agent.core import Agent
-from sosa_stream.agent.link import LocalLink
+from sosa_stream.agent.transport.link import LocalLink
 from sosa_stream.agent.watch.metrics import Libraries
 from sosa_stream.config import Mode, load_settings
 from sosa_stream.engine import Engine

@@ -18,9 +18,9 @@ from split_parts import NUM_SAMPLES, Net, batch_at, flat, mse, too_large_for_bac
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from sosa_stream.agent.batches import count_samples, cut, split
-from sosa_stream.agent.memory import breakdown, is_out_of_memory
-from sosa_stream.agent.repair.splitting import RELAX_STEPS, Need
+from sosa_stream.agent.splitting.batches import count_samples, cut, split
+from sosa_stream.agent.splitting.memory import breakdown, is_out_of_memory
+from sosa_stream.agent.splitting.micro_batches import RELAX_STEPS, Need
 from sosa_stream.agent.wrapper import SOSATrainingWrapper, wrap_training
 from sosa_stream.config import Mode
 from sosa_stream.errors import RefusedError, UsageError

@@ -26,9 +26,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from sosa_stream import agent
 from sosa_stream.agent.core import Agent
-from sosa_stream.agent.link import LocalLink
 from sosa_stream.agent.repair import random_numbers
 from sosa_stream.agent.repair.registry import CONSTRUCTORS, Registry
+from sosa_stream.agent.transport.link import LocalLink
 from sosa_stream.config import Switch, load_settings
 from sosa_stream.engine import Engine
 from sosa_stream.errors import SosaError

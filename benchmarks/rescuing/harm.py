@@ -18,7 +18,7 @@ from benchmarks.detection.tasks import Task
 from benchmarks.rescuing.ranks import ALLOW
 from sosa_stream.agent import log
 from sosa_stream.agent.core import Agent
-from sosa_stream.agent.link import LocalLink
+from sosa_stream.agent.transport.link import LocalLink
 from sosa_stream.cli.feedback import wilson_interval
 from sosa_stream.config import Mode, load_settings
 from sosa_stream.decide.commands import CommandRecord

@@ -20,18 +20,11 @@ from torch.optim import Optimizer
 
 import sosa_stream
 from sosa_stream.agent import failure, process
-from sosa_stream.agent.attribution import Attribution
-from sosa_stream.agent.courier import Courier, Progress
 from sosa_stream.agent.fence.fence import Fence
 from sosa_stream.agent.fence.membership import Membership
 from sosa_stream.agent.fence.stores import MemoryStore, RegisterStore
-from sosa_stream.agent.guard import Guard
 from sosa_stream.agent.last_checkpoint import LastCheckpoint
-from sosa_stream.agent.link import Link, LocalLink
-from sosa_stream.agent.memory import breakdown, is_out_of_memory
-from sosa_stream.agent.outbox import Outbox, Wakeup
 from sosa_stream.agent.place import Identity, Place
-from sosa_stream.agent.probe import Probe
 from sosa_stream.agent.repair.actuators import make_actuators
 from sosa_stream.agent.repair.diagnostics import DumpDiagnostics
 from sosa_stream.agent.repair.knobs import Knobs
@@ -40,7 +33,14 @@ from sosa_stream.agent.repair.registry import Registry
 from sosa_stream.agent.repair.saving import Checkpoints, SaveCheckpoint
 from sosa_stream.agent.repair.snapshots import SnapshotRing
 from sosa_stream.agent.repair.training_state import TrainingState
-from sosa_stream.agent.thread import AgentThread
+from sosa_stream.agent.splitting.memory import breakdown, is_out_of_memory
+from sosa_stream.agent.step.attribution import Attribution
+from sosa_stream.agent.step.guard import Guard
+from sosa_stream.agent.step.probe import Probe
+from sosa_stream.agent.transport.courier import Courier, Progress
+from sosa_stream.agent.transport.link import Link, LocalLink
+from sosa_stream.agent.transport.outbox import Outbox, Wakeup
+from sosa_stream.agent.transport.thread import AgentThread
 from sosa_stream.agent.watch.looks import Census
 from sosa_stream.agent.watch.metrics import Libraries, columns_of
 from sosa_stream.agent.watch.taps import Taps

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sosa_stream.agent.probe import Probe
 from sosa_stream.agent.repair.saving import Checkpoints
 from sosa_stream.agent.signals import Termination
+from sosa_stream.agent.step.probe import Probe
 
 
 class LastCheckpoint:

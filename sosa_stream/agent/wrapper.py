@@ -27,15 +27,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sosa_stream.agent import process
-from sosa_stream.agent.batches import ForwardFunction, loss_of
 from sosa_stream.agent.core import Agent
-from sosa_stream.agent.courier import policy
 from sosa_stream.agent.environment import is_disabled, read_settings, run_name
-from sosa_stream.agent.link import LocalLink
 from sosa_stream.agent.monitor import TrainingMonitor
 from sosa_stream.agent.repair.best import BestCheckpoint
 from sosa_stream.agent.repair.knobs import Knob
-from sosa_stream.agent.repair.splitting import MicroBatches
+from sosa_stream.agent.splitting.batches import ForwardFunction, loss_of
+from sosa_stream.agent.splitting.micro_batches import MicroBatches
+from sosa_stream.agent.transport.courier import policy
+from sosa_stream.agent.transport.link import LocalLink
 from sosa_stream.config import Mode, Settings, load_settings
 from sosa_stream.detect.detectors import BY_KIND
 from sosa_stream.engine import Engine

@@ -156,8 +156,8 @@ class Knobs:
 class ExceptionReport:
     """The script raised and did not catch. ``stack`` is innermost last, ``file:line function``.
 
-    Where memory ran out, ``memory`` is what held it, in bytes by name (`agent.memory.breakdown`), and ``num_parts``, if
-    not 0, in how many parts the batch was then run: the script has not seen the error.
+    Where memory ran out, ``memory`` is what held it, in bytes by name, and ``num_parts``, if not 0, in how many parts
+    the batch was then run: the script has not seen the error.
     """
 
     header: Header

@@ -17,7 +17,7 @@ from torch.optim import SGD, AdamW
 from torch.optim.swa_utils import AveragedModel
 from two_ranks import TwoRanks
 
-from sosa_stream.agent.attribution import Attribution
+from sosa_stream.agent.step.attribution import Attribution
 from sosa_stream.config import GuardMode
 
 NUM_STEPS, BAD_STEP = 6, 3

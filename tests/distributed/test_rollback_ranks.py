@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 from two_ranks import TwoRanks
 
-from sosa_stream.agent.gradients import to_local
 from sosa_stream.agent.repair.ranks import Ranks, ranks_of_node
+from sosa_stream.agent.step.gradients import to_local
 from sosa_stream.errors import HalfAppliedError, SosaError, describe
 
 NODE = (0, 1)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from split_parts import NUM_SAMPLES, Net, batch_at, flat, mse, too_large_for_backward, too_large_for_the_loss
 
 from sosa_stream.agent.core import Agent
-from sosa_stream.agent.repair.splitting import MicroBatches
+from sosa_stream.agent.splitting.micro_batches import MicroBatches
 from sosa_stream.config import load_settings
 
 NUM_STEPS = 6

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch.optim import LBFGS, Optimizer
 
-from sosa_stream.agent.gradients import to_local, with_gradients
 from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Undo
 from sosa_stream.agent.repair.training_state import TrainingState
+from sosa_stream.agent.step.gradients import to_local, with_gradients
 from sosa_stream.errors import RefusedError
 
 HALVES = (torch.float16, torch.bfloat16)

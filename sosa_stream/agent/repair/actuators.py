@@ -22,9 +22,9 @@ from sosa_stream.agent.repair.resync import Resync
 from sosa_stream.agent.repair.rollback import Rollback
 from sosa_stream.agent.repair.skipping import SkipData, SkipSteps
 from sosa_stream.agent.repair.snapshots import SnapshotRing
-from sosa_stream.agent.repair.splitting import SplitBatches
 from sosa_stream.agent.repair.stopping import Stop
 from sosa_stream.agent.repair.training_state import TrainingState
+from sosa_stream.agent.splitting.micro_batches import SplitBatches
 from sosa_stream.agent.watch.deliveries import Deliveries
 from sosa_stream.errors import HalfAppliedError, RefusedError, describe
 from sosa_stream.protocol.actions import ACTIONS, Action

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sosa_stream.agent.gradients import to_local
+from sosa_stream.agent.step.gradients import to_local
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ import pickle
 from collections.abc import Mapping
 from typing import Any
 
-from sosa_stream.agent.gradients import is_sharded
 from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Undo
 from sosa_stream.agent.repair.copies import Copy, copy_all, fill, outline, room_for, tensors_in
 from sosa_stream.agent.repair.optimizer_state import (
@@ -18,6 +17,7 @@ from sosa_stream.agent.repair.optimizer_state import (
 )
 from sosa_stream.agent.repair.ranks import world_size
 from sosa_stream.agent.repair.training_state import TrainingState
+from sosa_stream.agent.step.gradients import is_sharded
 from sosa_stream.errors import HalfAppliedError, RefusedError, SosaError
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sosa_stream.agent.gradients import is_sharded, reduced_by_ddp
 from sosa_stream.agent.repair import checkpoints
 from sosa_stream.agent.repair.actuator import Actuator, Moment, Undo
 from sosa_stream.agent.repair.checkpoints import AS_IT_IS, NotWrittenError, Unnamed
@@ -18,6 +17,7 @@ from sosa_stream.agent.repair.contents import Contents, contents_of
 from sosa_stream.agent.repair.optimizer_state import inner_optimizer
 from sosa_stream.agent.repair.snapshots import readable
 from sosa_stream.agent.repair.training_state import TrainingState
+from sosa_stream.agent.step.gradients import is_sharded, reduced_by_ddp
 from sosa_stream.config import AgentSettings
 from sosa_stream.errors import RefusedError, describe
 

@@ -23,7 +23,6 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from sosa_stream.agent.gradients import is_sharded, reduced_by_ddp, to_local
 from sosa_stream.agent.repair import random_numbers
 from sosa_stream.agent.repair.copies import (
     copy_all,
@@ -48,6 +47,7 @@ from sosa_stream.agent.repair.optimizer_state import (
 from sosa_stream.agent.repair.ranks import Ranks
 from sosa_stream.agent.repair.registry import Registry, copy_scale, follows_metric, restore_scale
 from sosa_stream.agent.repair.snapshots import NoSnapshotError, Snapshot
+from sosa_stream.agent.step.gradients import is_sharded, reduced_by_ddp, to_local
 from sosa_stream.config import Switch
 from sosa_stream.errors import SosaError
 

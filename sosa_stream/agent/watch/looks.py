@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch.optim import Optimizer
 
-from sosa_stream.agent import gradients
+from sosa_stream.agent.step import gradients
 from sosa_stream.agent.watch.forward import Forward
 from sosa_stream.agent.watch.inputs import Inputs
 from sosa_stream.agent.watch.posterior import Posterior

@@ -19,7 +19,7 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.utils import clip_grad
 
-from sosa_stream.agent.gradients import whole
+from sosa_stream.agent.step.gradients import whole
 from sosa_stream.agent.watch.deliveries import Deliveries
 from sosa_stream.agent.watch.losses import Losses
 from sosa_stream.protocol.messages import Phase

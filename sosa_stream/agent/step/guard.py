@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from sosa_stream.agent.buffers import Buffers
-from sosa_stream.agent.gradients import with_gradients
+from sosa_stream.agent.step.buffers import Buffers
+from sosa_stream.agent.step.gradients import with_gradients
 from sosa_stream.config import GuardMode
 
 MOST_SKIPS_TOLD = 10

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from sosa_stream.agent.gradients import to_local
+from sosa_stream.agent.step.gradients import to_local
 
 CPU_WORDS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
 """How the allocator of the CPU says it, in a plain RuntimeError (torch 2.13)."""

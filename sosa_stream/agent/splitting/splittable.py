@@ -20,9 +20,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sosa_stream.agent.batches import count_samples, cut
-from sosa_stream.agent.memory import is_out_of_memory
-from sosa_stream.agent.repair.reduction import Reduction
+from sosa_stream.agent.splitting.batches import count_samples, cut
+from sosa_stream.agent.splitting.memory import is_out_of_memory
+from sosa_stream.agent.splitting.reduction import Reduction
 from sosa_stream.errors import RefusedError
 
 FEW = 4

@@ -17,10 +17,10 @@ from sosa_stream.agent.fence.fence import Fence
 from sosa_stream.agent.fence.membership import Membership
 from sosa_stream.agent.fence.notices import Aborted, Closed, Committed, Held
 from sosa_stream.agent.kill_file import KillFile
-from sosa_stream.agent.link import Link
-from sosa_stream.agent.outbox import Outbox
 from sosa_stream.agent.place import Identity
 from sosa_stream.agent.timezone import utc_offsets
+from sosa_stream.agent.transport.link import Link
+from sosa_stream.agent.transport.outbox import Outbox
 from sosa_stream.config import Mode, Settings
 from sosa_stream.errors import CommandRefusedError, describe
 from sosa_stream.plain import plain

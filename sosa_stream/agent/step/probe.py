@@ -22,18 +22,18 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from sosa_stream.agent import gradients
-from sosa_stream.agent.attribution import Attribution
 from sosa_stream.agent.fence.fence import Fence
 from sosa_stream.agent.fence.stop import InDoubt
-from sosa_stream.agent.guard import Guard
-from sosa_stream.agent.outbox import Outbox, Row
 from sosa_stream.agent.repair.actuators import Actuators
 from sosa_stream.agent.repair.learning_rate import LearningRate
 from sosa_stream.agent.repair.snapshots import SnapshotRing
 from sosa_stream.agent.repair.stopping import StopTraining
 from sosa_stream.agent.repair.training_state import TrainingState
-from sosa_stream.agent.step_calls import Primary, StepCalls
+from sosa_stream.agent.step import gradients
+from sosa_stream.agent.step.attribution import Attribution
+from sosa_stream.agent.step.guard import Guard
+from sosa_stream.agent.step.step_calls import Primary, StepCalls
+from sosa_stream.agent.transport.outbox import Outbox, Row
 from sosa_stream.agent.watch.looks import Looks
 from sosa_stream.agent.watch.losses import Loss
 from sosa_stream.agent.watch.scalars import fetch

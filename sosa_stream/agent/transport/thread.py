@@ -12,13 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from sosa_stream.agent.courier import Courier
-from sosa_stream.agent.embedded import EmbeddedDaemon
 from sosa_stream.agent.fence.membership import Coordinator, Joiner, Membership
 from sosa_stream.agent.fence.stores import MemoryStore, RegisterStore, TorchStore
-from sosa_stream.agent.link import Link, LocalLink, TeeLink
-from sosa_stream.agent.outbox import Wakeup
 from sosa_stream.agent.place import Place
+from sosa_stream.agent.transport.courier import Courier
+from sosa_stream.agent.transport.embedded import EmbeddedDaemon
+from sosa_stream.agent.transport.link import Link, LocalLink, TeeLink
+from sosa_stream.agent.transport.outbox import Wakeup
 from sosa_stream.config import Settings
 from sosa_stream.errors import SosaError
 from sosa_stream.protocol.channels import AgentChannel

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sosa_stream.agent.buffers import Buffers
-from sosa_stream.agent.gradients import to_local
+from sosa_stream.agent.step.buffers import Buffers
+from sosa_stream.agent.step.gradients import to_local
 from sosa_stream.agent.watch.inputs import tensors_in
 
 EVERY_TICKS = 32

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from sosa_stream.agent.batches import ForwardFunction, count_samples, loss_of, split
-from sosa_stream.agent.memory import is_out_of_memory, release
-from sosa_stream.agent.repair import splittable
 from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Undo
-from sosa_stream.agent.repair.reduction import Reduction
+from sosa_stream.agent.splitting import splittable
+from sosa_stream.agent.splitting.batches import ForwardFunction, count_samples, loss_of, split
+from sosa_stream.agent.splitting.memory import is_out_of_memory, release
+from sosa_stream.agent.splitting.reduction import Reduction
 from sosa_stream.errors import RefusedError
 
 if TYPE_CHECKING:
