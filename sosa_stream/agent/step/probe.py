@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -32,21 +31,15 @@ from sosa_stream.agent.repair.training_state import TrainingState
 from sosa_stream.agent.step import gradients
 from sosa_stream.agent.step.attribution import Attribution
 from sosa_stream.agent.step.guard import Guard
+from sosa_stream.agent.step.norm import StepNorm
+from sosa_stream.agent.step.rows import Rows
 from sosa_stream.agent.step.step_calls import Primary, StepCalls
-from sosa_stream.agent.transport.outbox import Outbox, Row
+from sosa_stream.agent.transport.outbox import Outbox
 from sosa_stream.agent.watch.looks import Looks
-from sosa_stream.agent.watch.losses import Loss
-from sosa_stream.agent.watch.scalars import fetch
 from sosa_stream.agent.watch.taps import Taps
 from sosa_stream.protocol.messages import Ack, AckState, Command, Phase
 
 FORWARD, OPTIMIZER = Phase.FORWARD, Phase.OPTIMIZER  # at every step: to look an enum's member up costs a microsecond
-NAMES = {
-    (loss, norm): ("lr", "skipped", *(("loss",) if loss else ()), *(("grad_norm",) if norm else ()))
-    for loss in (True, False)
-    for norm in (True, False)
-}
-"""Columns of a row, by whether a loss and whether a gradient norm were seen."""
 
 
 class Probe:
@@ -102,18 +95,12 @@ class Probe:
         self._calls = StepCalls(self._put_back)
         self._primary = Primary(actuators.begin_anew)
         self._restore: list[Callable[[], None]] = []
-        self._norm: torch.Tensor | None = None
-        self._norm_is_shared = False
-        self._clipped_to: float | torch.Tensor | None = None
+        self._norm = StepNorm(taps, alone=alone)
         self.looks = Looks(lambda error: on_error(error, False))
         self.looks.forward.before = self.before_forward
-        self._kinds: weakref.WeakKeyDictionary[Optimizer, tuple[bool, bool]] = weakref.WeakKeyDictionary()
-        self._kind = False, False
-        """That of the optimizer whose tick it is: whether it is sharded, and its gradients shared by all ranks."""
+        self._rows = Rows(outbox, taps, self.looks, self._in_force)
         self._last: Callable[[], Optimizer | None] = lambda: None
         self._alone = alone
-        self._num_objectives = 0
-        self._last_step_at = 0.0
         self._handles: list[Any] = []
         self._only: Optimizer | None = None
         """The one that is watched, where not all are."""
@@ -184,15 +171,16 @@ class Probe:
     def _begin(self, optimizer: Optimizer) -> None:
         """The first thing in a tick: apply what the ranks agreed to apply now."""
         if self._last() is not optimizer:
-            if self._state.meet(optimizer):
+            is_new, self._last = self._state.meet(optimizer), weakref.ref(optimizer)
+            self._norm.meet(optimizer)
+            if is_new:
                 self._meet(optimizer)
-            self._kind, self._last = self._kinds[optimizer], weakref.ref(optimizer)
         if self._snapshots is not None:
             if self.tick == 0:
                 self._keep_copies(lambda ring: ring.take(0, 0))
             self._keep_copies(SnapshotRing.complete)
         self._guard.begin(optimizer)
-        self._norm = None
+        self._norm.value = None
         self._taps.phase = OPTIMIZER
         if (fence := self.fence) is not None and (command := fence.arrive(self.tick)) is not None:
             try:
@@ -203,19 +191,16 @@ class Probe:
                 self._in_force.accumulation.drop()
 
     def _meet(self, optimizer: Optimizer) -> None:
-        """A new optimizer: are its parameters sharded, and its gradients the same on all ranks?"""
+        """A new optimizer: can it be watched, and can it be guarded?"""
         self.looks.meet(optimizer)
         self._taps.losses.meet(self._state.optimizers)
-        sharded = gradients.is_sharded(optimizer)
-        shared = not sharded and (self._alone or gradients.reduced_by_ddp(optimizer))
-        self._kinds[optimizer] = sharded, shared
         if any(parameter.is_meta for group in optimizer.param_groups for parameter in group["params"]):
             self.observing = self._guard.on = False
             self._tell("parameters lie on the meta device, where there is nothing to see: training is not watched")
         if self._guard.on:
             owned = [p for known in self._state.optimizers for group in known.param_groups for p in group["params"]]
             self._guard.meet(owned)
-        if self._guard.on and not shared and not self._guard.reduces:
+        if self._guard.on and not self._norm.gradients_are_shared and not self._guard.reduces:
             self._tell(
                 "not all parameters are DistributedDataParallel's, so gradients may differ between ranks: the guard "
                 "acts only where the script's own clip_grad_norm_ gives a reduced norm of sharded ones. Where all "
@@ -247,30 +232,18 @@ class Probe:
 
     def _control(self, optimizer: Optimizer) -> None:
         """With the step's gradients at hand: norm, guard, clip, learning rate."""
-        in_force = self._in_force
+        in_force, norm = self._in_force, self._norm
         parameters, local = gradients.with_gradients(optimizer)
         norms: list[torch.Tensor] | None = None
-        sharded, shared = self._kind
         if parameters:
-            self._norm, self._clipped_to = self._taps.take_norm(parameters)
-            # Equal on all ranks: that of whole, reduced gradients, or for sharded ones the script's own reduced norm.
-            self._norm_is_shared = self._norm is not None if sharded else shared
-            in_force.norm_is_shared = self._norm_is_shared
-            if sharded:  # a whole one's norm would be a hidden collective
+            if norm.sharded:  # a whole one's norm would be a hidden collective
                 local = [gradients.to_local(gradient) for gradient in local]
-            if self._norm is None:
-                norms = gradients.tensor_norms(local)
-                self._norm = gradients.total_norm(norms)
-            grad_scale = getattr(optimizer, "grad_scale", None)
-            if isinstance(grad_scale, torch.Tensor):  # what was measured and clipped was scaled
-                scale = grad_scale.to(self._norm.device)
-                self._norm = self._norm / scale
-                self._clipped_to = None if self._clipped_to is None else self._clipped_to / scale
+            norms = norm.take(optimizer, parameters, local)
+            in_force.norm_is_shared = norm.is_shared
         skip = self._leave_out(optimizer, parameters)
-        if parameters and in_force.max_norm is not None and self._norm_is_shared and not skip:
-            assert self._norm is not None
-            gradients.clip(local, gradients.norm_after_clip(self._norm, self._clipped_to), in_force.max_norm)
-        if self.observing and not sharded and self.looks.are_due(self.step):
+        if parameters and in_force.max_norm is not None and norm.is_shared and not skip:
+            norm.clip(local, in_force.max_norm)
+        if self.observing and not norm.sharded and self.looks.are_due(self.step):
             self._look(optimizer, parameters, local, norms, skip)
         if in_force.accumulation is not None and not skip:
             waits, restore = in_force.accumulation.gather(optimizer)
@@ -283,10 +256,10 @@ class Probe:
 
     def _leave_out(self, optimizer: Optimizer, parameters: list[torch.Tensor]) -> bool:
         """Leave the coming update out where a fix or the guard wants it so. Returns whether the host knows it does."""
-        in_force, guard = self._in_force, self._guard
+        in_force, guard, norm = self._in_force, self._guard, self._norm
         stale, in_force.stale_gradients = in_force.stale_gradients, False
         # A scaler looks for what is not finite itself, and where it skips a step no hook is called to ask.
-        asks = guard.on and guard.reduces and not self._kind[1] and self._taps.loss_scale is None
+        asks = guard.on and guard.reduces and not norm.gradients_are_shared and self._taps.loss_scale is None
         if not parameters and not asks:
             return False
         if stale or in_force.skip_left:
@@ -295,11 +268,11 @@ class Probe:
             return True
         bad = False
         if asks:
-            bad = guard.agree(optimizer, self._norm, self.step)
-        elif guard.on and self._norm_is_shared and self._norm is not None:
-            bad = guard.judge(optimizer, self._norm, len(parameters), self.step)
-        elif self._attribution is not None and self._alone and self._norm is not None and self._norm.is_cpu:
-            self._look_back(optimizer, parameters, not math.isfinite(self._norm.item()))
+            bad = guard.agree(optimizer, norm.value, self.step)
+        elif guard.on and norm.is_shared and norm.value is not None:
+            bad = guard.judge(optimizer, norm.value, len(parameters), self.step)
+        elif self._attribution is not None and self._alone and norm.value is not None and norm.value.is_cpu:
+            self._look_back(optimizer, parameters, not math.isfinite(norm.value.item()))
         self._look_back(optimizer, parameters, bad)
         return bad
 
@@ -407,9 +380,11 @@ class Probe:
         if self.observing:
             try:
                 loss, own = self._taps.losses.take(optimizer)
-                self._num_objectives += own
+                self._rows.num_objectives += own
                 if primary:  # the loss shown is its own, not a GAN's other one
-                    self._note(optimizer, step, loss)
+                    found, self._found = self._found, {}
+                    num_models, skipped = self._primary.num_changes, self._guard.skipped
+                    self._rows.add(optimizer, step, self.tick - 1, num_models, loss, self._norm.value, skipped, found)
                 if self._after_tick is not None:
                     self._after_tick()
             except StopTraining:
@@ -417,35 +392,8 @@ class Probe:
             except Exception as error:
                 self._lose_sight(error)
         if self._snapshots is not None:
-            norm = self._norm if self._norm_is_shared else None
+            norm = self._norm.value if self._norm.is_shared else None
             self._keep_copies(lambda ring: ring.observe(self.tick, self.step, norm))
-
-    def _note(self, optimizer: Optimizer, step: int, loss: Loss) -> None:
-        now = time.perf_counter()
-        seconds = now - self._last_step_at if self._last_step_at else 0.0
-        self._last_step_at = now
-        lr = optimizer.param_groups[0].get("lr", math.nan)
-        norm = self._norm
-        sampled, inputs, update = self.looks.take(step)
-        if (scale := self._taps.loss_scale) is not None:
-            sampled["loss_scale"] = scale
-        if self._in_force.ran_in_parts > 1:
-            sampled["num_parts"] = self._in_force.ran_in_parts
-        self.looks.begin(self.step)
-        found, self._found = self._found, {}
-        shown = (lr, self._guard.skipped, loss, norm, *found.values(), *sampled.values())
-        self._outbox.add_row(
-            Row(
-                step,
-                (self.tick - 1, self._in_force.lr_multiplier, seconds, self._primary.num_changes, self._num_objectives),
-                NAMES[loss is not None, norm is not None] + tuple(found),
-                fetch([value for value in shown if value is not None]),
-                tuple(sampled),
-                inputs,
-                update,
-            )
-        )
-        self._num_objectives = 0
 
     def _keep_copies(self, act: Callable[[SnapshotRing], None]) -> None:
         assert self._snapshots is not None

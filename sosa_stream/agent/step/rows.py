@@ -1,0 +1,72 @@
+"""What came of a step, as the outbox takes it: one row for each step of the primary optimizer."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch.optim import Optimizer
+
+from sosa_stream.agent.repair.actuator import InForce
+from sosa_stream.agent.transport.outbox import Outbox, Row
+from sosa_stream.agent.watch.looks import Looks
+from sosa_stream.agent.watch.losses import Loss
+from sosa_stream.agent.watch.scalars import fetch
+from sosa_stream.agent.watch.taps import Taps
+
+NAMES = {
+    (loss, norm): ("lr", "skipped", *(("loss",) if loss else ()), *(("grad_norm",) if norm else ()))
+    for loss in (True, False)
+    for norm in (True, False)
+}
+"""Columns of a row, by whether a loss and whether a gradient norm were seen."""
+
+
+class Rows:
+    """Knows what a row says besides the numbers of its step."""
+
+    def __init__(self, outbox: Outbox, taps: Taps, looks: Looks, in_force: InForce) -> None:
+        self.num_objectives = 0
+        """Losses that went into the step, over all optimizers since the last row."""
+        self._outbox = outbox
+        self._taps = taps
+        self._looks = looks
+        self._in_force = in_force
+        self._last_step_at = 0.0
+
+    def add(
+        self,
+        optimizer: Optimizer,
+        step: int,
+        tick: int,
+        num_models: int,
+        loss: Loss,
+        norm: torch.Tensor | None,
+        skipped: float | torch.Tensor,
+        found: dict[str, float],
+    ) -> None:
+        """The row of ``step``, which ended with ``tick``. ``found``: columns of what was looked for in it alone."""
+        now = time.perf_counter()
+        seconds = now - self._last_step_at if self._last_step_at else 0.0
+        self._last_step_at = now
+        sampled, inputs, update = self._looks.take(step)
+        if (scale := self._taps.loss_scale) is not None:
+            sampled["loss_scale"] = scale
+        if self._in_force.ran_in_parts > 1:
+            sampled["num_parts"] = self._in_force.ran_in_parts
+        self._looks.begin(step + 1)
+        lr = optimizer.param_groups[0].get("lr", math.nan)
+        shown = (lr, skipped, loss, norm, *found.values(), *sampled.values())
+        self._outbox.add_row(
+            Row(
+                step,
+                (tick, self._in_force.lr_multiplier, seconds, num_models, self.num_objectives),
+                NAMES[loss is not None, norm is not None] + tuple(found),
+                fetch([value for value in shown if value is not None]),
+                tuple(sampled),
+                inputs,
+                update,
+            )
+        )
+        self.num_objectives = 0
