@@ -14,7 +14,8 @@ from sosa_stream.agent.repair.training_state import TrainingState
 WRAPPINGS = ("module.", "_orig_mod.")
 
 PARTS = 3
-"""A direct child of this share of the model is looked for too: a network and its average may have one root."""
+"""A direct child of this share of the model is looked for too: a network and its average may have one root. A single
+layer is not: any other of its size would pass for a copy."""
 
 Signature = frozenset[tuple[str, tuple[int, ...]]]
 
@@ -28,7 +29,8 @@ def unregistered(state: TrainingState) -> list[str]:
     for model in state.models:
         whole = _signature(model)
         copied.add(whole)
-        parts = [child for child in model.children() if any(id(p) in trained for p in child.parameters())]
+        networks = [child for child in model.children() if any(True for _ in child.children())]
+        parts = [network for network in networks if any(id(p) in trained for p in network.parameters())]
         copied.update(part for part in map(_signature, parts) if len(part) * PARTS >= len(whole))
     known = {id(module) for thing in state.registry.registered.values() for module in _modules_of(thing)}
     found = []
