@@ -132,9 +132,19 @@ def test_learning_rate_jump_is_named_with_its_rates_within_two_steps() -> None:
     assert incident.evidence["lr_before"] == pytest.approx(1e-3)
 
 
+def test_a_jump_whose_harm_is_hidden_in_the_noise_of_each_loss_shows_within_eight_losses() -> None:
+    found = []
+    for seed in range(10):
+        losses = LEARNING + 0.3 * np.random.default_rng(seed).standard_normal(N)
+        losses[401:] += 1.0
+        found.append(incidents_of(losses[:409], lr=np.where(T[:409] >= 400, 0.03, 1e-3)))
+    assert [_kinds(incidents) for incidents in found] == [["lr_jump"]] * 10
+
+
 def test_learning_rate_jump_that_the_run_bears_is_silent() -> None:
-    losses = LEARNING + 0.08 * np.random.default_rng(7).standard_normal(N)
-    assert incidents_of(losses, lr=np.where(T >= 800, 4e-3, 1e-3)) == ()
+    for noise in (0.08, 0.3):
+        losses = LEARNING + noise * np.random.default_rng(7).standard_normal(N)
+        assert incidents_of(losses, lr=np.where(T >= 800, 4e-3, 1e-3)) == ()
 
 
 def test_jump_that_turns_everything_nonfinite_is_still_one_incident_named_by_its_cause() -> None:

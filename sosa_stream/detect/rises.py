@@ -21,7 +21,10 @@ from sosa_stream.detect.wording import number, share_of, times
 SPIKE_SHARE = 0.01
 """A spike takes back at least this share of the progress: below it, nobody needs to look."""
 HURT_SHARE = 0.1
-"""A run suffers from its learning rate when it loses this share of the progress."""
+"""A run suffers from its learning rate when it loses this share of the progress; twice that, where none of its losses
+is out of the band."""
+HURT_POINTS, HURT_ERRORS = (4, 8), 5.0
+"""As many losses after a jump are judged by their median: is it so many of its standard errors above the band's?"""
 SPIKE_ALONE = 2.5
 """One value this many times as far out as the threshold is a spike by itself."""
 DIVERGED_POINTS = 12
@@ -44,8 +47,9 @@ def lr_jump(windows: RunWindows) -> Finding | None:
     """The effective learning rate exceeds 3 × the largest of its recent schedule, and the run suffers for it.
 
     The schedule is that of steps s-72 to s-8. Suffering, from the jump on (its own step shows the loss before its own
-    update): the loss or the gradient norm is above its band, or non-finite. A rate at which this run has already
-    trained (a schedule's restart) must undo half of the progress for two steps.
+    update): the loss or the gradient norm is above its band, or non-finite; or the median of the losses since is, which
+    shows what noise hides of each. A rate at which this run has already trained (a schedule's restart) must undo half
+    of the progress for two steps.
     """
     jump = windows.schedule.jump
     if jump is None:
@@ -56,7 +60,8 @@ def lr_jump(windows: RunWindows) -> Finding | None:
     nonfinite = 0 < max(windows.num_bad_loss, windows.num_bad_grad) <= since + 1
     losses, norms = windows.losses, windows.log_norms
     share = windows.undone(windows.loss) if losses.above and windows.loss is not None else 0.0
-    hurt = nonfinite or share >= HURT_SHARE or (norms.above and windows.norm_ratio >= EXPLODED_RATIO)
+    lasting = _lasting_share(windows, since)
+    hurt = nonfinite or max(share, lasting) >= HURT_SHARE or (norms.above and windows.norm_ratio >= EXPLODED_RATIO)
     if jump.borne and not nonfinite:
         hurt = share >= 0.5 and losses.num_above(2) == 2
     if not hurt:
@@ -64,6 +69,7 @@ def lr_jump(windows: RunWindows) -> Finding | None:
     level = windows.loss_level()
     ratio = jump.after / jump.before if jump.before > 0 else math.inf
     now = "a value that is not finite" if windows.bad_loss else number(windows.loss)
+    share = max(share, lasting)
     severity = Severity.CRITICAL if nonfinite or share >= LOST_SHARE else Severity.WARNING
     return Finding(
         kind="lr_jump",
@@ -89,6 +95,21 @@ def lr_jump(windows: RunWindows) -> Finding | None:
             "a resumed run lost its scheduler's state",
         ),
     )
+
+
+def _lasting_share(windows: RunWindows, since: int) -> float:
+    """The share of the progress that the median of the losses after a jump undoes; 0 where noise may have done that.
+
+    A median of n has the standard error 1.2533 · s / sqrt(n), for a scale s of one.
+    """
+    least, most = HURT_POINTS
+    level, num = windows.loss_level(), min(since, most)
+    if level is None or num < least or not windows.rises_matter:
+        return 0.0
+    median = windows.losses.smoothed(num)
+    share = windows.undone(median)
+    is_clear = level.score(median) * math.sqrt(num) / 1.2533 >= HURT_ERRORS
+    return share if is_clear and share >= 2.0 * HURT_SHARE else 0.0
 
 
 def loss_spike(windows: RunWindows) -> Finding | None:
