@@ -108,6 +108,7 @@ def test_of_a_run_whose_rate_has_crept_up_it_is_brought_back_together_with_the_w
     back = next(record for record in sim.commands if "rollback" in _how(record)[0])
     assert _how(back)[0] == ["scale_lr", "rollback"]
     assert back.actions[0].params["factor"] < 0.3
+    assert back.actions[0].params["hold"] == 1, "it goes on creeping"
 
 
 def test_fix_that_heals_is_kept() -> None:

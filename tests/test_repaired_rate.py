@@ -115,6 +115,36 @@ def test_a_rate_that_the_script_sets_by_hand_is_scaled_too() -> None:
     assert seen.effective == [[1.0], [1 / 2], [1 / 3 * FACTOR], [1 / 4 * FACTOR], [1 / 5 * FACTOR], [1 / 6 * FACTOR]]
 
 
+@pytest.mark.parametrize("in_tensor", [False, True])
+def test_a_rate_that_is_held_goes_down_with_the_scripts_own_and_up_only_to_where_it_was_held(in_tensor: bool) -> None:
+    """Until a fix raises it, and again once that is taken back; each group by itself."""
+    own = [1.0, 1.0, 4.0, 0.5, 4.0, 4.0, 4.0]
+    seen = Seen()
+    model = toy()
+    groups = [{"params": [parameter], "lr": 1.0} for parameter in model.parameters()]
+    optimizer = recording(AdamW, seen)(groups, foreach=False)  # type: ignore[arg-type]
+    higher = command(act("scale_lr", factor=2.0))
+    with Watch().installed() as watch:
+        watch.fence.due = {
+            1: command(act("scale_lr", factor=FACTOR, hold=1)),
+            5: higher,
+            6: command(act("revert", command=higher.id)),
+        }
+        for rate, batch in zip(own, batches(len(own)), strict=True):
+            for i, group in enumerate(optimizer.param_groups):
+                group["lr"] = torch.tensor(rate * (i + 1)) if in_tensor else rate * (i + 1)
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            optimizer.step()
+    assert not watch.errors
+    held = [1.0, 0.1, 0.1, 0.05, 0.1, 0.8, 0.1]
+    for effective, expected in zip(seen.effective, held, strict=True):
+        assert effective == pytest.approx([expected * (i + 1) for i in range(len(groups))])
+    if not in_tensor:
+        shown = [row["lr"] * row["lr_multiplier"] for row in watch.rows]
+        assert shown == pytest.approx(held)
+
+
 def test_a_rate_in_a_tensor_comes_back_to_the_bit() -> None:
     model = toy()
     rate = torch.tensor(0.03)

@@ -92,6 +92,12 @@ def test_what_the_new_generation_may_not_have_is_dropped_with_a_message(policy: 
     assert sim.engine.view().standing == ()
 
 
+def test_a_rate_that_was_held_is_only_scaled_in_the_next_generation_which_may_warm_up() -> None:
+    held = Action(action="scale_lr", params={"factor": 0.5, "hold": 1})
+    sim = SimulatedJob(seed=0, policy=SUGGEST, asks={50: fix(held)}, restarts={300: SUGGEST}).run()
+    assert [record.actions for record in sim.commands] == [(held,), (HALF,)]
+
+
 def test_a_fix_still_on_trial_when_its_generation_ends_is_not_carried_over_and_that_is_said() -> None:
     sim = SimulatedJob(
         seed=1, num_steps=250, damage=standing_heal, policy=NO_SNAPSHOTS, restarts={180: NO_SNAPSHOTS}

@@ -30,8 +30,10 @@ from sosa_stream.agent import process
 from sosa_stream.agent.core import Agent
 from sosa_stream.agent.environment import is_disabled, read_settings, run_name
 from sosa_stream.agent.monitor import TrainingMonitor
+from sosa_stream.agent.repair.actuator import InForce
 from sosa_stream.agent.repair.best import BestCheckpoint
 from sosa_stream.agent.repair.knobs import Knob
+from sosa_stream.agent.repair.learning_rate import effective
 from sosa_stream.agent.splitting.batches import ForwardFunction, loss_of
 from sosa_stream.agent.splitting.micro_batches import MicroBatches
 from sosa_stream.agent.transport.courier import policy
@@ -149,7 +151,7 @@ class SOSATrainingWrapper:
         fixes = self._fixes()
         group = self.optimizer.param_groups[0]
         actuators = self._agent.actuators if self._agent is not None else None
-        multiplier = actuators.in_force.lr_multiplier if actuators is not None else 1.0
+        in_force = actuators.in_force if actuators is not None else InForce()
         kinds = {incident.id: incident.kind for incident in self.monitor.incidents.values()}
         return {
             "steps": self._num_steps,
@@ -157,7 +159,7 @@ class SOSATrainingWrapper:
             "best_checkpoint": None if self._best.step is None else str(self._best.path),
             "best_checkpoint_step": self._best.step,
             "fixes_per_kind": dict(Counter(kinds.get(fix["incident"], "seen by the daemon") for fix in fixes)),
-            "learning_rate": float(group["lr"]) * multiplier,
+            "learning_rate": float(effective(self.optimizer, in_force)),
             "learning_rate_of_the_script": float(group["lr"]),
             "clip_bound": actuators.in_force.max_norm if actuators is not None else None,
             "anomaly_steps": self._anomaly_steps,

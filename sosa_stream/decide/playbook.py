@@ -166,11 +166,14 @@ def _half_lr_and_far_rollback(now: Situation) -> tuple[Action, ...]:
 
 
 def _no_higher_lr(now: Situation) -> tuple[Action, ...]:
-    """The rate of before the incident, where it has risen since; nothing where it has not."""
+    """The rate of before the incident, where it has risen since; nothing where it has not.
+
+    What crept up creeps on while the ranks agree, and after: so no higher than that any more.
+    """
     if now.usual_lr is None or now.lr is None or not 0.0 < now.usual_lr < now.lr / 2.0:
         return ()
     low = ACTIONS["scale_lr"].params["factor"].low
-    return (Action(action="scale_lr", params={"factor": max(now.usual_lr / now.lr, low)}),)
+    return (Action(action="scale_lr", params={"factor": max(now.usual_lr / now.lr, low), "hold": 1}),)
 
 
 def _back(now: Situation) -> tuple[Action, ...]:

@@ -6,7 +6,7 @@ reason stays so until somebody, or a verdict, takes it back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sosa_stream.decide.ledger import Entry
 from sosa_stream.protocol.actions import ACTIONS, Action
@@ -60,7 +60,8 @@ class Standing:
         self._under_way.pop(entry.record.id, None)
         if all(action.irreversible for action in entry.record.actions):
             return
-        standing = tuple(action for action in entry.record.actions if ACTIONS[action.action].stands)
+        # A rate that is held is so as of then: a script that is started again may begin with a warm-up.
+        standing = tuple(_without_hold(each) for each in entry.record.actions if ACTIONS[each.action].stands)
         self._in_force[entry.record.id] = InForce(entry=entry, actions=standing)
 
     def release(self, command: str, by: str) -> None:
@@ -120,3 +121,7 @@ class Standing:
         self._in_force.clear()
         self._waiting.clear()
         return stood
+
+
+def _without_hold(action: Action) -> Action:
+    return replace(action, params={name: value for name, value in action.params.items() if name != "hold"})

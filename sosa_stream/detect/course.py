@@ -30,6 +30,11 @@ class Course:
         """Values in each block."""
         self._sum, self._count = 0.0, 0
 
+    def highest_lr(self, until: int) -> float | None:
+        """The highest rate that is known of steps up to ``until``."""
+        lrs = [lr for step, lr in zip(self.steps, self.lrs, strict=True) if step <= until and lr is not None]
+        return max(lrs, default=None)
+
     @property
     def room(self) -> int:
         """How many values go in before the next block closes."""

@@ -287,7 +287,7 @@ class Tracker:
             again_in=finding.again_in,
             loss_level=level,
             norm_high=None if log_high is None else math.exp(log_high),
-            usual_lr=windows.schedule.usual,
+            usual_lr=_usual_lr(windows, finding.first_step),
             last_found_step=finding.step,
         )
         self._all[incident.id] = incident
@@ -365,6 +365,12 @@ def in_band(known: OpenIncident, windows: RunWindows) -> bool:
     if not known.is_judged_by_level:  # the band has gone along with the loss
         return windows.losses.excursion is None
     return known.loss_level.holds(windows.loss) and windows.losses.smoothed(5) <= known.loss_level.top
+
+
+def _usual_lr(windows: RunWindows, first_step: int) -> float | None:
+    """The highest rate that is known of some time ago, and of before ``first_step``."""
+    known = (windows.schedule.usual, windows.course.highest_lr(first_step))
+    return min((lr for lr in known if lr is not None), default=None)
 
 
 def _belongs(finding: Finding, incident: Incident) -> bool:

@@ -63,8 +63,15 @@ ACTIONS: Mapping[str, ActionSpec] = MappingProxyType(
         "skip_data": ActionSpec(params={"num_batches": Param(type=int, low=1, high=10_000)}, irreversible=True),
         # Scale gradients so that their total norm is at most this (unscaled, per optimizer step).
         "clip_grad": ActionSpec(params={"max_norm": Param(type=float, low=1e-12, high=1e12)}, stands=True),
-        # Multiply the learning rate in force; the script's own scheduler goes on underneath.
-        "scale_lr": ActionSpec(params={"factor": Param(type=float, low=1e-6, high=1e3)}, stands=True),
+        # Multiply the learning rate in force; the script's own scheduler goes on underneath. With hold=1 the rate that
+        # this gives is the highest that there is from here on, until a factor above 1 raises it again.
+        "scale_lr": ActionSpec(
+            params={
+                "factor": Param(type=float, low=1e-6, high=1e3),
+                "hold": Param(type=int, low=0, high=1, required=False),
+            },
+            stands=True,
+        ),
         # Restore the state of the newest good snapshot taken before this step.
         "rollback": ActionSpec(params={"before_step": Param(type=int, low=0, high=2**62)}),
         # Forget the optimizers' moments and step counts, as if they had just been made.

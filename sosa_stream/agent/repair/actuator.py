@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+    from torch.optim import Optimizer
+
     from sosa_stream.agent.repair.accumulation import Accumulation
 
 Undo = Callable[[], None]
+Ceilings = Mapping["Optimizer", Sequence["float | torch.Tensor"]]
+"""The highest rate of each parameter group."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +34,7 @@ class InForce:
     """
 
     lr_multiplier: float = 1.0
+    lr_ceilings: tuple[Ceilings, ...] = ()
     max_norm: float | None = None
     skip_left: int = 0
     """Steps still to be skipped."""
@@ -49,7 +55,11 @@ class InForce:
     @property
     def standing(self) -> bool:
         """Whether a fix is in force that all ranks must go on applying alike."""
-        return self.lr_multiplier != 1.0 or self.max_norm is not None or self.accumulation is not None
+        return self.changes_lr or self.max_norm is not None or self.accumulation is not None
+
+    @property
+    def changes_lr(self) -> bool:
+        return self.lr_multiplier != 1.0 or bool(self.lr_ceilings)
 
 
 class Actuator:

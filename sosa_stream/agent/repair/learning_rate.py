@@ -1,15 +1,16 @@
-"""``scale_lr``: the learning rate times a factor, whatever the script's scheduler does."""
+"""``scale_lr``: the learning rate times a factor, whatever the script's scheduler does, and no higher from there on."""
 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Undo
+from sosa_stream.agent.repair.actuator import Actuator, Ceilings, InForce, Moment, Undo
 from sosa_stream.agent.repair.training_state import TrainingState
 from sosa_stream.errors import RefusedError
 
@@ -23,6 +24,7 @@ class ScaleLearningRate(Actuator):
         self._max_change = max_change
         # Each under a token of its own, so that any of them can be taken back, in any order.
         self._factors: dict[object, float] = {}
+        self._ceilings: dict[object, Ceilings] = {}
 
     def refusal(self, params: Mapping[str, Any], step: int) -> str:
         for optimizer in self._state.optimizers:
@@ -39,20 +41,57 @@ class ScaleLearningRate(Actuator):
             raise RefusedError(f"scale_lr: {refusal}")
         token = object()
         self._factors[token] = params["factor"]
+        lifted: dict[object, Ceilings] = {}
+        if params["factor"] > 1.0:
+            lifted, self._ceilings = self._ceilings, {}
         self._reckon()
+        if params.get("hold"):
+            self._ceilings[token] = self._rates_now()
+            self._reckon()
 
         def undo() -> None:
             self._factors.pop(token, None)
+            self._ceilings.pop(token, None)
+            self._ceilings |= {each: rates for each, rates in lifted.items() if each in self._factors}
             self._reckon()
 
-        return undo, f"learning rate ×{self._in_force.lr_multiplier:g}"
+        held = ", and no higher from here on" if params.get("hold") else ""
+        return undo, f"learning rate ×{self._in_force.lr_multiplier:g}{held}"
 
     def begin_anew(self) -> None:
         self._factors.clear()
+        self._ceilings.clear()
         self._reckon()
 
     def _reckon(self) -> None:
         self._in_force.lr_multiplier = math.prod(self._factors.values())
+        self._in_force.lr_ceilings = tuple(self._ceilings.values())
+
+    def _rates_now(self) -> Ceilings:
+        """Nothing is held at 0: a group that is frozen may thaw."""
+        rates: weakref.WeakKeyDictionary[Optimizer, list[Any]] = weakref.WeakKeyDictionary()
+        for optimizer in self._state.optimizers:
+            now = [group["lr"] * self._in_force.lr_multiplier for group in optimizer.param_groups]
+            rates[optimizer] = [rate if rate > 0.0 else math.inf for rate in now]
+        return rates
+
+
+def effective(optimizer: Optimizer, in_force: InForce, i: int = 0) -> Any:
+    """The rate of parameter group ``i`` as it is in force, by what the script has set: a float or a tensor."""
+    lr = optimizer.param_groups[i]["lr"] * in_force.lr_multiplier
+    for ceilings in in_force.lr_ceilings:
+        rates = ceilings.get(optimizer, ())
+        if i < len(rates):  # a group may be new
+            lr = torch.minimum(lr, torch.as_tensor(rates[i])) if isinstance(lr, torch.Tensor) else min(lr, rates[i])
+    return lr
+
+
+def multiplier_of(optimizer: Optimizer, in_force: InForce) -> float:
+    """By what the first group's rate is multiplied, ceilings included where the host knows them."""
+    lr = optimizer.param_groups[0].get("lr")
+    if not in_force.lr_ceilings or not isinstance(lr, float) or not lr > 0.0:
+        return in_force.lr_multiplier
+    return float(effective(optimizer, in_force)) / lr
 
 
 class LearningRate:
@@ -65,16 +104,16 @@ class LearningRate:
     def __init__(self) -> None:
         self._before: list[tuple[dict[str, Any], Any]] = []
 
-    def scale(self, optimizer: Optimizer, multiplier: float) -> None:
-        for group in optimizer.param_groups:
+    def scale(self, optimizer: Optimizer, in_force: InForce) -> None:
+        for i, group in enumerate(optimizer.param_groups):
             lr = group.get("lr")
             if isinstance(lr, torch.Tensor):  # capturable: the optimizer holds this very tensor
                 if not any(lr is group["lr"] for group, _ in self._before):  # groups may share one
                     self._before.append((group, lr.clone()))
-                    lr.mul_(multiplier)
+                    lr.copy_(effective(optimizer, in_force, i))
             elif lr is not None:
                 self._before.append((group, lr))
-                group["lr"] = lr * multiplier
+                group["lr"] = effective(optimizer, in_force, i)
 
     def restore(self) -> None:
         for group, before in self._before:

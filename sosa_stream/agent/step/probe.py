@@ -250,9 +250,9 @@ class Probe:
             self._restore.append(restore)
             if waits:
                 self.looks.skip_update()
-        if in_force.lr_multiplier != 1.0:
+        if in_force.changes_lr:
             self._restore.append(self._learning_rate.restore)
-            self._learning_rate.scale(optimizer, in_force.lr_multiplier)
+            self._learning_rate.scale(optimizer, in_force)
 
     def _leave_out(self, optimizer: Optimizer, parameters: list[torch.Tensor]) -> bool:
         """Leave the coming update out where a fix or the guard wants it so. Returns whether the host knows it does."""

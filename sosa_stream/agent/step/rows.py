@@ -9,6 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from sosa_stream.agent.repair.actuator import InForce
+from sosa_stream.agent.repair.learning_rate import multiplier_of
 from sosa_stream.agent.transport.outbox import Outbox, Row
 from sosa_stream.agent.watch.looks import Looks
 from sosa_stream.agent.watch.losses import Loss
@@ -61,7 +62,7 @@ class Rows:
         self._outbox.add_row(
             Row(
                 step,
-                (tick, self._in_force.lr_multiplier, seconds, num_models, self.num_objectives),
+                (tick, multiplier_of(optimizer, self._in_force), seconds, num_models, self.num_objectives),
                 NAMES[loss is not None, norm is not None] + tuple(found),
                 fetch([value for value in shown if value is not None]),
                 tuple(sampled),
