@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from sosa_stream.errors import ProtocolError
 from sosa_stream.protocol.actions import Action
-from sosa_stream.protocol.codec import Limits, Reject, decode, encode
+from sosa_stream.protocol.body import Limits, Reject
+from sosa_stream.protocol.codec import decode, encode
 from sosa_stream.protocol.messages import (
     Ack,
     AckState,

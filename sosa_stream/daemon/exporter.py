@@ -18,8 +18,8 @@ from sosa_stream import __version__
 from sosa_stream.daemon.run import TOO_MANY, UNRECORDABLE, RunSnapshot
 from sosa_stream.daemon.webhook import Outcome
 from sosa_stream.detect.incidents import IncidentState
+from sosa_stream.protocol.body import Reject
 from sosa_stream.protocol.channels import BAD_HANDSHAKE, WRONG_KEY
-from sosa_stream.protocol.codec import Reject
 
 RANK_STATES = ("live", "lost", "ended")
 REJECT_REASONS = (*(str(reason) for reason in Reject), WRONG_KEY, BAD_HANDSHAKE, TOO_MANY, UNRECORDABLE)

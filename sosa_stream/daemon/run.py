@@ -37,7 +37,7 @@ from sosa_stream.effects import (
 )
 from sosa_stream.engine import RunView
 from sosa_stream.errors import ProtocolError
-from sosa_stream.protocol.codec import Reject
+from sosa_stream.protocol.body import Reject
 from sosa_stream.protocol.messages import AgentMessage, Command, ControlMessage, Hello
 from sosa_stream.protocol.recording import Recorder, decode_record, encode_shell_record, read_recording
 

@@ -28,8 +28,9 @@ from sosa_stream.daemon.webhook import DEADLINE_SECONDS, Outcome, Webhook
 from sosa_stream.decide.requests import Reply, read_request
 from sosa_stream.effects import Timer
 from sosa_stream.errors import ConfigError, ProtocolError, RefusedError, SosaError, UsageError
+from sosa_stream.protocol.body import Reject
 from sosa_stream.protocol.channels import DaemonChannel
-from sosa_stream.protocol.codec import Reject, decode, encode
+from sosa_stream.protocol.codec import decode, encode
 from sosa_stream.protocol.keys import DaemonKeys
 from sosa_stream.protocol.messages import AgentMessage, ControlMessage, Hello, Received
 

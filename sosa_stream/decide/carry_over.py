@@ -12,7 +12,7 @@ from sosa_stream.detect.windows import RunWindows
 CARRIED_OVER = "standing"
 """Origin of a command that applies again what was in force in the generation before."""
 MAX_ACTIONS = 8
-"""Actions that one command may hold [protocol/codec.py: Limits]."""
+"""Actions that one command may hold [protocol/body.py: Limits]."""
 
 
 class CarryOver:

@@ -18,7 +18,8 @@ from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
 from sosa_stream.errors import ConfigError, ProtocolError
-from sosa_stream.protocol.codec import DEFAULT_LIMITS, Limits, Reject, decode
+from sosa_stream.protocol.body import DEFAULT_LIMITS, Limits, Reject
+from sosa_stream.protocol.codec import decode
 from sosa_stream.protocol.keys import AgentKeys, DaemonKeys
 from sosa_stream.protocol.messages import ControlMessage
 

@@ -6,9 +6,7 @@ Every message is one msgpack map with ``v`` (protocol version) and ``kind``. Arr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from enum import StrEnum
-from functools import lru_cache
+from dataclasses import fields
 from typing import Any
 
 import msgpack
@@ -16,6 +14,7 @@ import numpy as np
 
 from sosa_stream.errors import CommandRefusedError, ProtocolError, RefusedError
 from sosa_stream.protocol.actions import Action
+from sosa_stream.protocol.body import DEFAULT_LIMITS, Body, Limits, Reject
 from sosa_stream.protocol.messages import (
     PROTOCOL_VERSION,
     Ack,
@@ -32,38 +31,11 @@ from sosa_stream.protocol.messages import (
     Layers,
     Message,
     MetricFrame,
-    Phase,
     Received,
 )
 
 _INT64, _FLOAT64, _FLOAT32 = np.dtype("<i8"), np.dtype("<f8"), np.dtype("<f4")
 HEADER_FIELDS = tuple(field.name for field in fields(Header))
-
-
-class Reject(StrEnum):
-    """Why bytes were refused: the closed set of labels of the rejection counter."""
-
-    OVERSIZED = "oversized"
-    MALFORMED = "malformed"
-    WRONG_VERSION = "wrong_version"
-    UNKNOWN_KIND = "unknown_kind"
-    BAD_FIELD = "bad_field"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """Bounds on what one message may hold."""
-
-    max_message_bytes: int = 4 * 1024 * 1024
-    max_string_bytes: int = 8192
-    max_name_bytes: int = 200
-    max_items: int = 16384
-    max_columns: int = 64
-    max_rows: int = 65536
-    max_actions: int = 8
-
-
-DEFAULT_LIMITS = Limits()
 
 
 def encode(message: Message) -> bytes:
@@ -187,7 +159,7 @@ def decode(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Message:
     if decoder is None:
         raise ProtocolError(Reject.UNKNOWN_KIND, f"kind {str(kind)[:40]!r}")
     try:
-        return decoder(_Body(body, limits))
+        return decoder(Body(body, limits))
     except CommandRefusedError:
         raise
     except ProtocolError as error:
@@ -198,144 +170,7 @@ def _header(header: Header) -> dict[str, Any]:
     return {name: getattr(header, name) for name in HEADER_FIELDS}
 
 
-class _Body:
-    """Typed, bounded access to a decoded map: one wrong field rejects the message."""
-
-    def __init__(self, body: Mapping[str, Any], limits: Limits) -> None:
-        self._body = body
-        self.limits = limits
-
-    def _bad(self, name: str, wanted: str) -> ProtocolError:
-        return ProtocolError(Reject.BAD_FIELD, f"{name} must be {wanted}")
-
-    def integer(self, name: str, low: int = 0, high: int = 2**62) -> int:
-        value = self._body.get(name)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self._bad(name, f"an integer in [{low}, {high}]")
-        return value
-
-    def text(self, name: str) -> str:
-        value = self._body.get(name)
-        if not isinstance(value, str):
-            raise self._bad(name, "a string")
-        return value
-
-    def name(self, name: str) -> str:
-        value = self.text(name)
-        if not value or len(value.encode()) > self.limits.max_name_bytes or not value.isprintable():
-            raise self._bad(name, f"a printable name of 1 to {self.limits.max_name_bytes} bytes")
-        return value
-
-    def boolean(self, name: str) -> bool:
-        value = self._body.get(name)
-        if not isinstance(value, bool):
-            raise self._bad(name, "true or false")
-        return value
-
-    def binary(self, name: str) -> bytes:
-        value = self._body.get(name)
-        if not isinstance(value, bytes):
-            raise self._bad(name, "binary")
-        return value
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        value = self._body.get(name)
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self._bad(name, "a list of strings")
-        return tuple(value)
-
-    def items(self, name: str, most: int) -> list[Any]:
-        value = self._body.get(name)
-        if not isinstance(value, list) or len(value) > most:
-            raise self._bad(name, f"a list of at most {most}")
-        return value
-
-    def mapping(self, name: str) -> dict[str, Any]:
-        value = self._body.get(name)
-        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            raise self._bad(name, "a map with string keys")
-        return value
-
-    def has(self, name: str) -> bool:
-        """Whether the sender knows this field: one that a later release has added is not there in older recordings."""
-        return name in self._body
-
-    def sizes(self, name: str) -> dict[str, int]:
-        """A few numbers of bytes by name; none where the sender does not know the field."""
-        value = self.mapping(name) if self.has(name) else {}
-        numbers = _Body(value, self.limits)
-        if len(value) > self.limits.max_columns:
-            raise self._bad(name, f"a map of at most {self.limits.max_columns}")
-        return {key: numbers.integer(key) for key in value}
-
-    def phase(self) -> Phase:
-        try:
-            return Phase(self.text("phase"))
-        except ValueError:
-            raise self._bad("phase", "a known phase") from None
-
-    def header(self) -> Header:
-        field = self._body.get
-        try:
-            sender = _sender(
-                field("run"), field("generation"), field("source"), field("rank"), field("world_size"), field("host"),
-                self.limits.max_name_bytes,
-            )  # fmt: skip
-        except TypeError:  # one of them cannot be hashed: no name and no number
-            raise self._bad("a header field", "a name or a number") from None
-        run, generation, source, rank, world_size, host = sender
-        return Header(
-            run=run,
-            generation=generation,
-            source=source,
-            rank=rank,
-            world_size=world_size,
-            host=host,
-            seq=self.integer("seq"),
-        )
-
-    def columns(self) -> tuple[str, ...]:
-        try:
-            return _column_names(tuple(self.items("columns", self.limits.max_columns)), self.limits.max_name_bytes)
-        except TypeError:
-            raise self._bad("columns", "names") from None
-
-
-# A process says the same of itself in every message, and its columns seldom change: checked once, then looked up.
-@lru_cache(maxsize=16384, typed=True)
-def _sender(
-    run: object, generation: object, source: object, rank: object, world_size: object, host: object, max_name_bytes: int
-) -> tuple[str, str, str, int, int, str]:
-    body = _Body(
-        {
-            "run": run,
-            "generation": generation,
-            "source": source,
-            "rank": rank,
-            "world_size": world_size,
-            "host": host,
-        },
-        Limits(max_name_bytes=max_name_bytes),
-    )
-    num_ranks = body.integer("world_size", 1, 1_000_000)
-    return (
-        body.name("run"),
-        body.name("generation"),
-        body.name("source"),
-        body.integer("rank", 0, num_ranks - 1),
-        num_ranks,
-        body.name("host"),
-    )
-
-
-@lru_cache(maxsize=1024, typed=True)
-def _column_names(names: tuple[object, ...], max_name_bytes: int) -> tuple[str, ...]:
-    if not names or len(set(names)) != len(names):
-        raise ProtocolError(Reject.BAD_FIELD, "columns must be different names, at least one")
-    return tuple(_Body({"name": name}, Limits(max_name_bytes=max_name_bytes)).name("name") for name in names)
-
-
-def _hello(body: _Body) -> Hello:
+def _hello(body: Body) -> Hello:
     versions = body.mapping("versions")
     if not all(isinstance(value, str) for value in versions.values()):
         raise ProtocolError(Reject.BAD_FIELD, "versions must map to strings")
@@ -349,7 +184,7 @@ def _hello(body: _Body) -> Hello:
     )
 
 
-def _heartbeat(body: _Body) -> Heartbeat:
+def _heartbeat(body: Body) -> Heartbeat:
     return Heartbeat(
         header=body.header(),
         tick=body.integer("tick"),
@@ -360,7 +195,7 @@ def _heartbeat(body: _Body) -> Heartbeat:
     )
 
 
-def _metrics(body: _Body) -> MetricFrame:
+def _metrics(body: Body) -> MetricFrame:
     columns = body.columns()
     steps, values = body.binary("steps"), body.binary("values")
     num_rows = len(steps) // 8
@@ -376,7 +211,7 @@ def _metrics(body: _Body) -> MetricFrame:
     )
 
 
-def _layers(body: _Body) -> Layers:
+def _layers(body: Body) -> Layers:
     names, norms = body.texts("names"), body.binary("norms")
     if len(norms) != 4 * len(names):
         raise ProtocolError(Reject.BAD_FIELD, f"norms must hold {len(names)} float32")
@@ -389,17 +224,17 @@ def _layers(body: _Body) -> Layers:
     )
 
 
-def _knobs(body: _Body) -> Knobs:
+def _knobs(body: Body) -> Knobs:
     states = []
     for item in body.items("knobs", body.limits.max_columns):
         if not isinstance(item, list) or len(item) != 4 or not all(type(number) is float for number in item[1:]):
             raise ProtocolError(Reject.BAD_FIELD, "a knob is a list of a name and three floats")
-        name = _Body({"name": item[0]}, body.limits).name("name")
+        name = Body({"name": item[0]}, body.limits).name("name")
         states.append(KnobState(name=name, value=item[1], low=item[2], high=item[3]))
     return Knobs(header=body.header(), knobs=tuple(states))
 
 
-def _exception(body: _Body) -> ExceptionReport:
+def _exception(body: Body) -> ExceptionReport:
     return ExceptionReport(
         header=body.header(),
         type=body.text("type"),
@@ -412,7 +247,7 @@ def _exception(body: _Body) -> ExceptionReport:
     )
 
 
-def _ack(body: _Body) -> Ack:
+def _ack(body: Body) -> Ack:
     try:
         state = AckState(body.text("state"))
     except ValueError:
@@ -428,7 +263,7 @@ def _ack(body: _Body) -> Ack:
     )
 
 
-def _bye(body: _Body) -> Bye:
+def _bye(body: Body) -> Bye:
     return Bye(
         header=body.header(),
         reason=body.text("reason"),
@@ -437,7 +272,7 @@ def _bye(body: _Body) -> Bye:
     )
 
 
-def _command(body: _Body) -> Command:
+def _command(body: Body) -> Command:
     actions = []
     for item in body.items("actions", body.limits.max_actions):
         if not isinstance(item, dict) or set(item) != {"action", "params"}:
@@ -463,18 +298,18 @@ def _command(body: _Body) -> Command:
     )
 
 
-def _received(body: _Body) -> Received:
+def _received(body: Body) -> Received:
     sources = body.mapping("sources")
     if not all(isinstance(seq, int) and not isinstance(seq, bool) and seq >= 0 for seq in sources.values()):
         raise ProtocolError(Reject.BAD_FIELD, "sources must map to sequence numbers")
     return Received(run=body.name("run"), sources=sources)
 
 
-def _announcement(body: _Body) -> Announcement:
+def _announcement(body: Body) -> Announcement:
     return Announcement(run=body.name("run"), incident=body.text("incident"), text=body.text("text"))
 
 
-_DECODERS: Mapping[str, Callable[[_Body], Message]] = {
+_DECODERS: Mapping[str, Callable[[Body], Message]] = {
     "hello": _hello,
     "heartbeat": _heartbeat,
     "metrics": _metrics,

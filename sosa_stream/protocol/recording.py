@@ -22,7 +22,8 @@ from sosa_stream.decide.experience import Outcome
 from sosa_stream.decide.requests import REQUESTS, Approve, Fix, Pause, Resume, Undo, read_request, words_of
 from sosa_stream.effects import Event, Learned, Reconfigured, ShellEvent, Timer
 from sosa_stream.errors import ConfigError, ProtocolError, RefusedError, SosaError, UsageError
-from sosa_stream.protocol.codec import DEFAULT_LIMITS, Reject, decode
+from sosa_stream.protocol.body import DEFAULT_LIMITS, Reject
+from sosa_stream.protocol.codec import decode
 from sosa_stream.protocol.messages import PROTOCOL_VERSION, ControlMessage
 
 MAGIC = b"SOSAREC1"

@@ -12,7 +12,7 @@ from sosa_stream.detect.incidents import Incident
 from sosa_stream.effects import Effect, Event, ShellEvent
 from sosa_stream.engine import Engine, RunView
 from sosa_stream.errors import UsageError
-from sosa_stream.protocol.codec import DEFAULT_LIMITS
+from sosa_stream.protocol.body import DEFAULT_LIMITS
 from sosa_stream.protocol.recording import MAGIC, RECORD_HEAD, decode_record, read_recording
 
 
