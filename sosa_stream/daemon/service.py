@@ -11,7 +11,6 @@ import os
 import signal
 import sqlite3
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -22,6 +21,8 @@ from sosa_stream.daemon.exporter import Snapshot
 from sosa_stream.daemon.http import HttpServer
 from sosa_stream.daemon.mutes import Mutes
 from sosa_stream.daemon.outcomes import project_of
+from sosa_stream.daemon.parent import outlive
+from sosa_stream.daemon.rejects import Rejects
 from sosa_stream.daemon.run import TOO_MANY, UNRECORDABLE, EngineFactory, Run, recording_path
 from sosa_stream.daemon.store import Asked, Changes, Store
 from sosa_stream.daemon.webhook import DEADLINE_SECONDS, Outcome, Webhook
@@ -37,7 +38,6 @@ from sosa_stream.protocol.messages import AgentMessage, ControlMessage, Hello, R
 log = logging.getLogger(__name__)
 
 MAX_RUNS = 1024
-MAX_LOGGED_REJECTS = 1024
 DRAIN_POLL_SECONDS = 0.1
 REQUEST_POLL_SECONDS = 0.2
 TOO_LATE_SECONDS = 600.0
@@ -46,11 +46,6 @@ SNAPSHOT_SECONDS = 0.2
 TIMER_SECONDS = 1.0
 FORGET_SECONDS = 600.0
 """A run that all its processes have left is closed when nobody has been heard for this long."""
-
-# How an embedded daemon ends once its parent is gone.
-QUIET_AFTER_BYE_SECONDS = 0.3
-QUIET_SECONDS = 2.0
-MOST_DRAIN_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,8 +104,7 @@ class Daemon:
         self._forget_seconds = forget_seconds
         self._runs: dict[str, Run] = {}
         self._unwritten = Changes()
-        self._rejected: Counter[str] = Counter()
-        self._logged_rejects: set[tuple[str, str]] = set()
+        self._rejects = Rejects()
         self._last_message_at = time.monotonic()
         self._is_behind = False
         self._snapshot = Snapshot()
@@ -166,7 +160,7 @@ class Daemon:
             self._every(SNAPSHOT_SECONDS, self._refresh),
         ]
         if self._parent is not None:
-            loops.append(self._outlive_parent(self._parent))
+            loops.append(outlive(self._parent, self._stop, lambda: self._last_message_at, self._have_all_ended))
         try:
             async with asyncio.TaskGroup() as tasks:
                 for webhook in self._webhooks:
@@ -188,6 +182,9 @@ class Daemon:
         log.info("ended with everything recorded")
         for webhook in self._webhooks:
             webhook.close()
+
+    def _have_all_ended(self) -> bool:
+        return all(run.all_ended for run in self._runs.values())
 
     def _close_runs(self) -> None:
         for run in self._runs.values():
@@ -228,7 +225,7 @@ class Daemon:
                     await self._teach(run, project_of(message))
                 taken.append((run, message, data))
             except ProtocolError as error:
-                self._reject(source, error)
+                self._rejects.add(source, error)
         # From here to the acknowledgement nothing of these runs is awaited but the store.
         touched: dict[str, Run] = {}
         for run, message, data in taken:
@@ -236,7 +233,7 @@ class Daemon:
                 run.offer(message, data, now)
                 touched[run.name] = run
             except ProtocolError as error:
-                self._reject(message.header.source, error)
+                self._rejects.add(message.header.source, error)
         for run in await self._commit(touched.values()):
             self._channel.publish(run.name, encode(Received(run=run.name, sources=run.touched())))
 
@@ -299,12 +296,6 @@ class Daemon:
             log.warning("the store cannot be written, for now: %s", error)
             writing.update(self._unwritten)
             self._unwritten = writing
-
-    def _reject(self, source: str, error: ProtocolError) -> None:
-        self._rejected[error.reason] += 1
-        if (source, error.reason) not in self._logged_rejects and len(self._logged_rejects) < MAX_LOGGED_REJECTS:
-            self._logged_rejects.add((source, error.reason))
-            log.warning("a message of source %s was refused, said once: %s", source, error)
 
     def _republish(self) -> None:
         for run in self._runs.values():
@@ -383,49 +374,13 @@ class Daemon:
         log.info("[detect] is read again%s", "; other settings changed, too, and want a restart" if later else "")
 
     def _refresh(self) -> None:
-        for reason, number in self._channel.take_failed_handshakes().items():
-            self._rejected[reason] += number
-            if ("peer", reason) not in self._logged_rejects:
-                self._logged_rejects.add(("peer", reason))
-                log.warning("a peer's handshake failed (%s), said once", reason)
+        self._rejects.add_handshakes(self._channel.take_failed_handshakes())
         self._show()
 
     def _show(self) -> None:
         self._snapshot = Snapshot(
             runs=tuple(run.snapshot() for run in self._runs.values()),
-            rejected=dict(self._rejected),
+            rejected=dict(self._rejects.counts),
             notifications={str(outcome): sum(hook.counts[outcome] for hook in self._webhooks) for outcome in Outcome},
             beat_at=time.monotonic(),
         )
-
-    async def _outlive_parent(self, parent: int) -> None:
-        await self._end_of_file(parent)
-        gone_at = time.monotonic()
-        while not self._stop.is_set():
-            now = time.monotonic()
-            quiet_seconds = now - max(self._last_message_at, gone_at)
-            ended = all(run.all_ended for run in self._runs.values())
-            if quiet_seconds > (QUIET_AFTER_BYE_SECONDS if ended else QUIET_SECONDS) or (
-                now - gone_at > MOST_DRAIN_SECONDS
-            ):
-                self._stop.set()
-            else:
-                await asyncio.sleep(DRAIN_POLL_SECONDS / 2)
-
-    async def _end_of_file(self, fd: int) -> None:
-        loop = asyncio.get_running_loop()
-        ended = asyncio.Event()
-
-        def read() -> None:
-            if not os.read(fd, 4096):
-                loop.remove_reader(fd)
-                ended.set()
-
-        try:
-            loop.add_reader(fd, read)
-        except PermissionError:  # a file, such as /dev/null: nobody is at the other end
-            return
-        waits = {asyncio.ensure_future(ended.wait()), asyncio.ensure_future(self._stop.wait())}
-        _, unfinished = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for wait in unfinished:
-            wait.cancel()
