@@ -21,6 +21,7 @@ from sosa_stream.decide.policy import RunPolicy
 from sosa_stream.decide.repairs import Repairs
 from sosa_stream.decide.requests import Reply, Request
 from sosa_stream.detect.alignment import AT, Alignment, Block, Logged, Row
+from sosa_stream.detect.attendance import LOST_AFTER_SECONDS, Attendance, RankView
 from sosa_stream.detect.detectors import ALL, Detector, DetectorState, On
 from sosa_stream.detect.incidents import Incident
 from sosa_stream.detect.rules import rule_detectors
@@ -52,23 +53,10 @@ from sosa_stream.protocol.messages import (
     Phase,
 )
 
-LOST_AFTER_SECONDS = 15.0
-"""Silence after which a rank counts as lost; heartbeats come every second."""
 ALWAYS_NUMBERS = frozenset({"loss", "grad_norm"})
 """Step columns in which NaN is a value that a rule must see; in others it says that there is none."""
 MAX_WORLD_SIZE = 1 << 16
 """Ranks that tables are made for: a header that claims more is not believed."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankView:
-    """A rank as people see it: ``state`` is ``live``, ``lost`` or ``ended``."""
-
-    rank: int
-    host: str
-    state: str
-    step: int
-    phase: Phase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,12 +93,7 @@ class Engine:
         self._started = self._greeted = False
         self._windows = RunWindows(self._settings)
         self._alignment = Alignment(1)
-        self._ranks: dict[int, RankView] = {}
-        self._heard: dict[int, float] = {}
-        self._heard_since = -math.inf
-        """Every live rank has been heard since then, or later."""
-        self._last_event = math.nan
-        """When the event at hand came in."""
+        self._attendance = Attendance()
         self._tracker = Tracker(run)
         self._dispatch = Dispatch(run, self._tracker)
         self._repairs = Repairs(self._tracker, self._dispatch)
@@ -136,23 +119,23 @@ class Engine:
         """Take one event in, received at ``now`` (seconds, monotone over calls); returns what the shell must do."""
         self._pass_time(now)
         if isinstance(event, Request):
-            self._people.carry_out(event, self._windows, anybody_there=bool(self._members()))
+            self._people.carry_out(event, self._windows, anybody_there=bool(self._attendance.members))
         elif isinstance(event, Reconfigured):
             self.reconfigure(event.settings)
         elif isinstance(event, Learned):
             self._repairs.learn(event.outcomes)
         elif isinstance(event, ExceptionReport):
-            self._note_rank(event.header, now, step=event.step)
+            self._note_rank(event.header, step=event.step)
             self._report(Reports(exception=event))
         elif not isinstance(event, Timer) and self._is_current(event.header):
-            self._hear(event, now)
+            self._hear(event)
         self._flush()
         effects, self._effects = self._effects, []
         return effects
 
     def reply(self, request: Request) -> Reply:
         """What a person's request would come to as things stand, before it is recorded and handled."""
-        return self._people.reply(request, anybody_there=bool(self._members()))
+        return self._people.reply(request, anybody_there=bool(self._attendance.members))
 
     def reconfigure(self, settings: DetectSettings) -> None:
         """Detect by these settings from the next step on; the lengths of windows are those of the run's hello."""
@@ -177,7 +160,7 @@ class Engine:
             loss=windows.loss,
             grad_norm=windows.grad_norm,
             learning_rate=windows.lr,
-            ranks=tuple(self._ranks[rank] for rank in sorted(self._ranks)),
+            ranks=self._attendance.views,
             incidents=self._tracker.incidents,
             commands=self._dispatch.ledger.records,
             detectors=tuple((detector.kind, str(self._detector_state(detector))) for detector in self._detectors),
@@ -187,35 +170,36 @@ class Engine:
             standing=tuple(fix.entry.record.id for fix in self._dispatch.standing.in_force if fix.actions),
         )
 
-    def _hear(self, event: Hello | Heartbeat | MetricFrame | Layers | Knobs | Ack | Bye, now: float) -> None:
+    def _hear(self, event: Hello | Heartbeat | MetricFrame | Layers | Knobs | Ack | Bye) -> None:
         header = event.header
         if isinstance(event, Hello):
-            self._note_rank(header, now)
+            self._note_rank(header)
             self._greet(event)
-            if len(self._members()) >= header.world_size:
+            if len(self._attendance.members) >= header.world_size:
                 self._carry_over.begin(self._windows, self._repairs.policy)
         elif isinstance(event, Heartbeat):
-            self._note_rank(header, now, step=event.step, phase=event.phase)
+            self._note_rank(header, step=event.step, phase=event.phase)
         elif isinstance(event, MetricFrame):
-            self._note_rank(header, now, step=int(event.steps[-1]) if len(event.steps) else -1)
+            self._note_rank(header, step=int(event.steps[-1]) if len(event.steps) else -1)
             self._windows.columns.update(event.columns)
             self._alignment.add(event)
         elif isinstance(event, Layers):
-            self._note_rank(header, now, step=event.step)
+            self._note_rank(header, step=event.step)
             self._windows.layers = event
         elif isinstance(event, Knobs):
-            self._note_rank(header, now)
+            self._note_rank(header)
             self._repairs.knobs = {knob.name: knob for knob in event.knobs}
         elif isinstance(event, Ack):
-            self._note_rank(header, now, step=event.step)
-            entry = self._dispatch.acknowledge(event, self._members(), self._windows)
+            self._note_rank(header, step=event.step)
+            entry = self._dispatch.acknowledge(event, self._attendance.members, self._windows)
             self._carry_over.look(self._windows)
             if entry is not None:
                 step = event.step if entry.record.applied_step is None else entry.record.applied_step
                 self._report(Reports(digests=entry.digests, digests_step=step))
         else:
-            self._note_rank(header, now, phase=Phase.END)
-            self._leave(header.rank, "ended")
+            self._note_rank(header, phase=Phase.END)
+            self._attendance.end(header.rank)
+            self._alignment.expect(header.rank, False)
         self._advance()
         if isinstance(event, Bye):
             self._end_if_all_left()
@@ -234,7 +218,7 @@ class Engine:
         self._generation = self._dispatch.generation = header.generation
         self._windows = RunWindows(self._settings)
         self._alignment = Alignment(min(max(header.world_size, 1), MAX_WORLD_SIZE))
-        self._ranks, self._heard = {}, {}
+        self._attendance.begin_generation()
         self._repairs.knobs = {}
         self._started = True
         self._greeted = self._ended = False
@@ -258,53 +242,24 @@ class Engine:
             self._windows.settings = self._settings
             self._windows.restart()
 
-    def _note_rank(self, header: Header, now: float, step: int = -1, phase: Phase | None = None) -> None:
-        rank = header.rank
-        known = self._ranks.get(rank)
-        self._heard[rank] = now
-        if known is None:
-            known = RankView(rank=rank, host=header.host, state="live", step=step, phase=phase or Phase.START)
-        elif known.state == "lost":
-            self._alignment.expect(rank, True)
-            self._effects.append(Notice(text=f"rank {rank} on {header.host} is heard again"))
-            known = replace(known, state="live")
+    def _note_rank(self, header: Header, step: int = -1, phase: Phase | None = None) -> None:
+        if self._attendance.note(header, step, phase):
+            self._alignment.expect(header.rank, True)
+            self._effects.append(Notice(text=f"rank {header.rank} on {header.host} is heard again"))
             self._ended = False
-        if step > known.step or (phase is not None and phase is not known.phase):
-            known = replace(known, step=max(step, known.step), phase=phase or known.phase)
-        self._ranks[rank] = known
-
-    def _members(self) -> tuple[int, ...]:
-        return tuple(rank for rank, view in self._ranks.items() if view.state == "live")
-
-    def _leave(self, rank: int, state: str) -> None:
-        self._ranks[rank] = replace(self._ranks[rank], state=state)
-        self._alignment.expect(rank, False)
 
     def _pass_time(self, now: float) -> None:
-        last, self._last_event = self._last_event, now
-        if now - last > LOST_AFTER_SECONDS:
-            # it is us who were away: nobody can be called silent for a time in which nobody listened
-            self._heard = {rank: heard + (now - last) for rank, heard in self._heard.items()}
-            return
-        if now - self._heard_since <= LOST_AFTER_SECONDS:
-            return  # spares a look at every rank for every rank's message
-        self._heard_since = min((self._heard[rank] for rank in self._members()), default=now)
-        lost = [
-            rank
-            for rank, view in self._ranks.items()
-            if view.state == "live" and now - self._heard[rank] > LOST_AFTER_SECONDS
-        ]
-        for rank in lost:
-            self._effects.append(
-                Notice(text=f"rank {rank} on {self._ranks[rank].host} is silent for {LOST_AFTER_SECONDS:.0f} s: lost")
-            )
-            self._leave(rank, "lost")
+        lost = self._attendance.pass_time(now)
+        for view in lost:
+            silent = f"rank {view.rank} on {view.host} is silent for {LOST_AFTER_SECONDS:.0f} s: lost"
+            self._effects.append(Notice(text=silent))
+            self._alignment.expect(view.rank, False)
         if lost:
             self._advance()
             self._end_if_all_left()
 
     def _end_if_all_left(self) -> None:
-        if self._ended or len(self._ranks) < self._alignment.world_size or self._members():
+        if self._ended or len(self._attendance) < self._alignment.world_size or self._attendance.members:
             return
         self._ended = True
         self._log(self._alignment.rest())
@@ -359,7 +314,7 @@ class Engine:
                 value = float(finite.mean()) if len(finite) else math.nan
                 self._log((Logged(name=name, step=row.step, value=value),))
         self._tracker.pass_step(self._windows, self._dispatch.kept_open)
-        self._repairs.step(self._windows, self._last_event)
+        self._repairs.step(self._windows, self._attendance.event_at)
         self._carry_over.look(self._windows)
         self._flush()
 
@@ -386,8 +341,7 @@ class Engine:
                     findings.append(finding)
                     self._firing[finding.kind] = self._windows.step
         if findings:
-            hosts = {rank: view.host for rank, view in self._ranks.items()}
-            self._tracker.take(findings, self._windows, hosts)
+            self._tracker.take(findings, self._windows, self._attendance.hosts)
 
     def _flush(self) -> None:
         """Show what has changed: incidents first, since commands refer to them."""

@@ -11,9 +11,10 @@ import pytest
 
 from sosa_stream.decide.commands import FINAL_STATES, CommandRecord, CommandState, Verdict
 from sosa_stream.decide.requests import Approve
+from sosa_stream.detect.attendance import LOST_AFTER_SECONDS
 from sosa_stream.detect.incidents import Incident, IncidentState
 from sosa_stream.effects import CommandChanged, Event, IncidentChanged, Notice, Publish, Timer, Withdraw
-from sosa_stream.engine import LOST_AFTER_SECONDS, Engine
+from sosa_stream.engine import Engine
 from sosa_stream.protocol.codec import encode
 from sosa_stream.protocol.messages import Ack, AckState, Command, MetricFrame
 from sosa_stream.protocol.recording import Recorder
