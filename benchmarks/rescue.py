@@ -16,6 +16,7 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -52,7 +53,8 @@ class Bench:
         path = CACHE / f"{arm}{how}-{what}-{seed}-{_hash(case, arm)}.json"
         if path.exists() and arm not in self._refresh:
             return Outcome.read(json.loads(path.read_text()))
-        outcome = self._two.run(case, arm, seed, point)
+        clean = self._two.run(_clean(case.program), "clean", seed).seconds if arm == "auto" else math.nan
+        outcome = replace(self._two.run(case, arm, seed, point), clean_seconds=clean)
         path.write_text(json.dumps(outcome.as_dict()))
         return Outcome.read(json.loads(path.read_text()))
 
@@ -61,11 +63,15 @@ class Bench:
 
     @functools.cache  # noqa: B019  a bench lives as long as the process
     def clean(self, program: str) -> tuple[Outcome, ...]:
-        return tuple(self.run(Case(program=program, fault="NoFault"), "clean", seed) for seed in SEEDS)
+        return tuple(self.run(_clean(program), "clean", seed) for seed in SEEDS)
 
     @functools.cache  # noqa: B019
     def target(self, program: str) -> Target:
         return target(program, self.clean(program))
+
+
+def _clean(program: str) -> Case:
+    return Case(program=program, fault="NoFault")
 
 
 def _hash(case: Case, arm: str) -> str:
@@ -100,7 +106,7 @@ def judge(bench: Bench, case: Case, which: Sequence[str], *, oracle: bool) -> Re
     return replace(result, rescuable=point is not None, point=point)
 
 
-def figures(results: Sequence[Result], bench: Bench) -> dict[str, Any]:
+def figures(results: Sequence[Result]) -> dict[str, Any]:
     """What the README's table says."""
     found: dict[str, Any] = {}
     sets = {"tuning": False, "held-out": True}
@@ -114,7 +120,7 @@ def figures(results: Sequence[Result], bench: Bench) -> dict[str, Any]:
             "rescuable": {arm: share(rescuable, arm) for arm in ARMS},
         }
     counted = [result for result in results if result.counts]
-    times = ratios(counted, {result.case.program: bench.clean(result.case.program) for result in results})
+    times = ratios(counted)
     if times:
         found["time"] = {"median": statistics.median(times), "p95": percentile(times, 0.95), "num_runs": len(times)}
     return found
@@ -194,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 tell(results[-1], options.verbose)
                 sys.stdout.flush()
         if set(ARMS) <= set(which) and options.seeds == len(SEEDS):
-            summary = figures(results, bench)
+            summary = figures(results)
             print(json.dumps(summary, indent=2))
             if options.write:
                 write("rescue", {**summary, "cases": as_rows(results)})

@@ -107,10 +107,7 @@ def bootstrap(runs: Sequence[Sequence[bool]], times: int = 2000) -> dict[str, fl
     return {"share": of_all, "low": shares[int(0.025 * times)], "high": shares[int(0.975 * times)]}
 
 
-def ratios(results: Sequence[Result], clean: Mapping[str, Sequence[Outcome]]) -> list[float]:
-    """Wall time of each run that was rescued, by the median clean run of its program: at equal samples, as all are."""
-    found = []
-    for result in results:
-        usual = statistics.median(outcome.seconds for outcome in clean[result.case.program])
-        found += [o.seconds / usual for o in result.runs["auto"] if result.target.reached(o)]
-    return [ratio for ratio in found if math.isfinite(ratio)]
+def ratios(results: Sequence[Result]) -> list[float]:
+    """Wall time of each run that was rescued, by the clean run that went before it: at equal samples, as all are."""
+    runs = [(o, result.target) for result in results for o in result.runs["auto"]]
+    return [o.seconds / o.clean_seconds for o, goal in runs if goal.reached(o) and math.isfinite(o.clean_seconds)]

@@ -48,6 +48,9 @@ class Job:
     daemon: str = ""
 
 
+_UNKNOWN = {"value": math.inf, "clean_seconds": math.nan}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What one run came to. ``value`` is the held-out loss at the end, infinite where training did not get there."""
@@ -59,16 +62,20 @@ class Outcome:
     seconds: float
     cpu_seconds: float
     ranks_agree: bool
+    clean_seconds: float = math.nan
+    """What the clean run of this program and seed took right before this one; of runs of ``auto`` only."""
     incidents: tuple[dict[str, Any], ...] = ()
     commands: tuple[dict[str, Any], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, which has no infinity."""
-        return {**asdict(self), "value": self.value if math.isfinite(self.value) else None}
+        """For JSON, which has neither infinity nor NaN."""
+        unknown = {key: None for key in _UNKNOWN if not math.isfinite(getattr(self, key))}
+        return {**asdict(self), **unknown}
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> Outcome:
-        return cls(**{**values, "value": math.inf if values["value"] is None else values["value"]})
+        unknown = {key: other for key, other in _UNKNOWN.items() if values.get(key) is None}
+        return cls(**{**values, **unknown})
 
 
 class Ranks:
