@@ -87,7 +87,8 @@ class AutoSettings:
     max_fixes_per_run: int = 20
     """Fixes in one run, whatever happens. Never refills."""
     max_lr_change: float = 10000.0
-    """Largest factor, up or down, by which all fixes together may multiply the script's learning rate."""
+    """Largest factor, up or down, by which all fixes together may multiply the script's learning rate. The way back to
+    a rate that the script itself has held is not limited."""
     max_rollback_steps: int = 2000
     """Most steps of training that one rollback may give up."""
     discount: float = 0.98

@@ -146,12 +146,25 @@ def test_the_ladder_climbs_past_what_was_tried() -> None:
 
 def test_a_fix_beyond_the_limits_is_passed_over() -> None:
     tight = RunPolicy(mode=Mode.AUTO, limits=AutoSettings(allow=AUTO.limits.allow, max_lr_change=10.0))
-    jump = _situation("lr_jump", evidence={"lr_before": 1e-3})
-    choice = choose(jump, frozenset(), tight)
-    assert choice is not None
-    assert _plain(choice.actions)[0] == ("scale_lr", {"factor": 0.5})
+    held_down = _situation("loss_divergence", lr_multiplier=0.15)
+    choice = choose(held_down, frozenset(), tight)
+    assert choice is None
     short = RunPolicy(mode=Mode.AUTO, limits=AutoSettings(allow=AUTO.limits.allow, max_rollback_steps=10))
     assert choose(_situation("loss_divergence"), frozenset({"half_lr"}), short) is None
+
+
+@pytest.mark.parametrize(("lr", "multiplier"), [(1.0, 1.0), (0.5, 0.5)])
+def test_however_far_a_fault_has_taken_the_rate_the_way_back_is_no_change_of_it(lr: float, multiplier: float) -> None:
+    tight = RunPolicy(mode=Mode.AUTO, limits=AutoSettings(allow=AUTO.limits.allow, max_lr_change=10.0))
+    jump = _situation("lr_jump", evidence={"lr_before": 1e-3}, lr=lr, lr_multiplier=multiplier)
+    choice = choose(jump, frozenset(), tight)
+    assert choice is not None
+    assert _plain(choice.actions)[0] == ("scale_lr", {"factor": pytest.approx(1e-3 / lr)})
+    fell = _situation("loss_plateau", evidence={"lr_before": 1.0, "lr_after": 1e-6}, lr=1e-6)
+    choice = choose(fell, frozenset(), tight)
+    assert choice is not None
+    assert [action["factor"] for _, action in _plain(choice.actions)] == pytest.approx([1e3, 1e3])
+    assert _plain(choice.actions)[-1][1]["hold"] == 1, "the script's own rate may come back"
 
 
 @given(

@@ -145,6 +145,30 @@ def test_a_rate_that_is_held_goes_down_with_the_scripts_own_and_up_only_to_where
         assert shown == pytest.approx(held)
 
 
+@pytest.mark.parametrize("both_fell", [True, False])
+def test_beyond_max_lr_change_a_fix_leads_only_back_to_what_every_group_has_held(both_fell: bool) -> None:
+    own, seen, model = [1.0, 1.0, 1e-6, 1e-6, 1e-6, 1.0], Seen(), toy()
+    first, *others = model.parameters()
+    optimizer = recording(SGD, seen)([{"params": [first]}, {"params": others}], lr=1e-3)  # type: ignore[arg-type]
+    with Watch().installed() as watch:
+        watch.fence.due = {3: command(act("scale_lr", factor=1e3), act("scale_lr", factor=1e3, hold=1))}
+        for rate, batch in zip(own, batches(len(own)), strict=True):
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.param_groups[1]["lr"] = 0.1 * rate if both_fell else 0.1
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            optimizer.step()
+    (ack,) = watch.acks
+    if both_fell:
+        assert str(ack.state) == "applied"
+        effective = [1.0, 1.0, 1e-6, 1.0, 1.0, 1.0]
+        assert seen.effective == [pytest.approx([rate, 0.1 * rate]) for rate in effective]
+    else:
+        assert str(ack.state) == "failed"
+        assert "no way back to a rate of before" in ack.detail
+        assert [first for first, _ in seen.effective] == own
+
+
 def test_a_rate_in_a_tensor_comes_back_to_the_bit() -> None:
     model = toy()
     rate = torch.tensor(0.03)

@@ -206,7 +206,10 @@ def _lr_of_before_its_fall(now: Situation) -> tuple[Action, ...]:
     high = ACTIONS["scale_lr"].params["factor"].high
     ratio = before / after
     steps = max(1, math.ceil(math.log(ratio, high)))
-    return (Action(action="scale_lr", params={"factor": ratio ** (1.0 / steps)}),) * steps
+    factor = ratio ** (1.0 / steps)
+    # held: the script's own rate may come back while this is in force
+    last = Action(action="scale_lr", params={"factor": factor, "hold": 1})
+    return (*((Action(action="scale_lr", params={"factor": factor}),) * (steps - 1)), last)
 
 
 def _usual_loss_scale(now: Situation) -> tuple[Action, ...]:

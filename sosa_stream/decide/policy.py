@@ -51,7 +51,10 @@ class RunPolicy:
         return self.mode is Mode.AUTO and confidence >= GATE and not self.limits.refusal(actions)
 
     def within_limits(self, actions: tuple[Action, ...], now: Situation) -> bool:
-        """Whether every action stays within ``max_lr_change`` and ``max_rollback_steps``."""
+        """Whether every action stays within ``max_lr_change`` and ``max_rollback_steps``.
+
+        Back to a learning rate that the run has held before is no change: how far a fault has taken it does not count.
+        """
         multiplier = now.lr_multiplier
         for action in actions:
             if action.action == "scale_lr":
@@ -60,7 +63,18 @@ class RunPolicy:
                 action.action == "rollback" and now.step - action.params["before_step"] > self.limits.max_rollback_steps
             ):
                 return False
-        return 1.0 / self.limits.max_lr_change <= multiplier <= self.limits.max_lr_change
+        within = 1.0 / self.limits.max_lr_change <= multiplier <= self.limits.max_lr_change
+        return within or _leads_back(multiplier, now)
+
+
+def _leads_back(multiplier: float, now: Situation) -> bool:
+    """Whether the rate that a multiplier gives lies between those that are known of before the incident."""
+    known = (now.usual_lr, now.incident.evidence.get("lr_before"))
+    before = [lr for lr in known if isinstance(lr, float)]
+    if not before or now.lr is None or not now.lr_multiplier > 0.0:
+        return False
+    lr = now.lr / now.lr_multiplier * multiplier
+    return 0.99 * min(before) <= lr <= 1.01 * max(before)
 
 
 class Budget:

@@ -16,7 +16,8 @@ from sosa_stream.errors import RefusedError
 
 
 class ScaleLearningRate(Actuator):
-    """All factors in force together stay within ``1 / max_change`` and ``max_change``."""
+    """All factors in force together stay within ``1 / max_change`` and ``max_change``, or lead back to rates that the
+    script itself has held."""
 
     def __init__(self, in_force: InForce, state: TrainingState, max_change: float) -> None:
         self._in_force = in_force
@@ -31,9 +32,11 @@ class ScaleLearningRate(Actuator):
             if any("lr" not in group for group in optimizer.param_groups):
                 return f"{type(optimizer).__name__} has a parameter group without a learning rate"
         after = self._in_force.lr_multiplier * params["factor"]
-        if 1 / self._max_change <= after <= self._max_change:
+        if 1 / self._max_change <= after <= self._max_change or self._state.own_rates.include(after):
             return ""
-        return f"×{after:g} in all is beyond auto.max_lr_change {self._max_change:g}"
+        return (
+            f"×{after:g} in all is beyond auto.max_lr_change {self._max_change:g}, and no way back to a rate of before"
+        )
 
     def apply(self, params: Mapping[str, Any], at: Moment) -> tuple[Undo, str]:
         refusal = self.refusal(params, at.step)
@@ -61,6 +64,7 @@ class ScaleLearningRate(Actuator):
     def begin_anew(self) -> None:
         self._factors.clear()
         self._ceilings.clear()
+        self._state.own_rates.forget()
         self._reckon()
 
     def _reckon(self) -> None:

@@ -44,6 +44,7 @@ from sosa_stream.agent.repair.optimizer_state import (
     scheduled,
     set_state,
 )
+from sosa_stream.agent.repair.own_rates import OwnRates
 from sosa_stream.agent.repair.ranks import Ranks
 from sosa_stream.agent.repair.registry import Registry, copy_scale, follows_metric, restore_scale
 from sosa_stream.agent.repair.snapshots import NoSnapshotError, Snapshot
@@ -66,6 +67,7 @@ class TrainingState:
     ) -> None:
         self.registry = registry or Registry()
         self.ranks = ranks or Ranks()
+        self.own_rates = OwnRates()
         self._rollback_schedulers = rollback_schedulers
         self._optimizers: list[weakref.ref[Optimizer]] = []
         self._models = Models()

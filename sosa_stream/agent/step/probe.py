@@ -250,6 +250,7 @@ class Probe:
             self._restore.append(restore)
             if waits:
                 self.looks.skip_update()
+        self._state.own_rates.note(optimizer)
         if in_force.changes_lr:
             self._restore.append(self._learning_rate.restore)
             self._learning_rate.scale(optimizer, in_force)
