@@ -6,7 +6,6 @@ import json
 import logging
 import sys
 from datetime import UTC, datetime
-from typing import TextIO
 
 
 class JsonFormatter(logging.Formatter):
@@ -24,11 +23,10 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, ensure_ascii=False)
 
 
-def configure_logging(stream: TextIO | None = None) -> None:
-    """Log to ``stream``, by default stderr. For the daemon's own process only: it sets the root logger."""
-    stream = sys.stderr if stream is None else stream
-    handler = logging.StreamHandler(stream)
+def configure_logging() -> None:
+    """Log to stderr. For the daemon's own process only: it sets the root logger."""
+    handler = logging.StreamHandler(sys.stderr)
     plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    handler.setFormatter(plain if stream.isatty() else JsonFormatter())
+    handler.setFormatter(plain if sys.stderr.isatty() else JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)

@@ -18,7 +18,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
 from sosa_stream.errors import ConfigError, ProtocolError
-from sosa_stream.protocol.body import DEFAULT_LIMITS, Limits, Reject
+from sosa_stream.protocol.body import DEFAULT_LIMITS, Reject
 from sosa_stream.protocol.codec import decode
 from sosa_stream.protocol.keys import AgentKeys, DaemonKeys
 from sosa_stream.protocol.messages import ControlMessage
@@ -122,7 +122,7 @@ class AgentChannel:
 
     def _socket(self, kind: int, keys: AgentKeys | None) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
-        _set_options(socket, DEFAULT_LIMITS)
+        _set_options(socket)
         socket.reconnect_ivl = 100
         socket.reconnect_ivl_max = 1000
         if keys is not None:
@@ -202,11 +202,10 @@ class DaemonChannel:
         ConfigError: on entering: the address is malformed, taken or not ours.
     """
 
-    def __init__(self, address: str, *, keys: DaemonKeys | None = None, limits: Limits = DEFAULT_LIMITS) -> None:
+    def __init__(self, address: str, *, keys: DaemonKeys | None = None) -> None:
         self._host, self._port = _split(address)
         self.address = address
         self._keys = keys
-        self._limits = limits
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._authenticator: ThreadAuthenticator | None = None
         self._readable: zmq.asyncio.Socket | None = None
@@ -255,7 +254,7 @@ class DaemonChannel:
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
-        _set_options(socket, self._limits)
+        _set_options(socket)
         if self._keys is not None:
             socket.curve_server = True
             socket.curve_publickey = self._keys.public
@@ -301,11 +300,11 @@ class DaemonChannel:
             self._context.destroy(linger=0)
 
 
-def _set_options(socket: zmq.Socket[bytes], limits: Limits) -> None:
+def _set_options(socket: zmq.Socket[bytes]) -> None:
     socket.linger = 0
     socket.sndhwm = HIGH_WATER_MARK
     socket.rcvhwm = HIGH_WATER_MARK
-    socket.maxmsgsize = max(MAX_WIRE_BYTES, limits.max_message_bytes)
+    socket.maxmsgsize = max(MAX_WIRE_BYTES, DEFAULT_LIMITS.max_message_bytes)
     socket.ipv6 = True
     # A host that vanished leaves a half-open connection: found by keepalive when idle, by heartbeats otherwise.
     socket.tcp_keepalive = 1

@@ -16,6 +16,7 @@ _LAYOUTS = ("run.sosa", "trainer_state.json", "metrics.csv", "results.csv", "pro
 """What training programs call the log that they leave in a folder."""
 _ENDINGS = frozenset({"", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".log", ".out", ".err", ".sosa"})
 _LOSS = re.compile("loss|cost", re.IGNORECASE)
+MAX_NAMED = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,10 +62,10 @@ def find_log(path: Path) -> Path:
     return found.logs[0]
 
 
-def named(folder: Path, files: tuple[Path, ...], limit: int = 8) -> str:
+def named(folder: Path, files: tuple[Path, ...]) -> str:
     """Files of a folder in words."""
-    names = [str(file.relative_to(folder)) for file in files[:limit]]
-    return ", ".join(names) + (f", … ({len(files) - limit} more)" if len(files) > limit else "")
+    names = [str(file.relative_to(folder)) for file in files[:MAX_NAMED]]
+    return ", ".join(names) + (f", … ({len(files) - MAX_NAMED} more)" if len(files) > MAX_NAMED else "")
 
 
 def _known(folder: Path) -> list[Path]:

@@ -73,7 +73,6 @@ class Courier:
         self._seen: set[str] = set()
         self._rejected: set[str] = set()
         self._next_heartbeat = 0.0
-        self._next_flush = 0.0
         self._reconnects = 0
         self._fence_closed = False
         self._taken_at = 0.0
