@@ -37,6 +37,8 @@ class OwnRates:
             known = self._groups[optimizer] = [Rates() for _ in groups]
         for rates, group in zip(known, groups, strict=True):
             lr = group.get("lr")
+            if lr is rates.last:
+                continue
             rates.last = lr if isinstance(lr, float) else math.nan
             if rates.last > 0.0:
                 rates.lowest, rates.highest = min(rates.lowest, rates.last), max(rates.highest, rates.last)
