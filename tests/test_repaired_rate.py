@@ -300,3 +300,16 @@ def test_a_fix_that_is_taken_back_at_once_leaves_a_trainers_run_bit_identical(
         watch.fence.due = {APPLIED: fix}
         watch.actuators.keep = watch.actuators.take_back  # type: ignore[method-assign]
         assert bits(run(tmp_path, Seen())) == undisturbed
+
+
+def test_once_all_factors_cancel_out_nothing_is_held_any_more() -> None:
+    own, seen, model = [1.0, 1e-3, 1e-3, 0.5, 2.0, 3.0], Seen(), toy()
+    optimizer = recording(SGD, seen)(model.parameters(), lr=1.0)  # type: ignore[arg-type]
+    with Watch().installed() as watch:
+        watch.fence.due = {2: command(act("scale_lr", factor=1e3, hold=1)), 4: command(act("scale_lr", factor=1e-3))}
+        for rate, batch in zip(own, batches(len(own)), strict=True):
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            optimizer.step()
+    assert [rates[0] for rates in seen.effective] == pytest.approx([1.0, 1e-3, 1.0, 1.0, 2.0, 3.0])

@@ -1,7 +1,7 @@
-"""Learning rates that fixes hold down, and when to let them go: once the script's own rate has come back.
+"""Learning rates that fixes hold down or up, and when to let them go: once the script's own rate has come back.
 
-Else training would crawl on at the product of both. A rate that comes back and jumps again, as a cyclic one does,
-is let go only once it has stayed for a while.
+Else training would go on at the product of both. A rate that comes back and jumps again, as a cyclic one does, is let
+go only once it has stayed for a while. What a person has asked for stays until a person takes it back.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CYCLE_STEPS = 64
 
 
 class HeldRates:
-    """The commands that hold the learning rate down, by what factor, and whether the reason for it has gone."""
+    """The commands that hold the learning rate, by what factor, and whether the reason for it has gone."""
 
     def __init__(self) -> None:
         self._factors: dict[str, float] = {}
@@ -47,22 +47,26 @@ class HeldRates:
     def take(self, entry: Entry, windows: RunWindows) -> None:
         """A command is applied on all ranks."""
         factor = math.prod(action.params["factor"] for action in entry.record.actions if action.action == "scale_lr")
-        if factor * LR_RATIO >= 1.0:
+        if entry.record.origin == "person" or 1.0 <= factor * LR_RATIO <= LR_RATIO**2:
             return
         command = entry.record.id
         self._factors[command] = factor
         if windows.step - self._let_go_at < CYCLE_STEPS:
             self._wait_steps = CYCLE_STEPS
         asked, now = self._asked_at.get(command), windows.schedule.script_lr
-        if asked is not None and now is not None and now <= LR_RATIO * factor * asked:
-            self._over[command] = windows.step  # it came back while the ranks were agreeing, or with a restart
+        if asked is not None and now is not None:
+            back = now <= LR_RATIO * factor * asked if factor < 1.0 else now * LR_RATIO >= factor * asked
+            if back:  # while the ranks were agreeing, or with a restart
+                self._over[command] = windows.step
 
     def look(self, windows: RunWindows) -> None:
-        """One more step: did the script's own rate fall?"""
+        """One more step: did the script's own rate go the way that it is held?"""
+        fell, rose = windows.schedule.script_lr_fell, windows.schedule.script_lr_rose
         for command, factor in self._factors.items():
-            if windows.schedule.script_lr_fell(LR_RATIO * factor):
+            lowers = factor < 1.0
+            if fell(LR_RATIO * factor) if lowers else rose(factor / LR_RATIO):
                 self._over[command] = windows.step
-            elif command in self._over and windows.schedule.script_lr_rose(LR_RATIO):
+            elif command in self._over and (rose(LR_RATIO) if lowers else fell(1.0 / LR_RATIO)):
                 del self._over[command]
                 self._wait_steps = CYCLE_STEPS
 
@@ -73,7 +77,7 @@ class HeldRates:
             factor = self._factors.pop(command)
             del self._over[command]
             self._let_go_at = step
-            yield command, _raise(1.0 / factor)
+            yield command, _scale(1.0 / factor)
 
     @property
     def over(self) -> frozenset[str]:
@@ -86,9 +90,9 @@ class HeldRates:
         self._over.clear()
 
 
-def _raise(ratio: float) -> tuple[Action, ...]:
+def _scale(ratio: float) -> tuple[Action, ...]:
     """As many actions as their bounds ask for."""
-    most = ACTIONS["scale_lr"].params["factor"].high
-    if ratio <= most:
-        return (Action(action="scale_lr", params={"factor": ratio}),)
-    return (Action(action="scale_lr", params={"factor": most}), *_raise(ratio / most))
+    bounds = ACTIONS["scale_lr"].params["factor"]
+    within = min(max(ratio, bounds.low), bounds.high)
+    one = Action(action="scale_lr", params={"factor": within})
+    return (one,) if within == ratio else (one, *_scale(ratio / within))

@@ -45,9 +45,10 @@ class ScaleLearningRate(Actuator):
         token = object()
         self._factors[token] = params["factor"]
         lifted: dict[object, Ceilings] = {}
-        if params["factor"] > 1.0:
-            lifted, self._ceilings = self._ceilings, {}
         self._reckon()
+        if params["factor"] > 1.0 or math.isclose(self._in_force.lr_multiplier, 1.0):  # wanted higher, or as ever
+            lifted, self._ceilings = self._ceilings, {}
+            self._reckon()
         if params.get("hold"):
             self._ceilings[token] = self._rates_now()
             self._reckon()
