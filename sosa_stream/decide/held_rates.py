@@ -61,12 +61,12 @@ class HeldRates:
 
     def look(self, windows: RunWindows) -> None:
         """One more step: did the script's own rate go the way that it is held?"""
-        fell, rose = windows.schedule.script_lr_fell, windows.schedule.script_lr_rose
+        schedule = windows.schedule
         for command, factor in self._factors.items():
-            lowers = factor < 1.0
-            if fell(LR_RATIO * factor) if lowers else rose(factor / LR_RATIO):
+            slack = LR_RATIO if factor < 1.0 else 1.0 / LR_RATIO
+            if schedule.script_lr_settled(slack * factor):
                 self._over[command] = windows.step
-            elif command in self._over and (rose(LR_RATIO) if lowers else fell(1.0 / LR_RATIO)):
+            elif command in self._over and schedule.script_lr_moved(slack):
                 del self._over[command]
                 self._wait_steps = CYCLE_STEPS
 

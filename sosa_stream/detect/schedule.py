@@ -73,8 +73,8 @@ class Schedule:
         """The highest effective learning rate until 72 steps ago, or the first that is known."""
         return max(self._borne_long, float(self._lrs.last()[0])) if len(self._lrs) else None
 
-    def script_lr_fell(self, ratio: float) -> bool:
-        """Whether the rate that the script sets fell to ``ratio`` or less in one step, three steps ago, and stays.
+    def script_lr_settled(self, ratio: float) -> bool:
+        """Whether the script's own rate went to ``ratio`` of what it was, or beyond, three steps ago in one, and stays.
 
         A schedule that runs out falls by as much, but not from one step to the next, or not to a rate above zero.
         """
@@ -82,12 +82,14 @@ class Schedule:
         if len(lrs) < 4:
             return False
         before, *after = lrs.tolist()
-        return 0.0 < after[0] <= ratio * before and all(after[0] / 3 <= lr <= 3 * after[0] for lr in after[1:])
+        return _went(before, after[0], ratio) and all(after[0] / 3 <= lr <= 3 * after[0] for lr in after[1:])
 
-    def script_lr_rose(self, ratio: float) -> bool:
-        """Whether the rate that the script sets is ``ratio`` times that of the step before, or more."""
-        before, now = self._script_lrs.last(2).tolist() if len(self._script_lrs) > 1 else (0.0, 0.0)
-        return now >= ratio * before > 0.0
+    def script_lr_moved(self, ratio: float) -> bool:
+        """Whether the rate that the script sets is ``ratio`` of that of the step before, or beyond."""
+        if len(self._script_lrs) < 2:
+            return False
+        before, now = self._script_lrs.last(2).tolist()
+        return _went(before, now, ratio)
 
     def take(
         self, lr: float, multiplier: float, *, step: int, point: int, of_run: Sequence[float | None], hold: bool
@@ -162,3 +164,9 @@ def _never_so_low(lr: float, of_run: Sequence[float | None]) -> bool:
     """Whether a rate lies far below nearly all of the run's: the end of a jump is no fall."""
     known = sorted(known for known in of_run if known)
     return bool(known) and lr < 0.1 * known[len(known) // 10]
+
+
+def _went(before: float, after: float, ratio: float) -> bool:
+    if not (before > 0.0 and after > 0.0):
+        return False
+    return after <= ratio * before if ratio < 1.0 else after >= ratio * before
