@@ -3,6 +3,7 @@
     python -m benchmarks.rescue                     the tuning cases, all arms
     python -m benchmarks.rescue --held-out          those of the generator as well, and the results file
     python -m benchmarks.rescue --harm              what is done to healthy programs
+    python -m benchmarks.rescue --pace 0.05         the time of rescued runs at steps of 50 ms, all settings default
     python -m benchmarks.rescue --cases Jump-MLP --arms auto --verbose
 
 Runs are kept in ``benchmarks/.cache/rescue``, named by case, arm, seed and a hash of the code that they depend on: a
@@ -106,6 +107,23 @@ def judge(bench: Bench, case: Case, which: Sequence[str], *, oracle: bool) -> Re
     return replace(result, rescuable=point is not None, point=point)
 
 
+def pace(two: Ranks, cases: Sequence[Case], step_seconds: float) -> dict[str, Any]:
+    """Wall time of ``auto`` by that of the clean run before it, one seed a case, at steps of ``step_seconds``."""
+    found: dict[str, dict[str, Any]] = {}
+    goals: dict[str, Target] = {}
+    for case in cases:
+        clean = two.run(replace(_clean(case.program), step_seconds=step_seconds), "none", SEEDS[0])
+        auto = two.run(replace(case, step_seconds=step_seconds), "auto", SEEDS[0])
+        if case.program not in goals:
+            goals[case.program] = target(case.program, [two.run(_clean(case.program), "clean", s) for s in SEEDS])
+        reached = goals[case.program].reached(auto)
+        found[case.name] = {"ratio": round(auto.seconds / clean.seconds, 4), "reached": reached}
+        print(f"{case.name:42s} {auto.seconds / clean.seconds:.3f} {'' if reached else 'not rescued'}", flush=True)
+    times = [each["ratio"] for each in found.values() if each["reached"]]
+    summary = {"median": statistics.median(times), "p95": percentile(times, 0.95), "num_runs": len(times)}
+    return {"step_seconds": step_seconds, **summary, "cases": found}
+
+
 def figures(results: Sequence[Result]) -> dict[str, Any]:
     """What the README's table says."""
     found: dict[str, Any] = {}
@@ -182,6 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--verbose", action="store_true", help="incidents and commands of each run")
     parser.add_argument("--write", action="store_true", help="results/rescue.json and the README's table")
     parser.add_argument("--harm", action="store_true", help="the healthy programs in auto instead, and nothing else")
+    parser.add_argument("--pace", type=float, metavar="SECONDS", help="only the time of every third case")
     options = parser.parse_args(arguments)
     if options.harm:
         found = harm.main()
@@ -190,6 +209,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write("rescue_harm", found)
         return 0
     cases = [case for case in TUNING if case.name.startswith(tuple(options.cases.split(",")))]
+    if options.pace:
+        with Ranks() as two:
+            timed = pace(two, cases[::3], options.pace)
+        if options.write:
+            write("rescue_pace", timed)
+        print(json.dumps({key: value for key, value in timed.items() if key != "cases"}))
+        return 0
     which = [arm for arm in options.arms.split(",") if arm]
     with Ranks() as two:
         bench = Bench(two, seeds=options.seeds, refresh=options.refresh.split(","))

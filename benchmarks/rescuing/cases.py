@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.rescuing.faults import FAULTS, Fault
 
@@ -28,13 +30,27 @@ class Case:
     length: int = 1
     group: str = ""
     held_out: bool = False
+    step_seconds: float = 0.0
+    """What is slept in each step, in place of a device that works."""
 
     @property
     def name(self) -> str:
         return f"{self.fault}-{self.program}-at{self.onset}-x{self.size:g}-for{self.length}"
 
     def build(self) -> Fault:
-        return FAULTS[self.fault](onset=self.onset, size=self.size, length=self.length)
+        fault = FAULTS[self.fault](onset=self.onset, size=self.size, length=self.length)
+        return fault if not self.step_seconds else _at_pace(fault, self.step_seconds)
+
+
+def _at_pace(fault: Fault, seconds: float) -> Fault:
+    strike = fault.strike
+
+    def sleep_and_strike(program: Any, step: int) -> None:
+        time.sleep(seconds)
+        strike(program, step)
+
+    object.__setattr__(fault, "strike", sleep_and_strike)
+    return fault
 
 
 def _case(group: str, fault: str, program: str, onset: int, size: float = 1.0, length: int = 1) -> Case:

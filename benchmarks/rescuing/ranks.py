@@ -281,7 +281,7 @@ def _settings(job: Job) -> Settings:
             "auto.allow": list(ALLOW),
             "agent.daemon": job.daemon,
             "home": tempfile.gettempdir(),
-            **QUICK,
+            **({} if job.case.step_seconds else QUICK),
         }
     )
 
