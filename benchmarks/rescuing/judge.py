@@ -38,7 +38,7 @@ class Target:
         return self.clean + self.margin
 
     def reached(self, outcome: Outcome) -> bool:
-        return not outcome.ended and outcome.value <= self.loss
+        return not outcome.ended and outcome.ranks_agree and outcome.value <= self.loss
 
 
 def target(program: str, clean: Sequence[Outcome]) -> Target:
