@@ -300,16 +300,21 @@ class DaemonChannel:
             self._context.destroy(linger=0)
 
 
+UNANSWERED_MS = 30_000
+"""How long the kernel sends data again that nobody acknowledges, before it gives the connection up."""
+
+
 def _set_options(socket: zmq.Socket[bytes]) -> None:
     socket.linger = 0
     socket.sndhwm = HIGH_WATER_MARK
     socket.rcvhwm = HIGH_WATER_MARK
     socket.maxmsgsize = max(MAX_WIRE_BYTES, DEFAULT_LIMITS.max_message_bytes)
     socket.ipv6 = True
-    # A host that vanished leaves a half-open connection: found by keepalive when idle, by heartbeats otherwise.
+    # A host that vanished leaves a half-open connection: found by keepalive when idle, by unanswered data otherwise.
+    # Not by ZeroMQ's own heartbeats: a peer that was stopped for longer than they wait (a debugger, a virtual machine
+    # that moves) may come back to an assertion in libzmq, which ends its process [libzmq issues 4364, 3937].
     socket.tcp_keepalive = 1
-    socket.tcp_keepalive_idle = 30
-    socket.tcp_keepalive_intvl = 10
+    socket.tcp_keepalive_idle = 15
+    socket.tcp_keepalive_intvl = 5
     socket.tcp_keepalive_cnt = 3
-    socket.heartbeat_ivl = 5000
-    socket.heartbeat_timeout = 15000
+    socket.tcp_maxrt = UNANSWERED_MS
