@@ -211,6 +211,18 @@ def test_a_revert_that_is_refused_half_way_leaves_the_whole_fix_in_force() -> No
     assert watch.actuators.in_force.lr_multiplier == 0.5
 
 
+def test_a_revert_of_what_does_not_fit_the_model_any_more_is_refused_and_training_goes_on() -> None:
+    watch, model, optimizer = watched(8)
+    fix = command(act("rollback", before_step=5), act("scale_lr", factor=0.5))
+    carry_out(watch.actuators, fix, 8, 8)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))]})
+    watch.fence.due[watch.probe.tick] = command(act("revert", command=fix.id))
+    train(model, optimizer, batches(2))
+    assert watch.errors == []
+    assert [str(ack.state) for ack in watch.acks] == ["failed"]
+    assert watch.actuators.in_force.lr_multiplier == 0.5
+
+
 def test_a_revert_that_fails_elsewhere_is_carried_out_again() -> None:
     watch, *_ = watched(4)
     fix = command(act("scale_lr", factor=0.5), act("clip_grad", max_norm=1.0))

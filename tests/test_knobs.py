@@ -109,7 +109,7 @@ def test_a_set_that_raises_leaves_the_knob_and_the_whole_fix_as_they_were() -> N
     beta = Beta(1.0, _raises)
     _, actuators, _ = knobs(beta.knob())
     with pytest.raises(RefusedError, match=r"knob beta: set\(2\) raised ZeroDivisionError: no room"):
-        actuators.apply(command(act("scale_lr", factor=0.5), act("set_knob", name="beta", value=2.0)), 0, 0)
+        carry_out(actuators, command(act("scale_lr", factor=0.5), act("set_knob", name="beta", value=2.0)), 0, 0)
     assert beta.value == 1.0
     assert not actuators.in_force.standing
 

@@ -26,7 +26,7 @@ from sosa_stream.agent.repair.stopping import Stop
 from sosa_stream.agent.repair.training_state import TrainingState
 from sosa_stream.agent.splitting.micro_batches import SplitBatches
 from sosa_stream.agent.watch.deliveries import Deliveries
-from sosa_stream.errors import HalfAppliedError, RefusedError, describe
+from sosa_stream.errors import HalfAppliedError, RefusedError, SosaError, describe
 from sosa_stream.protocol.actions import ACTIONS, Action
 from sosa_stream.protocol.messages import Command
 
@@ -224,7 +224,9 @@ class Actuators:
             while left:
                 left[-1]()
                 left.pop()
-        except RefusedError:  # it has changed nothing, but those after it are undone already
+        except HalfAppliedError:
+            raise
+        except SosaError:  # it has changed nothing, but those after it are undone already
             _undo([redo])
             raise
         except Exception as error:
