@@ -111,7 +111,7 @@ class Dispatch:
         horizon = max(HORIZON_TICKS, math.ceil(HORIZON_SECONDS / seconds) if seconds > 1e-6 else 0)
         entry.expires_tick = windows.tick + horizon
         self.ledger.move(entry, _S.PUBLISHED)
-        self.held_rates.ask(entry.record.id, windows)
+        self.held_rates.ask(entry, windows)
         self._effects.append(Publish(command=entry.command))
 
     def step(self, windows: RunWindows) -> None:
@@ -242,7 +242,7 @@ class Dispatch:
             self.standing.release(entry.releases, by=record.id)
         elif not leaves_all:
             self.standing.add(entry)
-        self.held_rates.take(entry, windows)
+        self.held_rates.take(record.id, windows)
         if record.origin == "standing" or leaves_all:
             self.ledger.move(entry, _S.VERIFIED, verdict=Verdict.INCONCLUSIVE)
         else:

@@ -1,7 +1,8 @@
-"""Learning rates that fixes hold down or up, and when to let them go: once the script's own rate has come back.
+"""Learning rates that fixes lead back to where they were, and when to let them go: once the script's own is back.
 
 Else training would go on at the product of both. A rate that comes back and jumps again, as a cyclic one does, is let
-go only once it has stayed for a while. What a person has asked for stays until a person takes it back.
+go only once it has stayed for a while. A fix that wants another rate than the script's (half of it, say) is not among
+them: it stands whatever the schedule does, and so does what a person has asked for.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ class HeldRates:
 
     def __init__(self) -> None:
         self._factors: dict[str, float] = {}
-        self._asked_at: dict[str, float] = {}
-        """The script's own rate when a command was published."""
+        self._asked: dict[str, tuple[float, float]] = {}
+        """The script's own rate when a command was published, and by what it is multiplied."""
         self._over: dict[str, int] = {}
         """With the step at which that was seen."""
         self._let_go_at = -CYCLE_STEPS
@@ -33,28 +34,29 @@ class HeldRates:
     def __bool__(self) -> bool:
         return bool(self._factors)
 
-    def ask(self, command: str, windows: RunWindows) -> None:
+    def ask(self, entry: Entry, windows: RunWindows) -> None:
         """A command is published."""
-        if windows.schedule.script_lr is not None:
-            self._asked_at[command] = windows.schedule.script_lr
+        actions = [action for action in entry.record.actions if action.action == "scale_lr"]
+        leads_back = entry.kind == "lr_jump" or any(action.params.get("hold") for action in actions)
+        now = windows.schedule.script_lr
+        if leads_back and now is not None and entry.record.origin == "policy":
+            self._asked[entry.record.id] = now, math.prod(action.params["factor"] for action in actions)
 
     def hand_on(self, commands: Iterable[str], *, to: str) -> None:
         """Another command applies them again: the rate to compare the script's own with is that of the first time."""
-        asked = [self._asked_at[command] for command in commands if command in self._asked_at]
+        asked = [self._asked[command] for command in commands if command in self._asked]
         if asked:
-            self._asked_at[to] = max(asked)
+            self._asked[to] = max(rate for rate, _ in asked), math.prod(factor for _, factor in asked)
 
-    def take(self, entry: Entry, windows: RunWindows) -> None:
+    def take(self, command: str, windows: RunWindows) -> None:
         """A command is applied on all ranks."""
-        factor = math.prod(action.params["factor"] for action in entry.record.actions if action.action == "scale_lr")
-        if entry.record.origin == "person" or 1.0 <= factor * LR_RATIO <= LR_RATIO**2:
+        asked, factor = self._asked.get(command, (0.0, 1.0))
+        if 1.0 <= factor * LR_RATIO <= LR_RATIO**2:
             return
-        command = entry.record.id
         self._factors[command] = factor
         if windows.step - self._let_go_at < CYCLE_STEPS:
             self._wait_steps = CYCLE_STEPS
-        asked, now = self._asked_at.get(command), windows.schedule.script_lr
-        if asked is not None and now is not None:
+        if (now := windows.schedule.script_lr) is not None:
             back = now <= LR_RATIO * factor * asked if factor < 1.0 else now * LR_RATIO >= factor * asked
             if back:  # while the ranks were agreeing, or with a restart
                 self._over[command] = windows.step

@@ -16,8 +16,8 @@ LR_LAG, LR_WINDOW = 8, 64
 """The recent schedule ends this many steps back, so that a jump in several steps is one too, and is this long."""
 LR_SUFFER_POINTS = 64
 """A jump that the run has borne for this long is its schedule."""
-LR_FALL_RATIO = 100.0
-"""A learning rate that falls this far in one step has collapsed: schedules take steps of 10."""
+LR_FALL_RATIO = 1000.0
+"""A learning rate that falls this far in one step has collapsed: schedules take steps of 10, some a last one of 100."""
 
 
 @dataclass(slots=True, kw_only=True)
