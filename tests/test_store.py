@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from sosa_stream.cli.control import audited, what_came
 from sosa_stream.daemon.schema import json_line, open_store
 from sosa_stream.daemon.store import Changes, RunRow, Store
 from sosa_stream.decide.commands import CommandRecord, CommandState
@@ -62,6 +63,28 @@ def test_a_row_is_the_newest_public_record_and_keeps_its_place(tmp_path: Path) -
     assert reader.execute("SELECT record FROM commands").fetchall() == [(json_line(COMMAND.as_dict()),)]
     assert reader.execute("SELECT * FROM runs").fetchall() == [("run", "g", 7, 1.0, 3.0)]
     reader.close()
+
+
+def test_the_audit_says_what_came_of_a_request_by_now(tmp_path: Path) -> None:
+    async def act(store: Store) -> None:
+        writer = open_store(tmp_path, read_only=False)
+        for run in ("run", "other"):
+            row = (1.0, "ann", run, "fix", '{"action": "stop"}')
+            writer.execute("INSERT INTO audit (at, who, run, what, details) VALUES (?, ?, ?, ?, ?)", row)
+        asked, _ = await store.unanswered()
+        await store.answer(asked.id, Reply(done=True, text="its ranks apply it soon", command="c1"))
+        await store.write(changes())
+        said = [what_came(row) for row in audited(writer, None)]
+        refused = replace(COMMAND, state=CommandState.REJECTED, detail="rank 1: no such knob")
+        await store.write(changes(command=refused))
+        assert [*said, *map(what_came, audited(writer, "run"))] == [
+            "its ranks apply it soon",
+            "no answer yet",
+            "rejected: rank 1: no such knob",
+        ]
+        writer.close()
+
+    with_store(tmp_path, act)
 
 
 def test_a_request_is_answered_once(tmp_path: Path) -> None:

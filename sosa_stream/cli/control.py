@@ -129,24 +129,37 @@ def audit(arguments: argparse.Namespace) -> int:
             print(json_line(row))
     elif rows:
         cells = [
-            (local_time(row["at"]), row["who"], row["run"], asked_for(row), row["command"] or None, row["answer"])
+            (local_time(row["at"]), row["who"], row["run"], asked_for(row), row["command"] or None, what_came(row))
             for row in rows
         ]
-        print(table(("AT", "WHO", "RUN", "ASKED", "COMMAND", "ANSWER"), cells))
+        print(table(("AT", "WHO", "RUN", "ASKED", "COMMAND", "WHAT CAME OF IT"), cells))
     else:
         print("nobody has asked for anything")
     return 0
 
 
 def audited(store: sqlite3.Connection, run: str | None) -> list[dict[str, Any]]:
-    """Rows of the audit, oldest first; ``at`` in seconds since the epoch, ``done`` None while nobody has answered."""
+    """Rows of the audit, oldest first; ``at`` in seconds since the epoch, ``done`` None while nobody has answered,
+    ``state`` and ``detail`` of the command that came of it by now, None where none did.
+    """
     keys = ("at", "who", "run", "what", "details", "done", "command", "answer")
-    query = f"SELECT {', '.join(keys)} FROM audit WHERE ?1 IS NULL OR run = ?1 ORDER BY id"
-    rows = [dict(zip(keys, row, strict=True)) for row in store.execute(query, (run,))]
-    for row in rows:
+    query = f"SELECT {', '.join(f'audit.{key}' for key in keys)}, commands.record FROM audit LEFT JOIN commands"
+    query += " ON commands.id = audit.command WHERE ?1 IS NULL OR audit.run = ?1 ORDER BY audit.id"
+    rows = []
+    for *values, record in store.execute(query, (run,)):
+        row = dict(zip(keys, values, strict=True))
         row["details"] = json.loads(row["details"])
         row["done"] = None if row["done"] is None else bool(row["done"])
+        became = {} if record is None else json.loads(record)
+        rows.append({**row, "state": became.get("state"), "detail": became.get("detail")})
     return rows
+
+
+def what_came(row: dict[str, Any]) -> str:
+    """``applied: learning rate ×0.5``; the daemon's answer where no command came of it, or none that has ended yet."""
+    if row["state"] in (None, "proposed", "approved", "published", "held", "committed"):
+        return row["answer"] or "no answer yet"
+    return ": ".join(filter(None, (row["state"], row["detail"])))
 
 
 def asked_for(row: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sosa_stream.cli.control import asked_for, audited
+from sosa_stream.cli.control import asked_for, audited, what_came
 from sosa_stream.cli.home import add_home, home_of, local_time, opened_store
 from sosa_stream.cli.incident_words import words_of
 from sosa_stream.daemon.schema import RECORDING_NAME, STORE_NAME, json_line
@@ -142,7 +142,7 @@ def pages(found: Mapping[str, Any]) -> Iterator[str]:
         yield ""
         yield "what people asked for"
         for row in found["people"]:
-            yield f"  {local_time(row['at'])}  {row['who']}: {asked_for(row)}: {row['answer'] or 'no answer yet'}"
+            yield f"  {local_time(row['at'])}  {row['who']}: {asked_for(row)}: {what_came(row)}"
     if found["auto_would_have"] is not None:
         yield ""
         yield from _would(found["auto_would_have"])

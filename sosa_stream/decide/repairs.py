@@ -103,7 +103,9 @@ class Repairs:
             if held is None or held.record.state is _S.REVERTED:
                 continue
             why = "the script's own learning rate is back"
-            entry = dispatch.new_entry(held.record.incident, actions, RELEASE_CONFIDENCE, why)
+            own = windows.schedule.script_lr or 0.0
+            evidence = f"{RELEASE_LR}: {command_id} led back what the script had changed, and its own is {own:.3g} now"
+            entry = dispatch.new_entry(held.record.incident, actions, RELEASE_CONFIDENCE, why, why=evidence)
             entry.fix, entry.patience_steps, entry.releases = RELEASE_LR, RELEASE_PATIENCE_STEPS, command_id
             self._propose(entry, windows, automatic=self.policy.may_apply(actions, RELEASE_CONFIDENCE))
             return
