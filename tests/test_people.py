@@ -50,6 +50,7 @@ def test_a_paused_run_gets_proposals_and_no_fix_by_itself_until_it_is_resumed() 
     (proposed,) = paused.commands
     assert _of(proposed)[1:] == ("policy", "expired", "not_applied")
     assert "only proposed: ann has paused repairs" in proposed.reason
+    assert proposed.detail.startswith("only proposed: ann has paused repairs")
     assert paused.published == []
     assert paused.engine.view().paused == "ann"
 

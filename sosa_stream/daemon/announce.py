@@ -29,7 +29,9 @@ class Announcer:
         for record in proposed.values():  # as they are at the end of the batch: what went ahead needs nobody
             if record.state is CommandState.PROPOSED:
                 actions = ", ".join(action.action for action in record.actions)
-                yield _announcement(record.run, record.incident, f"{actions} may help; apply: sosa approve {record.id}")
+                why = f" ({record.detail})" if record.detail else ""
+                text = f"{actions} may help; apply: sosa approve {record.id}{why}"
+                yield _announcement(record.run, record.incident, text)
 
     def _incident(self, incident: Incident) -> Iterator[Announcement]:
         now = (incident.kind, incident.severity, incident.state)

@@ -137,15 +137,15 @@ class Ledger:
             verdict=record.verdict if verdict is None else verdict,
             applied_step=record.applied_step if applied_step is None else applied_step,
             reason=f"{record.reason}; {why}" if why else record.reason,
-            detail=why if why and state in _NOT_APPLIED else record.detail,
+            detail="; ".join(filter(None, (record.detail, why))) if state in _NOT_APPLIED else record.detail,
         )
         if entry.final:
             self._live.pop(record.id, None)
         self._changed.append(entry.record)
 
     def note(self, entry: Entry, why: str) -> None:
-        """Add to the reason of a command, which stays in its state."""
-        entry.record = replace(entry.record, reason=f"{entry.record.reason}; {why}")
+        """Say why a command stays in its state."""
+        entry.record = replace(entry.record, reason=f"{entry.record.reason}; {why}", detail=why)
         self._changed.append(entry.record)
 
     def judge(self, entry: Entry, verdict: Verdict) -> None:
