@@ -17,12 +17,14 @@ from sosa_stream.engine import Engine
 from sosa_stream.protocol.messages import AckState
 from sosa_stream.testing import feed, frame, hello
 
+NO_RATES: list[dict[str, Any]] = [{}, {"lr": None}, {"lr": "auto"}]  # None: transformers' Adafactor, by default
+
 
 class NoRate(Optimizer):
     """An optimizer that knows no learning rate."""
 
-    def __init__(self, parameters: Any) -> None:
-        super().__init__(parameters, {"gain": 0.01})
+    def __init__(self, parameters: Any, **more: Any) -> None:
+        super().__init__(parameters, {"gain": 0.01, **more})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -32,12 +34,16 @@ class NoRate(Optimizer):
                     parameter -= group["gain"] * parameter.grad
 
 
-def test_a_learning_rate_fix_is_refused_where_an_optimizer_has_none_and_its_other_actions_are_undone() -> None:
+@pytest.mark.parametrize("hold", [0, 1])
+@pytest.mark.parametrize("rate", NO_RATES, ids=str)
+def test_a_learning_rate_fix_is_refused_where_an_optimizer_has_none_and_its_other_actions_are_undone(
+    rate: dict[str, Any], hold: int
+) -> None:
     model = toy()
-    optimizer = NoRate(model.parameters())
+    optimizer = NoRate(model.parameters(), **rate)
     with Watch(guard=True).installed() as watch:
         train(model, optimizer, batches(2))
-        fix = command(act("clip_grad", max_norm=1e-9), act("scale_lr", factor=0.5))
+        fix = command(act("clip_grad", max_norm=1e-9), act("scale_lr", factor=0.5, hold=hold))
         assert watch.actuators.refusal(fix, 2) == "scale_lr: NoRate has a parameter group without a learning rate"
         watch.fence.due[2] = fix
         before = bits(model)
@@ -52,11 +58,13 @@ def test_a_learning_rate_fix_is_refused_where_an_optimizer_has_none_and_its_othe
     assert not watch.errors
 
 
-def test_a_run_without_a_learning_rate_is_watched_for_all_else() -> None:
+@pytest.mark.parametrize("rate", NO_RATES, ids=str)
+def test_a_run_without_a_learning_rate_is_watched_for_all_else(rate: dict[str, Any]) -> None:
     model = toy()
     with Watch().installed() as watch:
-        train(model, NoRate(model.parameters()), batches(3))
-    assert all(math.isnan(row["lr"]) for row in watch.rows)
+        train(model, NoRate(model.parameters(), **rate), batches(3))
+    assert not watch.errors
+    assert [(math.isnan(row["lr"]), math.isfinite(row["loss"])) for row in watch.rows] == [(True, True)] * 3
     engine = Engine("run")
     noise = 0.05 * np.random.default_rng(0).standard_normal(300)
     losses = [*(1.0 + 2.0 * np.exp(-np.arange(300) / 60) + noise), *[math.nan] * 5]

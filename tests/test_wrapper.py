@@ -161,10 +161,11 @@ def test_a_model_that_is_none_an_optimizer_that_is_none_and_a_meta_model_are_nam
         wrap_training(meta, SGD(meta.parameters(), lr=0.1))
 
 
-def test_an_optimizer_without_a_learning_rate_is_refused() -> None:
+@pytest.mark.parametrize("rate", [{}, {"lr": None}], ids=["missing", "none"])
+def test_an_optimizer_without_a_learning_rate_is_refused(rate: dict[str, None]) -> None:
     class NoRate(torch.optim.Optimizer):
         def __init__(self, parameters: Any) -> None:
-            super().__init__(parameters, {})
+            super().__init__(parameters, rate)
 
     net = Net()
     with pytest.raises(UsageError, match="without 'lr'"):

@@ -33,7 +33,7 @@ from sosa_stream.agent.monitor import TrainingMonitor
 from sosa_stream.agent.repair.actuator import InForce
 from sosa_stream.agent.repair.best import BestCheckpoint
 from sosa_stream.agent.repair.knobs import Knob
-from sosa_stream.agent.repair.learning_rate import effective
+from sosa_stream.agent.repair.learning_rate import effective, rate_of
 from sosa_stream.agent.splitting.batches import ForwardFunction, loss_of
 from sosa_stream.agent.splitting.micro_batches import MicroBatches
 from sosa_stream.agent.transport.courier import policy
@@ -300,8 +300,11 @@ def _check(model: Any, optimizer: Any) -> None:
         raise UsageError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if not isinstance(optimizer, Optimizer):
         raise UsageError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
-    if any("lr" not in group for group in optimizer.param_groups):
-        raise UsageError("the optimizer has a parameter group without 'lr': its learning rate cannot be watched")
+    if any(rate_of(group) is None for group in optimizer.param_groups):
+        raise UsageError(
+            "the optimizer has a parameter group without 'lr', or whose 'lr' is no number: its learning rate cannot be "
+            "watched"
+        )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UsageError("the model lies on the meta device: materialise it (model.to_empty) before wrapping")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -29,7 +30,7 @@ class ScaleLearningRate(Actuator):
 
     def refusal(self, params: Mapping[str, Any], step: int) -> str:
         for optimizer in self._state.optimizers:
-            if any("lr" not in group for group in optimizer.param_groups):
+            if any(rate_of(group) is None for group in optimizer.param_groups):
                 return f"{type(optimizer).__name__} has a parameter group without a learning rate"
         after = self._in_force.lr_multiplier * params["factor"]
         if 1 / self._max_change <= after <= self._max_change or self._state.own_rates.include(after):
@@ -81,6 +82,13 @@ class ScaleLearningRate(Actuator):
         return rates
 
 
+def rate_of(group: Mapping[str, Any]) -> Any:
+    """The rate that the script has set for a parameter group, a number or a tensor; None where it has none, as where an
+    optimizer reckons its own (transformers' Adafactor: ``lr=None``)."""
+    lr = group.get("lr")
+    return lr if isinstance(lr, float | torch.Tensor | numbers.Real) else None
+
+
 def effective(optimizer: Optimizer, in_force: InForce, i: int = 0) -> Any:
     """The rate of parameter group ``i`` as it is in force, by what the script has set: a float or a tensor."""
     lr = optimizer.param_groups[i]["lr"] * in_force.lr_multiplier
@@ -111,7 +119,7 @@ class LearningRate:
 
     def scale(self, optimizer: Optimizer, in_force: InForce) -> None:
         for i, group in enumerate(optimizer.param_groups):
-            lr = group.get("lr")
+            lr = rate_of(group)
             if isinstance(lr, torch.Tensor):  # capturable: the optimizer holds this very tensor
                 if not any(lr is group["lr"] for group, _ in self._before):  # groups may share one
                     self._before.append((group, lr.clone()))

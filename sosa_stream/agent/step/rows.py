@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from sosa_stream.agent.repair.actuator import InForce
-from sosa_stream.agent.repair.learning_rate import multiplier_of
+from sosa_stream.agent.repair.learning_rate import multiplier_of, rate_of
 from sosa_stream.agent.transport.outbox import Outbox, Row
 from sosa_stream.agent.watch.looks import Looks
 from sosa_stream.agent.watch.losses import Loss
@@ -57,8 +57,8 @@ class Rows:
         if self._in_force.ran_in_parts > 1:
             sampled["num_parts"] = self._in_force.ran_in_parts
         self._looks.begin(step + 1)
-        lr = optimizer.param_groups[0].get("lr", math.nan)
-        shown = (lr, skipped, loss, norm, *found.values(), *sampled.values())
+        lr = rate_of(optimizer.param_groups[0])
+        shown = (math.nan if lr is None else lr, skipped, loss, norm, *found.values(), *sampled.values())
         self._outbox.add_row(
             Row(
                 step,
