@@ -11,6 +11,7 @@ import zmq
 from daemon_process import LOOPBACK, wait_until
 
 from sosa_stream.errors import ConfigError
+from sosa_stream.protocol import channels
 from sosa_stream.protocol.channels import (
     HIGH_WATER_MARK,
     MAX_WIRE_BYTES,
@@ -251,3 +252,11 @@ def test_a_frame_far_beyond_the_limit_is_not_even_read() -> None:
             context.destroy(linger=0)
 
     run(act)
+
+
+def test_zeromqs_own_heartbeats_are_off_for_they_may_end_a_process_that_was_stopped() -> None:
+    with zmq.Context() as context:
+        for kind in (zmq.PUSH, zmq.PULL, zmq.PUB, zmq.SUB):
+            with context.socket(kind) as one:
+                channels._set_options(one)
+                assert (one.heartbeat_ivl, one.tcp_keepalive) == (0, 1)
