@@ -32,6 +32,7 @@ from sosa_stream.agent.repair.ranks import Ranks, ranks_of_node
 from sosa_stream.agent.repair.registry import Registry
 from sosa_stream.agent.repair.saving import Checkpoints, SaveCheckpoint
 from sosa_stream.agent.repair.snapshots import SnapshotRing
+from sosa_stream.agent.repair.stopping import StopMark
 from sosa_stream.agent.repair.training_state import TrainingState
 from sosa_stream.agent.splitting.memory import breakdown, is_out_of_memory
 from sosa_stream.agent.step.attribution import Attribution
@@ -108,6 +109,7 @@ class Agent:
         if settings.snapshots_wanted:
             snapshots = SnapshotRing(self.state, settings.agent, settings.auto.max_rollback_steps, self.say)
         self.knobs = Knobs(self.say)
+        self._stop_mark = StopMark(Path(settings.home, run, "stopped"), os.environ, self._say_here)
         self.actuators = make_actuators(
             self.state,
             snapshots,
@@ -120,6 +122,7 @@ class Agent:
                 ),
                 "dump_diagnostics": DumpDiagnostics(self.state, self._diagnostics_path, self._facts, self._say_here),
             },
+            self._stop_mark.leave,
         )
         self._local = False
         self._attribution = Attribution(alone=world_size == 1, tell=self.say) if settings.attribution_wanted else None
@@ -155,7 +158,12 @@ class Agent:
     # -- starting --------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Watch, with a thread that talks to the daemon."""
+        """Watch, with a thread that talks to the daemon.
+
+        Raises:
+            StopTraining: the run was stopped, and torchrun has started it again.
+        """
+        self._stop_mark.heed()
         self.probe.install(self._optimizer)
         self.registry.install()
         if self._optimizer is None:
@@ -187,6 +195,7 @@ class Agent:
 
     def start_local(self, link: LocalLink) -> None:
         """Watch with the Engine in this process: detection and repair happen inside the step."""
+        self._stop_mark.heed()
         self._local = True
         self.probe.install(self._optimizer)
         self.registry.install()

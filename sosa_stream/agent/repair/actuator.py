@@ -24,6 +24,7 @@ class Moment:
     command: str
     tick: int
     step: int
+    reason: str = ""
 
 
 @dataclass(slots=True)

@@ -123,7 +123,7 @@ class Actuators:
             Exception: an action failed. Those before it stand until `take_back`.
         """
         in_order = tuple(sorted(command.actions, key=self._comes_last))
-        at = Moment(command=command.id, tick=tick, step=step)
+        at = Moment(command=command.id, tick=tick, step=step, reason=command.reason)
         self._under_way = it = _UnderWay(command=replace(command, actions=in_order), step=step)
         for action in command.actions:
             if action.action in self._by_action:
@@ -241,6 +241,7 @@ def make_actuators(
     knobs: Knobs | None = None,
     deliveries: Deliveries | None = None,
     more: Mapping[str, Actuator] = MappingProxyType({}),
+    leave_stop_mark: Callable[[Moment], None] = lambda at: None,
 ) -> Actuators:
     """Every action that this agent carries out; ``more`` are those that need what only the agent as a whole has."""
     in_force = InForce()
@@ -256,7 +257,7 @@ def make_actuators(
         "set_loss_scale": SetLossScale(state),
         "resync": Resync(in_force, state),
         "split_batch": SplitBatches(in_force),
-        "stop": Stop(in_force),
+        "stop": Stop(in_force, leave_stop_mark),
         "set_knob": knobs if knobs is not None else Knobs(lambda text: None),
         **more,
     }
