@@ -195,7 +195,8 @@ class Engine:
             self._carry_over.look(self._windows)
             if entry is not None:
                 step = event.step if entry.record.applied_step is None else entry.record.applied_step
-                self._report(Reports(digests=entry.digests, digests_step=step))
+                resynced = entry.reverts is None and any(act.action == "resync" for act in entry.record.actions)
+                self._report(Reports(digests=entry.digests, digests_step=step, resynced=resynced))
         else:
             self._note_rank(header, phase=Phase.END)
             self._attendance.end(header.rank)
@@ -320,7 +321,7 @@ class Engine:
 
     def _report(self, reports: Reports) -> None:
         """Something that detectors look at between steps."""
-        self._windows.reports = reports
+        self._windows.hear(reports)
         self._detect(On.REPORT)
         self._windows.reports = Reports()
 

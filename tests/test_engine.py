@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sosa_stream.config import DetectSettings
 from sosa_stream.decide.commands import FINAL_STATES, CommandRecord, CommandState, Verdict
 from sosa_stream.decide.requests import Approve
 from sosa_stream.detect.attendance import LOST_AFTER_SECONDS
 from sosa_stream.detect.incidents import Incident, IncidentState
+from sosa_stream.detect.reports import together
+from sosa_stream.detect.windows import Reports, RunWindows
 from sosa_stream.effects import CommandChanged, Event, IncidentChanged, Notice, Publish, Timer, Withdraw
 from sosa_stream.engine import Engine
 from sosa_stream.protocol.codec import encode
@@ -271,6 +274,47 @@ def test_ranks_that_differ_after_a_fix_are_an_incident_that_names_the_odd_one() 
         "critical",
         "rank",
     )
+
+
+def _with_norm_lost_on(ranks: set[int], *, usual: tuple[float, ...] = (1.0, 1.0, 1.0)) -> list[Event]:
+    """Forty steps of three ranks; at the thirtieth the norm of some is NaN, and they leave that step out."""
+    norms = {rank: np.where((np.arange(40) == 30) & (rank in ranks), np.nan, usual[rank]) for rank in range(3)}
+    rows = {rank: {"grad_norm": norm, "skipped": np.isnan(norm).astype(float)} for rank, norm in norms.items()}
+    frames = [frame(np.full(40, 2.0), rank=rank, world_size=3, **row) for rank, row in rows.items()]
+    return [*(hello(rank, 3) for rank in range(3)), *frames]
+
+
+@pytest.mark.parametrize(("lost", "odd"), [({1}, (1,)), ({0, 2}, (1,))])
+def test_replicas_of_which_some_leave_a_step_out_have_come_apart_until_they_are_brought_together(
+    lost: set[int], odd: tuple[int, ...]
+) -> None:
+    found = [i for i in _incidents(_with_norm_lost_on(lost)) if i.kind == "rank_desync"]
+    assert [(i.ranks, i.first_step, str(i.severity), str(i.state)) for i in found] == [(odd, 30, "critical", "open")]
+
+
+@pytest.mark.parametrize(
+    ("reports", "are"),
+    [
+        (Reports(resynced=True), True),
+        (Reports(digests={0: "a", 1: "a"}), True),
+        (Reports(digests={0: "a", 1: "b"}), False),
+        (Reports(digests={0: "", 1: ""}), False),
+    ],
+)
+def test_resync_or_equal_digests_bring_ranks_together(reports: Reports, are: bool) -> None:
+    windows = RunWindows(DetectSettings())
+    windows.came_apart = True
+    windows.hear(reports)
+    assert together(windows) is are
+
+
+@pytest.mark.parametrize(
+    ("lost", "usual"), [({0, 1, 2}, (1.0, 1.0, 1.0)), ({1}, (1.0, 1.1, 1.2))], ids=["all", "no replicas"]
+)
+def test_step_left_out_by_all_ranks_or_by_one_that_is_no_replica_parts_nobody(
+    lost: set[int], usual: tuple[float, ...]
+) -> None:
+    assert "rank_desync" not in {i.kind for i in _incidents(_with_norm_lost_on(lost, usual=usual))}
 
 
 def test_silent_rank_is_lost_and_no_longer_waited_for() -> None:

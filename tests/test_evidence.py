@@ -92,5 +92,5 @@ def test_an_incident_carries_value_baseline_and_window_and_a_score_where_it_is_j
 
 
 def test_every_kind_that_judges_numbers_is_among_them() -> None:
-    judges_numbers = {detector.kind for detector in ALL if detector.on != (On.REPORT,)}
+    judges_numbers = {detector.kind for detector in ALL if On.REPORT not in detector.on}
     assert judges_numbers == set(COLUMNS) - {"my_rule"}

@@ -207,7 +207,13 @@ ALL: tuple[Detector, ...] = (
     ),
     Detector(kind="exception", group=Group.SYSTEM, requires=(), check=reports.exception, warms=False, on=(On.REPORT,)),
     Detector(
-        kind="rank_desync", group=Group.RANK, requires=(), check=reports.rank_desync, warms=False, on=(On.REPORT,)
+        kind="rank_desync",
+        group=Group.RANK,
+        requires=(),
+        check=reports.rank_desync,
+        warms=False,
+        on=(On.STEP, On.REPORT),
+        well=reports.together,
     ),
 )
 BY_KIND = {detector.kind: detector for detector in ALL}

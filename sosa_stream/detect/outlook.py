@@ -46,7 +46,8 @@ CLEARS: Mapping[str, str] = {
     "them where the script has a knob named micro_batch_size)",
     "shape_mismatch": "the run begins again",
     "exception": "the run begins again",
-    "rank_desync": "the run begins again, or the ranks are brought together",
+    "rank_desync": "the run begins again from a checkpoint, or the ranks are brought together (`sosa fix RUN resync "
+    "source=0`)",
 }
 """Where it is not a stretch of points without a finding."""
 

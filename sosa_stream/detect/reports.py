@@ -1,9 +1,10 @@
-"""Detectors of what ranks report between steps: uncaught errors, and parameters that differ after a fix."""
+"""Detectors of what ranks report between steps, such as uncaught errors, and of ranks that have come apart."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 from sosa_stream.detect.incidents import Finding, Severity
 from sosa_stream.detect.memory import is_out_of_memory
@@ -97,11 +98,24 @@ def shape_mismatch(windows: RunWindows) -> Finding | None:
 
 
 def rank_desync(windows: RunWindows) -> Finding | None:
-    """Ranks report different digests of parameters and optimizer state right after one fix.
+    """Ranks report different digests of parameters and optimizer state right after one fix, or part at a step.
 
-    The ranks outside the largest group of equal digests are named; with no majority, all are.
+    The ranks outside the largest group of equal digests are named; with no majority, all are. At a step: replicas, by
+    their norms, of which some left the step out for a norm that is not finite, while the others took it.
     """
     digests = {rank: digest for rank, digest in windows.reports.digests.items() if digest}
+    if windows.odd_ranks and not digests:
+        return _apart(
+            windows.odd_ranks,
+            windows.step,
+            f"ranks parted at step {windows.step}: some left it out, others took it; "
+            f"apart from the rest: {name_ranks(windows.odd_ranks)}",
+            {"ranks_without_norm": list(windows.bad_grad)},
+            (
+                "gradients differ after their reduction: a hook that runs on one rank, memory corruption",
+                "parameters that DDP does not reduce",
+            ),
+        )
     if len(set(digests.values())) < 2:
         return None
     groups: dict[str, list[int]] = {}
@@ -111,15 +125,32 @@ def rank_desync(windows: RunWindows) -> Finding | None:
     majority = [digest for digest, ranks in groups.items() if len(ranks) == largest]
     odd = tuple(rank for rank in sorted(digests) if len(majority) > 1 or digests[rank] != majority[0])
     step = windows.reports.digests_step
+    return _apart(
+        odd,
+        step,
+        f"parameters differ between ranks after a fix at step {step}: {name_ranks(odd)}",
+        {"digests": {str(rank): digest for rank, digest in sorted(digests.items())}},
+        ("a fix took hold on some ranks only", "the ranks had drifted apart before"),
+    )
+
+
+def together(windows: RunWindows) -> bool:
+    """Whether ranks that parted at a step have been brought together since."""
+    return not windows.came_apart
+
+
+def _apart(
+    ranks: tuple[int, ...], step: int, message: str, evidence: dict[str, Any], causes: tuple[str, ...]
+) -> Finding:
     return Finding(
         kind="rank_desync",
         severity=Severity.CRITICAL,
         step=step,
         first_step=step,
-        ranks=odd,
-        message=f"parameters differ between ranks after a fix at step {step}: {name_ranks(odd)}",
-        evidence={"digests": {str(rank): digest for rank, digest in sorted(digests.items())}},
-        causes=("a fix took hold on some ranks only", "the ranks had drifted apart before"),
+        ranks=ranks,
+        message=message,
+        evidence=evidence,
+        causes=causes,
     )
 
 

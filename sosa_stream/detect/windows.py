@@ -46,16 +46,21 @@ STUCK_POINTS = 8
 YOUNG_STEPS = 128
 """Optimizer steps in which a loss or a norm out of its band is worth knowing, and no more."""
 
+SAME_NORM = 1e-6
+"""Norms of the same gradients differ between ranks by less than this share."""
+
 _ORDINARY = np.isin(COLUMNS, list(ORDINARY))
 
 
 @dataclass(slots=True, kw_only=True)
 class Reports:
-    """What arrives outside the metric rows: an uncaught exception, digests after a fix (command, then rank)."""
+    """What arrives outside the metric rows: an uncaught exception; a fix that is applied, and digests of ranks."""
 
     exception: ExceptionReport | None = None
     digests: Mapping[int, str] = field(default_factory=dict)
     digests_step: int = 0
+    resynced: bool = False
+    """Whether the fix gave all ranks the state of one."""
 
 
 class RunWindows:
@@ -87,6 +92,12 @@ class RunWindows:
         """Ranks whose own loss is non-finite at this step."""
         self.bad_grad: tuple[int, ...] = ()
         """Ranks whose gradient norm is non-finite at this step."""
+        self.odd_ranks: tuple[int, ...] = ()
+        """Ranks that alone left this step out, or alone took it, where all have had the same gradients."""
+        self.came_apart = False
+        """Whether there were any since ranks were last brought together."""
+        self._norms_agree = False
+        """Whether the last norms that were finite on all ranks were the same: replicas, with reduced gradients."""
         self.num_ranks = 0
         """Ranks that reported this step."""
         self.columns: set[str] = set()
@@ -237,6 +248,8 @@ class RunWindows:
         if seen[STEP_SECONDS]:
             self.step_seconds = one[STEP_SECONDS]
         self.skipped = bool(seen[SKIPPED] and one[SKIPPED] > 0)
+        self.odd_ranks = self._odd_ranks(row, finite) if len(values) > 1 else ()
+        self.came_apart = self.came_apart or bool(self.odd_ranks)
         self.row = row
         if seen[LOSS_SCALE]:
             overflows = self.skipped and self.grad_norm is None and not self.bad_loss
@@ -278,6 +291,13 @@ class RunWindows:
         assert self.row is not None
         return self.row.values[:, AT[name]]
 
+    def hear(self, reports: Reports) -> None:
+        """Take in what arrived between steps; equal digests of all ranks, or a resync, bring ranks together again."""
+        self.reports = reports
+        digests = set(reports.digests.values())
+        if reports.resynced or (len(digests) == 1 and "" not in digests and len(reports.digests) >= self.num_ranks):
+            self.came_apart, self.odd_ranks = False, ()
+
     def log(self, logged: Logged) -> None:
         """Take in what the script logged; it is ``newest_logged`` until the next step."""
         self.newest_logged = logged
@@ -288,6 +308,20 @@ class RunWindows:
             wanted = [rule.for_points for rule in self.settings.rules if column_of(rule.metric) == logged.name]
             series = self.logged[logged.name] = LoggedSeries(NUM_VALUES + max(wanted, default=0))
         series.push(logged.step, logged.value, self.recent_losses)
+
+    def _odd_ranks(self, row: Row, finite: NDArray[np.bool_]) -> tuple[int, ...]:
+        """The fewer of those that left this tick's step out for their own norm and of those that took it."""
+        values, known = row.values, row.sent.any(axis=1)
+        norms = values[finite[:, GRAD_NORM], GRAD_NORM]
+        if len(norms) == known.sum():
+            self._norms_agree = bool(len(norms) > 1 and 0.0 < norms.max() <= norms.min() * (1.0 + SAME_NORM))
+            return ()
+        took = finite[:, GRAD_NORM] & (values[:, SKIPPED] == 0.0)
+        left_out = known & ~finite[:, GRAD_NORM] & (values[:, SKIPPED] > 0.0)
+        same_tick = len(np.unique(values[known, TICK])) == 1
+        if not (self._norms_agree and same_tick and took.any() and left_out.any() and (took | left_out)[known].all()):
+            return ()
+        return tuple(np.flatnonzero(left_out if left_out.sum() <= took.sum() else took).tolist())
 
     def _look(self, values: NDArray[np.float64], finite: NDArray[np.bool_]) -> None:
         self.num_looks += 1
