@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
 import torch
-from agent_parts import Watch, act, batches, bits, carry_out, command, toy, train
+from agent_parts import Watch, act, batches, bits, carry_out, command, loss_of, toy, train
 from torch import nn
 from torch.optim import LBFGS, SGD, AdamW
 
@@ -118,7 +119,7 @@ def test_nothing_is_half_applied_when_a_later_action_fails() -> None:
     watch, model, optimizer = watched(9)
     earlier = command(act("rollback", before_step=4))
     carry_out(watch.actuators, earlier, 9, 9)
-    watch.actuators.in_force.stale_gradients = False
+    watch.actuators.in_force.stale_gradients.clear()
     train(model, optimizer, batches(4, seed=7))
     held = [snapshot.step for snapshot in watch.ring._snapshots]  # type: ignore[union-attr]
     before = bits(model, optimizer)
@@ -328,13 +329,74 @@ def test_a_rollback_at_a_critics_step_does_not_break_the_backward_that_its_gener
     assert not watch.errors
 
 
+def rolled_back_at(tick: int, before_step: int = 2) -> Watch:
+    """With a rollback at ``tick``."""
+    watch = Watch(guard=True, snapshots=True, snapshot_every_ticks=2, quarantine_ticks=1)
+    watch.fence.due[tick] = command(act("rollback", before_step=before_step))
+    return watch
+
+
+def test_after_a_rollback_each_optimizer_of_a_model_leaves_out_the_gradients_of_the_weights_that_are_gone() -> None:
+    model, states = toy(), []
+    optimizers = [SGD(half, lr=0.1) for half in (list(model.parameters())[:2], list(model.parameters())[2:])]
+    with rolled_back_at(8).installed() as watch:
+        for batch in batches(6):
+            states.append(bits(model))
+            loss_of(model, batch).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad()
+    assert [ack.state for ack in watch.acks] == [AckState.APPLIED]
+    assert states[5] in states[:3]
+    assert bits(model) != states[5]  # one step of each is left out, and no more
+
+
+def test_after_a_rollback_at_a_critics_step_its_generator_leaves_out_the_graph_that_was_made_before() -> None:
+    generator, critic, states = toy(), nn.Linear(1, 1), []
+    both = nn.ModuleList([generator, critic])
+    optimizers = [SGD(net.parameters(), lr=0.1) for net in (critic, generator)]
+    with rolled_back_at(8).installed() as watch:
+        for inputs, _ in batches(6):
+            states.append(bits(both, buffers=False))
+            made = generator(inputs)
+            for optimizer, fake in zip(optimizers, (made.detach(), made), strict=True):
+                optimizer.zero_grad()
+                critic(fake).square().mean().backward()
+                optimizer.step()
+    assert [ack.state for ack in watch.acks] == [AckState.APPLIED]
+    assert states[5] in states[:3]
+    assert bits(both, buffers=False) != states[5]
+
+
+@pytest.mark.parametrize("damage", [1.0, math.nan])
+def test_after_a_rollback_a_closure_that_adds_to_gradients_of_before_leaves_no_trace(damage: float) -> None:
+    """Lightning's accumulate_grad_batches: only the last micro-batch's backward runs in the closure."""
+    model, states = toy(), []
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    with rolled_back_at(4, before_step=4).installed() as watch:
+        for step, (inputs, targets) in enumerate(batches(6)):
+
+            def closure(inputs: torch.Tensor = inputs * (damage if step == 4 else 1.0), targets: Any = targets) -> Any:
+                loss = loss_of(model, (inputs, targets))
+                loss.backward()
+                return loss
+
+            states.append(bits(model))
+            optimizer.zero_grad()
+            loss_of(model, (inputs, targets)).backward()
+            optimizer.step(closure)
+    assert [ack.state for ack in watch.acks] == [AckState.APPLIED]
+    assert states[5] in states[:3]
+    assert bits(model) != states[5]
+
+
 def test_a_rollback_can_be_reverted() -> None:
     watch, model, optimizer = watched(5)
     present = bits(model, optimizer)
     fix = command(act("scale_lr", factor=0.5), act("rollback", before_step=3))
     carry_out(watch.actuators, fix, 5, 5)
     assert bits(model, optimizer) != present
-    watch.actuators.in_force.stale_gradients = False
+    watch.actuators.in_force.stale_gradients.clear()
     carry_out(watch.actuators, command(act("revert", command=fix.id)), 8, 8)
     assert bits(model, optimizer) == present
     assert watch.actuators.in_force.lr_multiplier == 1.0

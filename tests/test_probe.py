@@ -716,7 +716,7 @@ def test_sharded_gradients_are_measured_where_they_lie_and_never_guarded_alone(t
             carry_out(watch.actuators, command(act("rollback", before_step=0)), 1, 1)
             assert isinstance(parameter, DTensor)
             assert torch.equal(parameter.to_local(), torch.zeros(4))
-            watch.actuators.in_force.stale_gradients = False
+            watch.actuators.in_force.stale_gradients.clear()
             parameter.grad = distribute_tensor(torch.full((4,), math.nan), mesh, [Shard(0)])
             optimizer.step()
             before = parameter.to_local().clone()

@@ -324,7 +324,7 @@ def resync_taken_back(rank: int) -> Any:
         with contextlib.suppress(Exception):
             watch.actuators.apply(command(act("revert", command=fix.id)), 3, 3)
         kept = held(model, optimizer)
-    return before, between, after, kept, watch.actuators.in_force.stale_gradients
+    return before, between, after, kept, bool(watch.actuators.in_force.stale_gradients)
 
 
 def test_a_resync_is_taken_back_to_the_bit_until_it_is_kept_and_not_after(two_ranks: TwoRanks) -> None:

@@ -199,7 +199,7 @@ def lose_on_one(rank: int, loser: int) -> tuple[str, bool, bool]:
         if rank == loser:
             pair.watch.ring.lose()  # type: ignore[union-attr]
         words = pair.go_back(3)
-        return words, pair.state == before, pair.watch.actuators.in_force.stale_gradients
+        return words, pair.state == before, bool(pair.watch.actuators.in_force.stale_gradients)
 
 
 @pytest.mark.parametrize("loser", [0, 1])

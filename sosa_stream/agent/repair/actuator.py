@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +40,8 @@ class InForce:
     max_norm: float | None = None
     skip_left: int = 0
     """Steps still to be skipped."""
-    stale_gradients: bool = False
-    """The gradients at hand belong to weights that are gone: the coming step is skipped."""
+    stale_gradients: WeakSet[Optimizer] = field(default_factory=WeakSet)
+    """Optimizers whose gradients may belong, in part at least, to weights that are gone: each skips its next step."""
     accumulation: Accumulation | None = None
     """Where the gradients of several steps are gathered for one update."""
     stop_wanted: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakSet
 
 from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Undo
 from sosa_stream.agent.repair.copies import Copy, copy_all, fill, outline, room_for, tensors_in
@@ -55,7 +56,7 @@ class Resync(Actuator):
         live = [(list(parameters_of(optimizer)), dict(by_position(optimizer))) for optimizer in optimizers]
         plan = ranks.spread(ranks.all_manage(lambda: self._put_aside(live)), source)
         rooms = ranks.all_manage(lambda: self._prepare(live, plan, ranks.rank == source))
-        was_stale, held = self._in_force.stale_gradients, self._aside
+        was_stale, held = self._in_force.stale_gradients.copy(), self._aside
 
         def undo() -> None:
             if not held:
@@ -73,7 +74,7 @@ class Resync(Actuator):
             raise SosaError(str(error)) from error
         for optimizer, room in zip(optimizers, rooms, strict=True):
             set_state(optimizer, room)
-        self._in_force.stale_gradients = True
+        self._in_force.stale_gradients = WeakSet(optimizers)
         return undo, f"parameters and optimizer state of rank {source} copied to all ranks"
 
     def keep(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakSet
 
 from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Undo
 from sosa_stream.agent.repair.bystanders import unregistered
@@ -34,13 +35,13 @@ class Rollback(Actuator):
         return f"no healthy snapshot from before step {params['before_step']} is held"
 
     def apply(self, params: Mapping[str, Any], at: Moment) -> tuple[Undo, str]:
-        was_stale = self._in_force.stale_gradients
+        was_stale = self._in_force.stale_gradients.copy()
         target, present = self._agree(params["before_step"], at)
         account = self._account(target)
         self._state.restore(target, present)
         self._earlier, self._present = self._present, (at.command, present)
         self._went = target, at.step
-        self._in_force.stale_gradients = True
+        self._in_force.stale_gradients = WeakSet(self._state.optimizers)
 
         def undo() -> None:
             if self._present is None or self._present[0] != at.command:
@@ -49,7 +50,7 @@ class Rollback(Actuator):
             self._state.restore(before, before)
             self._present, self._earlier = self._earlier, None
             at_once, self._went = self._went is not None, None
-            self._in_force.stale_gradients = was_stale if at_once else True
+            self._in_force.stale_gradients = was_stale if at_once else WeakSet(self._state.optimizers)
 
         return undo, f"rolled back to the state before step {target.step}; {account}"
 

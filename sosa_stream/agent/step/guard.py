@@ -40,7 +40,6 @@ class Guard:
         """1 if the step under way is left out; a 0-d tensor where only the device knows."""
         self._tell = tell
         self._keeps_buffers = True
-        self._stale = False
         self._num_skips_told = 0
         self._restore: list[Callable[[], None]] = []
 
@@ -62,7 +61,6 @@ class Guard:
         """A step-call begins, which GradScaler may have told a fused ``optimizer`` to leave out."""
         found_inf = getattr(optimizer, "found_inf", None)
         self.skipped = found_inf if isinstance(found_inf, torch.Tensor) else 0.0
-        self._stale = False
 
     def judge(self, optimizer: Optimizer, norm: torch.Tensor, num_parameters: int, step: int) -> bool:
         """Leave the coming update out if ``norm``, the same on all ranks, is not finite.
@@ -88,15 +86,14 @@ class Guard:
         dist.all_reduce(bad, dist.ReduceOp.MAX)
         return self._skip_if(bool(bad.item()), optimizer, step)
 
-    def skip(self, optimizer: Optimizer, *, stale: bool = False) -> None:
-        """Leave the coming update out, whatever its gradients; ``stale`` if a fix has put other weights in place."""
+    def skip(self, optimizer: Optimizer) -> None:
+        """Leave the coming update out, whatever its gradients."""
         self._restore.append(_hide(optimizer))
-        self.left_out(stale=stale)
+        self.left_out()
 
-    def left_out(self, *, stale: bool = False) -> None:
+    def left_out(self) -> None:
         """The update is not made; here, or because GradScaler does not call the optimizer."""
         self.skipped = 1.0
-        self._stale = stale
 
     def put_back(self) -> None:
         """Gradients and ``found_inf`` as the script left them."""
@@ -114,7 +111,7 @@ class Guard:
         bad = self.skipped
         if isinstance(bad, torch.Tensor) and not bad.is_cpu:
             self._with_buffers(lambda: self.buffers.settle(bad))
-        elif bad and not self._stale:
+        elif bad:
             self._with_buffers(self.buffers.put_back)
         elif not others_wait:
             self.keep_buffers()

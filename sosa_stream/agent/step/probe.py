@@ -187,8 +187,10 @@ class Probe:
                 self._apply(command, fence)
             except Exception as error:  # the others may have managed: this rank must not go on beside them
                 self._on_error(error, True)
-            if self._in_force.stale_gradients and self._in_force.accumulation is not None:
-                self._in_force.accumulation.drop()
+            if optimizer in self._in_force.stale_gradients:
+                self._guard.keep_buffers()  # the restored ones are what the steps left out go back to
+                if self._in_force.accumulation is not None:
+                    self._in_force.accumulation.drop()
 
     def _meet(self, optimizer: Optimizer) -> None:
         """A new optimizer: can it be watched, and can it be guarded?"""
@@ -258,13 +260,14 @@ class Probe:
     def _leave_out(self, optimizer: Optimizer, parameters: list[torch.Tensor]) -> bool:
         """Leave the coming update out where a fix or the guard wants it so. Returns whether the host knows it does."""
         in_force, guard, norm = self._in_force, self._guard, self._norm
-        stale, in_force.stale_gradients = in_force.stale_gradients, False
+        if stale := optimizer in in_force.stale_gradients:
+            in_force.stale_gradients.discard(optimizer)
         # A scaler looks for what is not finite itself, and where it skips a step no hook is called to ask.
         asks = guard.on and guard.reduces and not norm.gradients_are_shared and self._taps.loss_scale is None
         if not parameters and not asks:
             return False
         if stale or in_force.skip_left:
-            guard.skip(optimizer, stale=stale)
+            guard.skip(optimizer)
             in_force.skip_left -= not stale
             return True
         bad = False
@@ -309,9 +312,6 @@ class Probe:
 
         def wrapped() -> Any:
             self._put_back()  # LBFGS calls its closure many times in one step
-            if self._in_force.stale_gradients:  # its gradients will be those of the restored weights
-                self._in_force.stale_gradients = False
-                self._guard.keep_buffers()
             try:
                 result = closure()
             except BaseException:  # no after-hook will come
@@ -340,8 +340,8 @@ class Probe:
     def _leave_to_scaler(self, optimizer: Optimizer) -> None:
         try:
             self._begin(optimizer)
-            self._guard.left_out(stale=self._in_force.stale_gradients)
-            self._in_force.stale_gradients = False
+            self._guard.left_out()
+            self._in_force.stale_gradients.discard(optimizer)
             self.looks.skip_update()
         except StopTraining:
             self._put_back()
