@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import random
+import threading
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -258,6 +260,55 @@ def test_registered_state_goes_back_and_forth(training: Training) -> None:
     counting.count()  # must not reach into the snapshot
     training.undo()
     assert (bits(ema), repr(counting.seen)) == present
+
+
+class Moments(NamedTuple):
+    mean: torch.Tensor
+    history: list[float]
+
+
+@dataclass
+class Position:
+    epoch: int
+    weights: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "start", [Moments(torch.zeros(2), [0.0]), Position(0, torch.zeros(2))], ids=["named tuple", "dataclass"]
+)
+def test_registered_state_in_an_object_of_the_scripts_own_goes_back_and_forth(training: Training, start: Any) -> None:
+    counting = Counting()
+    counting.seen = {"inner": [start]}
+
+    def count() -> None:
+        it = counting.seen["inner"][0]
+        if isinstance(it, Moments):
+            it.mean.add_(1)
+            it.history.append(it.history[-1] + 1)
+        else:
+            it.epoch += 1
+            it.weights += 1
+
+    training.watch.registry.register("statistics", counting)
+    seen = [repr(counting.seen)]
+    for _ in range(4):
+        training.run(1)
+        count()
+        seen.append(repr(counting.seen))
+    training.go_back(2)
+    assert repr(counting.seen) == seen[2]
+    count()  # must not reach into the snapshot
+    training.undo()
+    assert repr(counting.seen) == seen[4]
+
+
+def test_registered_state_that_cannot_be_copied_is_said_and_not_called_restored(training: Training) -> None:
+    counting = Counting()
+    counting.seen = {"lock": threading.Lock()}
+    training.watch.registry.register("locked", counting)
+    training.run(4)
+    assert any("the state of locked cannot be copied, and is left out" in text for text in training.watch.said)
+    assert "locked" not in training.go_back(3)
 
 
 def test_state_that_cannot_be_loaded_leaves_everything_as_it_was(training: Training) -> None:

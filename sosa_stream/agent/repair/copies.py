@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,17 +66,33 @@ def copy_tensor(tensor: torch.Tensor, into: Any = None) -> Copy:
     return Copy(host, local.device, sharding)
 
 
-def copy_all(value: Any, into: Any = None) -> Any:
-    """``value`` as it is now, out of reach of later steps: tensors as `Copy`, containers rebuilt, all else as it is."""
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A copy of an object whose parts we do not know: a dataclass, an object of the script's own."""
+
+    value: Any
+
+
+def copy_all(value: Any, into: Any = None, *, deep: bool = False) -> Any:
+    """``value`` as it is now, out of reach of later steps: tensors as `Copy`, containers rebuilt, all else as it is, or
+    with ``deep`` as `Whole`: only where it is known that no such object leads to the model or a process group.
+
+    Raises:
+        Exception: of an object that cannot be copied.
+    """
     if isinstance(value, torch.Tensor):
         return copy_tensor(value, into)
     if isinstance(value, dict):
         old = into if isinstance(into, dict) else {}
-        return _like(value, {key: copy_all(item, old.get(key)) for key, item in value.items()})
-    if type(value) in (list, tuple):
+        return _like(value, {key: copy_all(item, old.get(key), deep=deep) for key, item in value.items()})
+    if _is_sequence(value):
         held = into if type(into) is type(value) and len(into) == len(value) else [None] * len(value)
-        return type(value)(copy_all(item, its) for item, its in zip(value, held, strict=True))
-    return copy.deepcopy(value) if isinstance(value, set | deque | np.ndarray | bytearray) else value
+        return _sequence(value, (copy_all(item, its, deep=deep) for item, its in zip(value, held, strict=True)))
+    if isinstance(value, set | deque | np.ndarray | bytearray):
+        return copy.deepcopy(value)
+    if deep and (copied := copy.deepcopy(value)) is not value:
+        return Whole(copied)
+    return value
 
 
 def room_for(copied: Any, present: Any = None) -> Any:
@@ -86,8 +102,10 @@ def room_for(copied: Any, present: Any = None) -> Any:
     if isinstance(copied, dict):
         its = present if isinstance(present, dict) else {}
         return _like(copied, {key: room_for(item, its.get(key)) for key, item in copied.items()})
-    if type(copied) in (list, tuple):
-        return type(copied)(room_for(item) for item in copied)
+    if _is_sequence(copied):
+        return _sequence(copied, map(room_for, copied))
+    if isinstance(copied, Whole):
+        return copy.deepcopy(copied.value)
     return copy_all(copied)
 
 
@@ -109,8 +127,8 @@ def outline(copied: Any) -> Any:
         return Copy(copied.host.to("meta"), torch.device(copied.device.type))
     if isinstance(copied, dict):
         return _like(copied, {key: outline(item) for key, item in copied.items()})
-    if type(copied) in (list, tuple):
-        return type(copied)(outline(item) for item in copied)
+    if _is_sequence(copied):
+        return _sequence(copied, map(outline, copied))
     return copied
 
 
@@ -151,9 +169,19 @@ def _leaves(value: Any, kind: type[Any]) -> Iterator[Any]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from _leaves(item, kind)
-    elif type(value) in (list, tuple):
+    elif _is_sequence(value):
         for item in value:
             yield from _leaves(item, kind)
+
+
+def _is_sequence(value: Any) -> bool:
+    """A list, a tuple or a NamedTuple."""
+    return type(value) in (list, tuple) or (isinstance(value, tuple) and hasattr(value, "_make"))
+
+
+def _sequence(original: Any, items: Iterable[Any]) -> Any:
+    make: Callable[[Iterable[Any]], Any] = getattr(original, "_make", type(original))
+    return make(items)
 
 
 def _like(original: dict[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:

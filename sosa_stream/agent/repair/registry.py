@@ -89,7 +89,7 @@ class Registry:
         states = {}
         for name, thing in list(self.registered.items()):
             try:
-                states[name] = copy_all(thing.state_dict(), reuse.get(name))
+                states[name] = copy_all(thing.state_dict(), reuse.get(name), deep=True)
             except Exception as error:
                 self._say(f"the state of {name} cannot be copied, and is left out: {type(error).__name__}: {error}")
                 del self.registered[name]
