@@ -390,6 +390,16 @@ def test_after_a_rollback_a_closure_that_adds_to_gradients_of_before_leaves_no_t
     assert bits(model) != states[5]
 
 
+def test_after_a_rollback_a_closure_that_does_all_the_work_leaves_the_restored_buffers() -> None:
+    model, states = toy(), []
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with rolled_back_at(4, before_step=4).installed():
+        for batch in batches(5):
+            states.append(bits(model))
+            optimizer.step(lambda batch=batch: loss_of(model, batch).backward())
+    assert bits(model) in states[:3]
+
+
 def test_a_rollback_can_be_reverted() -> None:
     watch, model, optimizer = watched(5)
     present = bits(model, optimizer)

@@ -66,6 +66,12 @@ class Buffers:
             found = self._beside([root])
             self._buffers = list(dict.fromkeys(self._buffers + found))
 
+    def keep_all(self) -> None:
+        """Copy every one: a fix has written past the version counter."""
+        for buffer in self._buffers:
+            buffer.version = UNKNOWN
+        self.keep()
+
     def keep(self) -> None:
         """Copy what has changed since it was last copied."""
         pairs = []

@@ -57,6 +57,10 @@ class Guard:
         """The buffers as they are now are what a step that is left out goes back to."""
         self._with_buffers(self.buffers.keep)
 
+    def buffers_restored(self) -> None:
+        """A fix has put other buffers in place: these are what a step that is left out goes back to."""
+        self._with_buffers(self.buffers.keep_all)
+
     def begin(self, optimizer: Optimizer) -> None:
         """A step-call begins, which GradScaler may have told a fused ``optimizer`` to leave out."""
         found_inf = getattr(optimizer, "found_inf", None)

@@ -188,7 +188,7 @@ class Probe:
             except Exception as error:  # the others may have managed: this rank must not go on beside them
                 self._on_error(error, True)
             if optimizer in self._in_force.stale_gradients:
-                self._guard.keep_buffers()  # the restored ones are what the steps left out go back to
+                self._guard.buffers_restored()
                 if self._in_force.accumulation is not None:
                     self._in_force.accumulation.drop()
 
