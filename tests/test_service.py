@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -12,14 +13,19 @@ from pathlib import Path
 import pytest
 from daemon_process import LOOPBACK, RingAgent, wait_until
 
+from sosa_stream.cli import control
 from sosa_stream.config import load_settings
 from sosa_stream.daemon import service
+from sosa_stream.daemon.run import Run
 from sosa_stream.daemon.schema import open_store
 from sosa_stream.daemon.service import Daemon, Ready
+from sosa_stream.daemon.store import Store
+from sosa_stream.decide.requests import Pause, Reply
 from sosa_stream.effects import Effect, Event, Timer
 from sosa_stream.engine import Engine
+from sosa_stream.errors import SosaError
 from sosa_stream.protocol.codec import encode
-from sosa_stream.protocol.recording import Recorder
+from sosa_stream.protocol.recording import Recorder, decode_record, read_recording
 from sosa_stream.testing import NOW, hello
 
 
@@ -145,3 +151,82 @@ def test_a_run_that_all_have_left_is_let_go_of_and_opened_again_by_its_next_mess
             assert engines == ["over", "silent", "over"]
 
     with_daemon(tmp_path, act, engine_factory=engine_of, forget_seconds=0.2)
+
+
+class DeafStore(Store):
+    """Takes no answers: another process has locked it, or the daemon dies before it comes to that."""
+
+    async def answer(self, asked: int, reply: Reply) -> None:
+        raise sqlite3.OperationalError("database is locked")
+
+
+class NoChannel:
+    def publish(self, run: str, data: bytes) -> None: ...
+
+
+async def serve_requests(home: Path, store: type[Store], *, times: int = 1) -> None:
+    """What a daemon that has the run open does with the requests in its store."""
+    daemon = Daemon(load_settings(overrides={"home": str(home)}), engine_factory=Engine)
+    run = Run("run", home / "run" / "run.sosa", Engine("run"))
+    async with store(home) as daemon._store:
+        daemon._runs["run"], daemon._channel = run, NoChannel()  # type: ignore[assignment]
+        for _ in range(times):
+            await daemon._serve_requests()
+    run.close()
+
+
+def ask_for_a_pause(home: Path) -> None:
+    with contextlib.closing(open_store(home, read_only=False)) as store:
+        store.execute(
+            "INSERT INTO audit (at, who, run, what, details) VALUES (?, 'ann', 'run', 'pause', '{}')", (time.time(),)
+        )
+
+
+def audited(home: Path) -> list[tuple[int | None, str]]:
+    with contextlib.closing(open_store(home)) as store:
+        return store.execute("SELECT done, answer FROM audit").fetchall()
+
+
+def num_pauses(home: Path) -> int:
+    payloads = [payload for _, payload in read_recording(home / "run" / "run.sosa")]
+    return sum(isinstance(decode_record(payload), Pause) for payload in payloads)
+
+
+def test_a_request_whose_answer_is_lost_is_carried_out_once_and_answered_by_the_next_daemon(tmp_path: Path) -> None:
+    recorded(tmp_path, "run")
+    asyncio.run(serve_requests(tmp_path, Store))
+    ask_for_a_pause(tmp_path)
+    asyncio.run(serve_requests(tmp_path, DeafStore, times=3))
+    assert audited(tmp_path) == [(1, None)]
+    asyncio.run(serve_requests(tmp_path, Store))
+    assert audited(tmp_path) == [(1, "nothing is applied by itself")]
+    assert num_pauses(tmp_path) == 1
+
+
+def test_a_request_that_is_taken_up_is_not_withdrawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded(tmp_path, "run")
+    asyncio.run(serve_requests(tmp_path, Store))
+
+    def not_answered(store: sqlite3.Connection, row: int | None) -> None:
+        asyncio.run(serve_requests(tmp_path, DeafStore))
+
+    monkeypatch.setattr(control, "_answer", not_answered)
+    with pytest.raises(SosaError, match="taken it up"):
+        control.ask(tmp_path, "run", Pause(who="ann"))
+    asyncio.run(serve_requests(tmp_path, Store))
+    assert audited(tmp_path) == [(1, "nothing is applied by itself")]
+
+
+def test_a_request_that_is_withdrawn_is_not_carried_out(tmp_path: Path) -> None:
+    recorded(tmp_path, "run")
+    asyncio.run(serve_requests(tmp_path, Store))
+    ask_for_a_pause(tmp_path)
+
+    class Withdrawing(Store):
+        async def take_up(self, asked: int) -> bool:
+            await self.answer(asked, Reply(done=False, text="withdrawn"))
+            return await super().take_up(asked)
+
+    asyncio.run(serve_requests(tmp_path, Withdrawing))
+    assert audited(tmp_path) == [(0, "withdrawn")]
+    assert num_pauses(tmp_path) == 0

@@ -21,6 +21,7 @@ from sosa_stream.protocol.actions import ACTIONS, Action, Param
 
 ANSWER_SECONDS = 5.0
 POLL_SECONDS = 0.05
+MAX_REASON_BYTES = 2048
 
 
 def add_parser(subparsers: Any) -> None:
@@ -107,6 +108,8 @@ def fix(arguments: argparse.Namespace) -> int:
 
 
 def pause(arguments: argparse.Namespace) -> int:
+    if len(arguments.reason.encode()) > MAX_REASON_BYTES:
+        raise UsageError(f"--reason is longer than {MAX_REASON_BYTES} bytes")
     reply = ask(_home_with(arguments), arguments.run, Pause(who=who(), reason=arguments.reason))
     print(f"{arguments.run} is paused: {reply.text} until `sosa resume {arguments.run}`")
     return 0
@@ -149,7 +152,7 @@ def audited(store: sqlite3.Connection, run: str | None) -> list[dict[str, Any]]:
     for *values, record in store.execute(query, (run,)):
         row = dict(zip(keys, values, strict=True))
         row["details"] = json.loads(row["details"])
-        row["done"] = None if row["done"] is None else bool(row["done"])
+        row["done"] = None if row["answer"] is None else bool(row["done"])
         became = {} if record is None else json.loads(record)
         rows.append({**row, "state": became.get("state"), "detail": became.get("detail")})
     return rows
@@ -189,9 +192,14 @@ def ask(home: Path, run: str, request: Request) -> Reply:
         finally:  # also of Ctrl-C: or a daemon that comes up next week would still do it
             store.execute(
                 "UPDATE audit SET answered_at = ?, done = 0, answer = 'nobody answered in time: withdrawn' "
-                "WHERE id = ? AND answered_at IS NULL",
+                "WHERE id = ? AND answered_at IS NULL AND done IS NULL",
                 (time.time(), row),
             )
+        taken_up = store.execute("SELECT done FROM audit WHERE id = ?", (row,)).fetchone()[0]
+    if reply is None and taken_up:
+        raise SosaError(
+            f"a daemon has taken it up, but not answered yet: what comes of it, `sosa audit --run {run}` says"
+        )
     if reply is None:
         raise SosaError(
             f"no daemon has answered within {ANSWER_SECONDS:g} s; is one running with home {home}, and run {run} alive?"

@@ -20,7 +20,7 @@ from sosa_stream.daemon.outcomes import DEFAULT_PROJECT, OutcomeRow, project_of
 from sosa_stream.daemon.schema import RECORDING_NAME, STORE_NAME
 from sosa_stream.daemon.store import Changes, RunRow
 from sosa_stream.decide.experience import Outcome
-from sosa_stream.decide.requests import Reply, Request
+from sosa_stream.decide.requests import Person, Reply, Request
 from sosa_stream.detect.incidents import IncidentState
 from sosa_stream.effects import (
     CommandChanged,
@@ -104,6 +104,7 @@ class Run:
         changes: rows that the store does not have yet; whoever writes them takes them out.
         notifications: what to tell at once to those who look at nothing; whoever posts them takes them out.
         is_taught: what its project had learned before it is in the recording.
+        replies: what became of each recorded request, by the row of the audit that it came by.
         began_at: when its first message came, in seconds since the epoch; infinity before that.
         mutes: by kind of incident; a muted one is kept from `commit`'s announcements and from ``notifications``.
 
@@ -120,6 +121,7 @@ class Run:
         self.in_flight: dict[str, Command] = {}
         self.changes = Changes()
         self.is_taught = False
+        self.replies: dict[str, Reply] = {}
         self.began_at = math.inf
         self._project = DEFAULT_PROJECT
         self._engine = engine
@@ -159,6 +161,9 @@ class Run:
                 self._settings = event.settings
             elif isinstance(event, Learned):
                 self.is_taught = True
+            elif isinstance(event, Person):
+                if event.asked:
+                    self.replies[event.asked] = self._engine.reply(event)
             elif not isinstance(event, ShellEvent):
                 self._ledger.take(event, received_at)
             for effect in self._handle(event, received_at):
@@ -270,10 +275,16 @@ class Run:
         return [*self._announcer.tell(changed)]
 
     def ask(self, request: Request, now: float) -> Reply:
-        """Take what a person asks for into the batch, unless it cannot be done; `commit` afterwards."""
+        """Take what a person asks for into the batch, unless it cannot be done; `commit` afterwards.
+
+        Raises:
+            ProtocolError: it cannot be recorded.
+        """
         reply = self._engine.reply(request)
         if reply.done:
             self.tell(request, now)
+            if request.asked:
+                self.replies[request.asked] = reply
         return reply
 
     def reconfigure(self, settings: DetectSettings, now: float) -> None:

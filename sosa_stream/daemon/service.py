@@ -58,13 +58,15 @@ class Ready:
 
 
 def _reply(asked: Asked, run: Run) -> Reply:
-    """Take a request up, or say why not."""
+    """Take a request up, or say why not. One that is recorded already is not carried out again."""
+    if reply := run.replies.get(asked.key):
+        return reply
     now = time.time()
     if now - asked.at > TOO_LATE_SECONDS:  # who asked was killed while waiting
         return Reply(done=False, text="too late: nobody waits for it any more")
     try:
-        return run.ask(read_request(asked.what, asked.who, asked.details), now)
-    except RefusedError as error:
+        return run.ask(read_request(asked.what, asked.who, {**asked.details, "asked": asked.key}), now)
+    except (RefusedError, ProtocolError) as error:
         return Reply(done=False, text=str(error))
 
 
@@ -329,6 +331,8 @@ class Daemon:
             for asked in await self._store.unanswered():
                 run = self._runs.get(asked.run)
                 if run is None:  # it may be another daemon's, which shares the home
+                    continue
+                if not await self._store.take_up(asked.id):  # withdrawn
                     continue
                 reply = _reply(asked, run)
                 await self._commit([run])

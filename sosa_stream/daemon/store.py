@@ -73,6 +73,11 @@ class Asked:
     what: str
     details: Mapping[str, Any]
 
+    @property
+    def key(self) -> str:
+        """The row in a recording, which may outlive the store that numbered it."""
+        return f"{self.id} {self.at!r}"
+
 
 class Store:
     """``<home>/sosa.db``, shared by all daemons of a home. An async context manager.
@@ -161,6 +166,12 @@ class Store:
             return [
                 Asked(**dict(zip(keys, row[:-1], strict=True)), details=json.loads(row[-1])) async for row in cursor
             ]
+
+    async def take_up(self, asked: int) -> bool:
+        """Keep a request from being withdrawn, before it is carried out. False: it is answered or withdrawn already."""
+        async with self._write_lock:
+            query = "UPDATE audit SET done = 1 WHERE id = ? AND answered_at IS NULL"
+            return (await self._db.execute(query, (asked,))).rowcount == 1
 
     async def answer(self, asked: int, reply: Reply) -> None:
         """Answer a request. What is answered already stays as it is."""

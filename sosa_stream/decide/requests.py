@@ -11,42 +11,44 @@ from sosa_stream.protocol.actions import Action
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Approve:
+class Person:
+    """What all requests say. ``asked`` is the row of the audit that it came by, so that none is carried out twice."""
+
+    who: str
+    asked: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Approve(Person):
     """Let a proposed command go ahead."""
 
     command: str
-    who: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Undo:
+class Undo(Person):
     """Take an applied command back, whoever applied it."""
 
     command: str
-    who: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pause:
+class Pause(Person):
     """Let nothing be applied by itself until `Resume`. What is in force stays so, and harmful fixes are taken back."""
 
-    who: str
     reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Resume:
+class Resume(Person):
     """End a pause."""
-
-    who: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fix:
+class Fix(Person):
     """Apply an action because a person says so. ``on_probation``: take it back by itself if it does not help."""
 
     action: Action
-    who: str
     on_probation: bool = False
 
 
@@ -73,6 +75,8 @@ def words_of(request: Request) -> tuple[str, str, dict[str, Any]]:
             details = {}
         case Fix():
             details = {**request.action.as_dict(), "on_probation": request.on_probation}
+    if request.asked:
+        details["asked"] = request.asked
     return type(request).__name__.lower(), request.who, details
 
 
@@ -85,18 +89,19 @@ def read_request(what: str, who: Any, details: Mapping[str, Any]) -> Request:
     try:
         if not isinstance(who, str):
             raise TypeError("who")
+        asked = _text(details.get("asked", ""))
         match what:
             case "approve":
-                return Approve(command=_text(details["command"]), who=who)
+                return Approve(command=_text(details["command"]), who=who, asked=asked)
             case "undo":
-                return Undo(command=_text(details["command"]), who=who)
+                return Undo(command=_text(details["command"]), who=who, asked=asked)
             case "pause":
-                return Pause(who=who, reason=_text(details.get("reason", "")))
+                return Pause(who=who, asked=asked, reason=_text(details.get("reason", "")))
             case "resume":
-                return Resume(who=who)
+                return Resume(who=who, asked=asked)
             case "fix":
                 action = Action(action=_text(details["action"]), params=dict(details["params"]))
-                return Fix(action=action, who=who, on_probation=details.get("on_probation") is True)
+                return Fix(action=action, who=who, asked=asked, on_probation=details.get("on_probation") is True)
     except (KeyError, TypeError, ValueError) as error:
         raise RefusedError(f"{what}: {error} is missing or of another kind") from None
     raise RefusedError(f"nobody here knows the request {what[:40]!r}")
