@@ -206,3 +206,18 @@ def test_a_replay_detects_with_the_settings_that_were_in_force(
 def test_anything_else_is_a_protocol_error(payload: bytes) -> None:
     with pytest.raises(ProtocolError):
         decode_record(payload)
+
+
+def test_a_request_that_could_not_be_read_back_is_not_written() -> None:
+    with pytest.raises(ProtocolError):
+        encode_shell_record(Pause(who="ann", reason="x" * 9200))
+
+
+def test_a_replay_leaves_out_what_cannot_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "run.sosa"
+    recorder = Recorder(path)
+    recorder.append(NOW, encode(hello()))
+    recorder.append(NOW, msgpack.packb({"v": 1, "kind": "pause", "who": "ann", "reason": "x" * 9200}))
+    recorder.close()
+    assert replay_recording(path).run == hello().header.run
+    assert "left out, 1 so far" in caplog.text

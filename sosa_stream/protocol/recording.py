@@ -133,7 +133,11 @@ def _records(file: BinaryIO, path: Path) -> Iterator[tuple[float, bytes]]:
 
 
 def encode_shell_record(event: ShellEvent) -> bytes:
-    """The payload of what did not come from an agent."""
+    """The payload of what did not come from an agent.
+
+    Raises:
+        ProtocolError: a request is beyond what `decode_record` reads.
+    """
     body: dict[str, Any] = {"v": PROTOCOL_VERSION}
     match event:
         case Timer():
@@ -146,6 +150,8 @@ def encode_shell_record(event: ShellEvent) -> bytes:
             what, who, details = words_of(event)
             body |= {"kind": what, **details, "who": who}
     packed: bytes = msgpack.packb(body, use_bin_type=True)
+    if body["kind"] in REQUESTS:  # what people wrote has any length
+        decode_record(packed)
     return packed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ from sosa_stream.decide.commands import CommandRecord
 from sosa_stream.detect.incidents import Incident
 from sosa_stream.effects import Effect, Event, ShellEvent
 from sosa_stream.engine import Engine, RunView
-from sosa_stream.errors import UsageError
+from sosa_stream.errors import ProtocolError, UsageError
 from sosa_stream.protocol.body import DEFAULT_LIMITS
 from sosa_stream.protocol.recording import MAGIC, RECORD_HEAD, decode_record, read_recording
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +48,17 @@ class RecordingFeed:
     def __init__(self) -> None:
         self.engine: Engine | None = None
         self.generations: set[str] = set()
+        self.num_left_out = 0
         self._early: list[tuple[float, Event]] = []
 
     def take(self, received_at: float, payload: bytes) -> list[Effect]:
         """Feed the next record."""
-        event = decode_record(payload)
+        try:
+            event = decode_record(payload)
+        except ProtocolError as error:  # of a newer version, or damaged: the rest still serves
+            self.num_left_out += 1
+            log.warning("a record was left out, %d so far: %s", self.num_left_out, error)
+            return []
         if not isinstance(event, ShellEvent):
             self.generations.add(event.header.generation)
         if self.engine is not None:
