@@ -162,6 +162,16 @@ def test_undo_of_a_fix_on_probation_gives_it_no_verdict_of_its_own() -> None:
     assert [a.action for record in sim.commands[:2] for a in record.actions] == ["scale_lr", "revert"]
 
 
+@pytest.mark.parametrize(("most", "possible"), [(100, False), (1000, True)])
+def test_undo_of_a_rollback_loses_no_more_steps_than_a_rollback_may(most: int, possible: bool) -> None:
+    policy = {**AUTO_POLICY, "max_rollback_steps": most}
+    sim = SimulatedJob(seed=0, lr_factor=_jump, policy=policy, asks={450: undo(0)}).run()
+    fix = sim.commands[0]
+    assert "rollback" in [action.action for action in fix.actions]
+    assert (str(fix.state) == "reverted") is possible
+    assert possible or any("max_rollback_steps 100" in text for text in _notices(sim))
+
+
 def test_what_cannot_be_undone_is_said_with_the_reason() -> None:
     engine = Engine("run")
     feed(engine, [hello(policy=AUTO_POLICY)])

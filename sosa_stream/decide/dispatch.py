@@ -105,6 +105,11 @@ class Dispatch:
         self.ledger.add(entry)
         return entry
 
+    @property
+    def last_step(self) -> int:
+        """The newest step that is complete."""
+        return self._step
+
     def publish(self, entry: Entry, windows: RunWindows) -> None:
         """Let all ranks apply a command as soon as they have agreed on a step."""
         seconds = windows.step_seconds or FASTEST_STEP_SECONDS

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sosa_stream.config import Mode
 from sosa_stream.decide.commands import CommandState
 from sosa_stream.decide.dispatch import Dispatch
+from sosa_stream.decide.ledger import Entry
 from sosa_stream.decide.repairs import Repairs
 from sosa_stream.decide.requests import Approve, Fix, Pause, Reply, Request, Resume, Undo
 from sosa_stream.detect.windows import RunWindows
@@ -85,7 +86,7 @@ class People:
         if fix is not None and fix.released_by:
             return _no(f"command {fix.released_by} has let its learning rate go: to take it back now would raise it")
         if fix is not None and anybody_there:
-            return _yes("its ranks take it back as soon as they have agreed on a step", dispatch.next_id)
+            return self._undo_of(entry)
         if fix is not None or any(waiting.entry is entry for waiting in dispatch.standing.waiting):
             return _yes("the processes that had it are gone, and it will not be applied again", command)
         if again := dispatch.standing.successor(command):
@@ -94,6 +95,21 @@ class People:
         if state in (CommandState.APPLIED, CommandState.VERIFIED):
             return _no(f"command {command} is {state}, and there is nothing of it left that could be taken back")
         return _no(f"command {command} is {state}; only what is in force can be taken back")
+
+    def _undo_of(self, entry: Entry) -> Reply:
+        """The undo of a rollback puts back the weights of then: what was trained since is lost."""
+        how, most = "its ranks take it back as soon as they have agreed on a step", self._repairs.policy.limits
+        record = entry.record
+        if record.applied_step is None or all(action.action != "rollback" for action in record.actions):
+            return _yes(how, self._dispatch.next_id)
+        lost = self._dispatch.last_step - record.applied_step
+        if lost > most.max_rollback_steps:
+            return _no(
+                f"command {record.id} went back to a snapshot {lost} steps ago: to undo it would lose what was trained "
+                f"since, more than auto.max_rollback_steps {most.max_rollback_steps}; for the learning rate alone: "
+                f"sosa fix {record.run} scale_lr factor=..."
+            )
+        return _yes(f"{how}, and go back to the weights of {lost} steps ago", self._dispatch.next_id)
 
     def _may_fix(self, fix: Fix) -> Reply:
         if fix.action.action in NOT_BY_HAND:
