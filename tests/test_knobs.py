@@ -114,6 +114,20 @@ def test_a_set_that_raises_leaves_the_knob_and_the_whole_fix_as_they_were() -> N
     assert not actuators.in_force.standing
 
 
+@pytest.mark.parametrize(("order", "values"), [((0, 1), [3.0, 1.0]), ((1, 0), [2.0, 1.0])])
+def test_changes_of_one_knob_are_taken_back_in_any_order(order: tuple[int, int], values: list[float]) -> None:
+    beta = Beta(1.0)
+    _, actuators, _ = knobs(beta.knob())
+    fixes = [command(act("set_knob", name="beta", value=value)) for value in (2.0, 3.0)]
+    for fix in fixes:
+        carry_out(actuators, fix, 0, 0)
+    found = []
+    for which in order:
+        carry_out(actuators, command(act("revert", command=fixes[which].id)), 0, 0)
+        found.append(beta.value)
+    assert found == values
+
+
 def test_a_set_that_does_nothing_is_found_out() -> None:
     _, actuators, _ = knobs(Knob("beta", get=lambda: 1.0, set=lambda value: None, low=0.0, high=4.0))
     with pytest.raises(RefusedError, match=r"set\(2\) left it at 1"):

@@ -89,12 +89,20 @@ class Knob:
         raise RefusedError(f"knob {self.name}: {why}")
 
 
+@dataclass(slots=True, eq=False)
+class _Change:
+    """One that is in force: what its knob goes back to with it."""
+
+    before: float
+
+
 class Knobs(Actuator):
     """The knobs of this process, by name; whoever registers a name again replaces it."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
         self._knobs: dict[str, Knob] = {}
+        self._changes: dict[str, list[_Change]] = {}
         self._shown: tuple[KnobState, ...] = ()
 
     def register(self, knob: Knob) -> None:
@@ -144,6 +152,22 @@ class Knobs(Actuator):
         if refusal:
             raise RefusedError(f"set_knob: {refusal}")
         knob = self._knobs[params["name"]]
-        before = knob.read()
+        change = _Change(before=knob.read())
         knob.write(params["value"])
-        return lambda: knob.write(before), f"{knob.name} set from {before:g} to {params['value']:g}"
+        changes = self._changes.setdefault(knob.name, [])
+        changes.append(change)
+
+        def undo() -> None:
+            if change not in changes:
+                return
+            later = changes[changes.index(change) + 1 :]
+            if later:
+                later[0].before = change.before  # the later value stays, and goes back to this one's
+            else:
+                knob.write(change.before)
+            changes.remove(change)
+
+        return undo, f"{knob.name} set from {change.before:g} to {params['value']:g}"
+
+    def begin_anew(self) -> None:
+        self._changes.clear()
