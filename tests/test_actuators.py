@@ -236,6 +236,27 @@ def test_a_revert_that_fails_elsewhere_is_carried_out_again() -> None:
     assert (watch.actuators.in_force.lr_multiplier, watch.actuators.in_force.max_norm) == (1.0, None)
 
 
+def test_a_revert_of_one_action_of_a_command_leaves_the_others_in_force_to_be_taken_back_later() -> None:
+    watch, model, optimizer = watched(8)
+    before = bits(model, optimizer)
+    fix = command(act("rollback", before_step=5), act("clip_grad", max_norm=1.0), act("scale_lr", factor=0.5))
+    carry_out(watch.actuators, fix, 8, 8)
+    back = bits(model, optimizer)
+    lift = command(act("revert", command=fix.id, only="scale_lr"), act("revert", command=fix.id, only="clip_grad"))
+    assert watch.actuators.refusal(lift, 8) == ""
+    watch.actuators.apply(lift, 8, 8)
+    watch.actuators.take_back()  # it has failed elsewhere
+    assert (watch.actuators.in_force.lr_multiplier, watch.actuators.in_force.max_norm) == (0.5, 1.0)
+    words = carry_out(watch.actuators, lift, 9, 9)
+    assert words == f"took back scale_lr of {fix.id}; took back clip_grad of {fix.id}"
+    assert (watch.actuators.in_force.lr_multiplier, watch.actuators.in_force.max_norm) == (1.0, None)
+    assert watch.actuators.standing_fixes() == []
+    assert bits(model, optimizer) == back
+    assert "not in force" in watch.actuators.refusal(lift, 9)
+    carry_out(watch.actuators, command(act("revert", command=fix.id)), 10, 10)
+    assert bits(model, optimizer) == before
+
+
 def test_all_learning_rate_fixes_together_stay_within_max_lr_change() -> None:
     actuators = make_actuators(TrainingState(), None, max_lr_change=100.0)
     carry_out(actuators, command(act("scale_lr", factor=0.05)), 0, 0)

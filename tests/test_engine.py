@@ -95,11 +95,14 @@ def test_useless_fix_is_taken_back_and_the_ladder_climbs() -> None:
 
 def test_of_a_run_that_has_lost_what_it_learned_the_weights_are_gone_back_to_first_then_farther_and_slower() -> None:
     sim = SimulatedJob(seed=0, num_steps=800, damage=_drift).run()
-    assert [_how(record) for record in sim.commands[:3]] == [
+    assert [_how(record) for record in sim.commands[:4]] == [
         (["rollback"], "verified", "no_effect"),
         (["rollback", "skip_step"], "verified", "no_effect"),
         (["scale_lr", "rollback"], "verified", "no_effect"),
+        (["revert"], "verified", "inconclusive"),
     ]
+    assert sim.commands[3].actions[0].params == {"command": sim.commands[2].id, "only": "scale_lr"}
+    assert sim.commands[2].reason.endswith("; scale_lr taken back")
     applied = [record.applied_step or 0 for record in sim.commands[:3]]
     assert applied[0] - 300 < 30
     assert applied[1] - applied[0] < 30  # a rollback shows at once whether it was the weights

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from sosa_stream.decide.commands import CommandRecord, CommandState, Verdict
 from sosa_stream.decide.held_rates import HeldRates
-from sosa_stream.decide.ledger import Entry, Ledger
+from sosa_stream.decide.ledger import KEEP_ALL, Entry, Ledger
 from sosa_stream.decide.policy import Budget
 from sosa_stream.decide.standing import Standing
 from sosa_stream.decide.trials import Trials
@@ -99,7 +100,7 @@ class Dispatch:
             proposed_step=self._step,
             fix="revert",
             patience_steps=0,
-            keep=True,
+            keep=KEEP_ALL,
             seq=len(self.ledger) + 1,
         )
         self.ledger.add(entry)
@@ -141,15 +142,21 @@ class Dispatch:
         if not self.busy:
             self.publish(entry, windows)
 
-    def take_back(self, command_id: str, why: str, windows: RunWindows, *, asked: bool = False) -> None:
-        """Publish the inverse of an applied command. ``asked``: by a person, whatever its trial would have shown."""
+    def take_back(
+        self, command_id: str, why: str, windows: RunWindows, *, only: Sequence[str] = (), asked: bool = False
+    ) -> None:
+        """Publish the inverse of an applied command, or of ``only`` those of its actions.
+
+        ``asked``: by a person, whatever its trial would have shown.
+        """
         original = self.ledger.get(command_id)
         assert original is not None
         if asked:
             self.trials.drop(original)
-        action = Action(action="revert", params={"command": command_id})
+        named = [{"only": name} for name in only] or [{}]
+        actions = tuple(Action(action="revert", params={"command": command_id, **one}) for one in named)
         origin = "person" if asked else "policy"
-        revert = self.new_entry(original.record.incident, (action,), 1.0, why, origin=origin)
+        revert = self.new_entry(original.record.incident, actions, 1.0, why, origin=origin)
         revert.reverts, revert.approved = command_id, asked
         self.publish(revert, windows)
 
@@ -263,17 +270,26 @@ class Dispatch:
 
     def _judged(self, entry: Entry, verdict: Verdict, windows: RunWindows) -> None:
         failed = verdict in (Verdict.NO_EFFECT, Verdict.HARMED)
-        if not failed or entry.keep or all(action.irreversible for action in entry.record.actions):
+        done = [action for action in entry.record.actions if not action.irreversible]
+        to_undo = [action for action in done if not entry.keeps(action)]
+        if not failed or not to_undo:
             self.ledger.move(entry, _S.VERIFIED, verdict=verdict)
             return
         self.ledger.judge(entry, verdict)
-        self.take_back(entry.record.id, f"{entry.fix}: {verdict}", windows)
+        only = () if len(to_undo) == len(done) else tuple(dict.fromkeys(action.action for action in to_undo))
+        self.take_back(entry.record.id, f"{entry.fix}: {verdict}", windows, only=only)
 
     def _reverted(self, entry: Entry) -> None:
         original = self.ledger.get(entry.reverts or "")
         assert original is not None
-        self.standing.drop(original.record.id)
-        if original.record.state in (_S.APPLIED, _S.VERIFIED):
+        only = [action.params["only"] for action in entry.record.actions if "only" in action.params]
+        if only:
+            self.standing.lift(original.record.id, only)
+            if original.record.state is _S.APPLIED:
+                self.ledger.move(original, _S.VERIFIED, why=f"{', '.join(only)} taken back")
+        else:
+            self.standing.drop(original.record.id)
+        if not only and original.record.state in (_S.APPLIED, _S.VERIFIED):
             # taken back before it had a verdict: nobody knows what it would have done
             self.ledger.move(original, _S.REVERTED, verdict=original.record.verdict or Verdict.INCONCLUSIVE)
         # a revert is done once it is applied: whether the run is well is the next fix's question

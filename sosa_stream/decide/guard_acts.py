@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sosa_stream.decide.commands import CommandRecord, CommandState, Verdict
 from sosa_stream.decide.dispatch import Dispatch
-from sosa_stream.decide.ledger import Entry
+from sosa_stream.decide.ledger import KEEP_ALL, Entry
 from sosa_stream.decide.playbook import GUARD_CONFIDENCE
 from sosa_stream.detect.incidents import Incident, IncidentState
 from sosa_stream.detect.tracker import Tracker
@@ -87,6 +87,6 @@ class GuardActs:
             made_step=step,
             applied_step=step,
         )
-        entry = Entry(record=record, fix=action.action, patience_steps=0, keep=True, seq=len(dispatch.ledger) + 1)
+        entry = Entry(record=record, fix=action.action, patience_steps=0, keep=KEEP_ALL, seq=len(dispatch.ledger) + 1)
         dispatch.ledger.add(entry)
         return entry

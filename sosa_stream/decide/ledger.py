@@ -15,8 +15,10 @@ from sosa_stream.decide.commands import (
     CommandState,
     Verdict,
 )
+from sosa_stream.protocol.actions import ACTIONS, Action
 from sosa_stream.protocol.messages import Ack, AckState, Command
 
+KEEP_ALL = frozenset(ACTIONS)
 _NOT_APPLIED = frozenset({CommandState.REJECTED, CommandState.EXPIRED, CommandState.ABORTED})
 
 
@@ -32,7 +34,8 @@ class Entry:
     first_sick_step: int = 0
     proposed_step: int = 0
     patience_steps: int
-    keep: bool = False
+    keep: frozenset[str] = frozenset()
+    """Actions that are not taken back when it has not helped."""
     seq: int
     approved: bool = False
     expires_tick: int = 0
@@ -48,6 +51,10 @@ class Entry:
     applied_steps: list[int] = field(default_factory=list)
     digests: dict[int, str] = field(default_factory=dict)
     details: dict[int, str] = field(default_factory=dict)
+
+    def keeps(self, action: Action) -> bool:
+        """Whether it stays when the command has not helped: a rate that is held does where the weights do."""
+        return action.action in self.keep or (bool(self.keep) and bool(action.params.get("hold")))
 
     @property
     def in_flight(self) -> bool:

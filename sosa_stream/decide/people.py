@@ -5,7 +5,7 @@ from __future__ import annotations
 from sosa_stream.config import Mode
 from sosa_stream.decide.commands import CommandState
 from sosa_stream.decide.dispatch import Dispatch
-from sosa_stream.decide.ledger import Entry
+from sosa_stream.decide.ledger import KEEP_ALL, Entry
 from sosa_stream.decide.repairs import Repairs
 from sosa_stream.decide.requests import Approve, Fix, Pause, Reply, Request, Resume, Undo
 from sosa_stream.detect.windows import RunWindows
@@ -124,7 +124,8 @@ class People:
         entry = dispatch.new_entry(
             self._repairs.worst_incident, (fix.action,), 1.0, f"{fix.who} asked for it, {how}", origin="person"
         )
-        entry.fix, entry.patience_steps, entry.keep = BY_HAND, BY_HAND_PATIENCE_STEPS, not fix.on_probation
+        entry.fix, entry.patience_steps = BY_HAND, BY_HAND_PATIENCE_STEPS
+        entry.keep = frozenset() if fix.on_probation else KEEP_ALL
         entry.approved = True
         dispatch.publish(entry, windows)
 

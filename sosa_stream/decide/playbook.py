@@ -87,8 +87,8 @@ class Fix:
     """The actions; none when the fix does not apply here."""
     patience_steps: int = 60
     """Steps after which a fix that has not helped is judged."""
-    keep: bool = False
-    """Not taken back when it did not help: its inverse would bring the fault, or the damaged weights, back."""
+    keep: frozenset[str] = frozenset()
+    """Actions that are not taken back when it did not help: that would bring the fault, or damaged weights, back."""
 
 
 def _still_bad(now: Situation) -> bool:
@@ -161,8 +161,10 @@ def _half_lr_and_rollback(now: Situation) -> tuple[Action, ...]:
     return (*_half_lr(now), _rollback(now.incident.first_step))
 
 
-def _half_lr_and_far_rollback(now: Situation) -> tuple[Action, ...]:
-    return (*_half_lr(now), _rollback(now.incident.first_step - FARTHER_STEPS))
+def _quarter_lr_and_far_rollback(now: Situation) -> tuple[Action, ...]:
+    """Half of the rate was not enough, and has been taken back."""
+    lower = _no_higher_lr(now) or _scale(0.25)(now)
+    return (*lower, _rollback(now.incident.first_step - FARTHER_STEPS))
 
 
 def _no_higher_lr(now: Situation) -> tuple[Action, ...]:
@@ -248,6 +250,8 @@ def _stop(now: Situation) -> tuple[Action, ...]:
     return (Action(action="stop"),)
 
 
+THE_WEIGHTS = frozenset({"rollback"})
+THE_RATE = frozenset({"scale_lr"})
 HALF_LR = Fix(name="half_lr", confidence=0.55, due=_still_bad, build=_half_lr, patience_steps=120)
 ROLLBACK = Fix(
     name="half_lr_and_rollback",
@@ -255,7 +259,7 @@ ROLLBACK = Fix(
     due=_still_bad,
     build=_half_lr_and_rollback,
     patience_steps=RELEARN_STEPS,
-    keep=True,
+    keep=THE_WEIGHTS,
 )
 
 LADDERS: Mapping[str, tuple[Fix, ...]] = {
@@ -266,9 +270,9 @@ LADDERS: Mapping[str, tuple[Fix, ...]] = {
             due=_still_bad,
             build=_usual_lr_and_rollback,
             patience_steps=RELEARN_STEPS,
-            keep=True,
+            keep=THE_WEIGHTS | THE_RATE,
         ),
-        Fix(name="usual_lr", confidence=0.7, due=_still_bad, build=_usual_lr, patience_steps=120, keep=True),
+        Fix(name="usual_lr", confidence=0.7, due=_still_bad, build=_usual_lr, patience_steps=120, keep=THE_RATE),
         ROLLBACK,
     ),
     # The first rung, to skip the step, is the in-process guard's: it has happened before we hear of it.
@@ -279,17 +283,17 @@ LADDERS: Mapping[str, tuple[Fix, ...]] = {
             due=_poisoned,
             build=_half_lr_and_rollback,
             patience_steps=RELEARN_STEPS,
-            keep=True,
+            keep=THE_WEIGHTS,
         ),
         Fix(
             name="far_rollback",
             confidence=0.55,
             due=_poisoned,
-            build=_half_lr_and_far_rollback,
+            build=_quarter_lr_and_far_rollback,
             patience_steps=RELEARN_STEPS,
-            keep=True,
+            keep=THE_WEIGHTS,
         ),
-        Fix(name="stop", confidence=0.5, due=_poisoned, build=_stop, keep=True),
+        Fix(name="stop", confidence=0.5, due=_poisoned, build=_stop),
     ),
     "loss_spike": (
         Fix(name="half_lr", confidence=0.55, due=_spike_stays, build=_half_lr, patience_steps=120),
@@ -299,7 +303,7 @@ LADDERS: Mapping[str, tuple[Fix, ...]] = {
             due=_spike_stays,
             build=_half_lr_and_rollback,
             patience_steps=RELEARN_STEPS,
-            keep=True,
+            keep=THE_WEIGHTS,
         ),
     ),
     "loss_divergence": (HALF_LR, ROLLBACK),
@@ -313,14 +317,14 @@ LADDERS: Mapping[str, tuple[Fix, ...]] = {
     ),
     # Any of the kinds below whose loss stays far above what it was: see `kind_of`.
     "lost_progress": (
-        Fix(name="back", confidence=0.7, due=_spike_stays, build=_back, patience_steps=RELEARN_STEPS, keep=True),
+        Fix(name="back", confidence=0.7, due=_spike_stays, build=_back, patience_steps=RELEARN_STEPS, keep=THE_WEIGHTS),
         Fix(
             name="back_and_skip",
             confidence=0.6,
             due=_spike_stays,
             build=_back_and_skip,
             patience_steps=RELEARN_STEPS,
-            keep=True,
+            keep=THE_WEIGHTS,
         ),
         Fix(
             name="far_back_and_slower",
@@ -328,13 +332,19 @@ LADDERS: Mapping[str, tuple[Fix, ...]] = {
             due=_spike_stays,
             build=_far_back_and_slower,
             patience_steps=RELEARN_STEPS,
-            keep=True,
+            keep=THE_WEIGHTS,
         ),
         HALF_LR,
     ),
     # What `nonfinite_gradient` is treated as where the scaler keeps every step from being taken: see `kind_of`.
     "stuck_loss_scale": (
-        Fix(name="usual_loss_scale", confidence=0.85, due=_always, build=_usual_loss_scale, keep=True),
+        Fix(
+            name="usual_loss_scale",
+            confidence=0.85,
+            due=_always,
+            build=_usual_loss_scale,
+            keep=frozenset({"set_loss_scale"}),
+        ),
     ),
     # Units die of steps that are too large.
     "dead_units": (
@@ -344,7 +354,7 @@ LADDERS: Mapping[str, tuple[Fix, ...]] = {
             due=_stays,
             build=_much_slower_and_far_back,
             patience_steps=RELEARN_STEPS,
-            keep=True,
+            keep=THE_WEIGHTS,
         ),
     ),
     # Below the gate, but for a rate that has fallen: a person's choice. Nothing tells from the loss alone which way the
@@ -387,7 +397,7 @@ LADDERS: Mapping[str, tuple[Fix, ...]] = {
             due=_has_not_gone_on,
             build=_turn(("micro_batch_size", "micro_batch", "batch_size"), 0.5, least=1.0, whole=True),
             patience_steps=60,
-            keep=True,
+            keep=frozenset({"set_knob"}),
         ),
     ),
     "vanishing_gradient": (Fix(name="higher_lr", confidence=0.35, due=_stays, build=_scale(2.0), patience_steps=240),),

@@ -6,6 +6,7 @@ reason stays so until somebody, or a verdict, takes it back.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from sosa_stream.decide.ledger import Entry
@@ -69,7 +70,13 @@ class Standing:
         if command in self._in_force:
             fix = self._in_force[command]
             fix.released_by = by
-            fix.actions = tuple(action for action in fix.actions if action.action != "scale_lr")
+            self.lift(command, ("scale_lr",))
+
+    def lift(self, command: str, names: Collection[str]) -> None:
+        """Taken back in part: its actions of these names."""
+        if command in self._in_force:
+            fix = self._in_force[command]
+            fix.actions = tuple(action for action in fix.actions if action.action not in names)
 
     def drop(self, command: str) -> None:
         """Taken back, or not to be applied again."""

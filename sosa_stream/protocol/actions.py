@@ -92,8 +92,8 @@ ACTIONS: Mapping[str, ActionSpec] = MappingProxyType(
         "dump_diagnostics": ActionSpec(params={}),
         # End training on all ranks at one step.
         "stop": ActionSpec(params={}, irreversible=True),
-        # Take an earlier command back: the inverse of each of its actions, in reverse order.
-        "revert": ActionSpec(params={"command": Param(type=str)}),
+        # Take an earlier command back: the inverse of each of its actions, in reverse order, or of those of one name.
+        "revert": ActionSpec(params={"command": Param(type=str), "only": Param(type=str, required=False)}),
     }
 )
 

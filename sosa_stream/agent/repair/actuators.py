@@ -54,6 +54,14 @@ class _UnderWay:
         return "; ".join(self.words)
 
 
+@dataclass(slots=True)
+class _Done:
+    """A command that is applied, with what takes back each of its actions that is in force, by the action's place."""
+
+    command: Command
+    undos: dict[int, Undo]
+
+
 class Actuators:
     """Carries out commands by one `Actuator` for each action that this agent knows.
 
@@ -68,7 +76,7 @@ class Actuators:
         self.history: list[dict[str, Any]] = []
         """What was done, as the public record of a command shows it."""
         self._by_action = by_action
-        self._applied: dict[str, tuple[Command, list[Undo]]] = {}
+        self._applied: dict[str, _Done] = {}
         """Commands that can still be taken back."""
         self._under_way: _UnderWay | None = None
 
@@ -79,8 +87,7 @@ class Actuators:
         """
         for action in command.actions:
             if action.action == "revert":
-                known = action.params["command"] in self._applied
-                why = "" if known else f"command {action.params['command']} is not in force here"
+                why = "" if self._chosen(action.params) else f"command {action.params['command']} is not in force here"
             else:
                 actuator = self._by_action.get(action.action)
                 why = "this agent does not know it" if actuator is None else actuator.refusal(action.params, step)
@@ -140,7 +147,7 @@ class Actuators:
             if action.action != "revert":
                 self._by_action[action.action].keep()
         if all(action.action != "revert" for action in it.command.actions):  # what was taken back stays so
-            self._applied[it.command.id] = it.command, it.undos
+            self._applied[it.command.id] = _Done(it.command, dict(enumerate(it.undos)))
         self.history.append(
             {
                 "id": it.command.id,
@@ -170,8 +177,9 @@ class Actuators:
         """
         steps = {done["id"]: done["applied_step"] for done in self.history}
         found = []
-        for command, _ in self._applied.values():
-            actions = [action.as_dict() for action in command.actions if ACTIONS[action.action].stands]
+        for done in self._applied.values():
+            command, in_force = done.command, [done.command.actions[i] for i in done.undos]
+            actions = [action.as_dict() for action in in_force if ACTIONS[action.action].stands]
             if actions:
                 found.append(
                     {
@@ -192,7 +200,7 @@ class Actuators:
     def _apply(self, action: Action, at: Moment, undos: list[Undo]) -> str:
         """Carry out one action and append what takes it back. Returns what was done."""
         if action.action == "revert":
-            undo, words = self._revert(action.params["command"])
+            undo, words = self._revert(action.params)
         elif action.action in self._by_action:
             undo, words = self._by_action[action.action].apply(action.params, at)
         else:
@@ -204,26 +212,35 @@ class Actuators:
         actuator = self._by_action.get(action.action)
         return actuator is None or not actuator.comes_first
 
-    def _revert(self, command_id: str) -> tuple[Undo, str]:
-        if command_id not in self._applied:
+    def _chosen(self, params: Mapping[str, Any]) -> list[int]:
+        """Which actions of its command a ``revert`` takes back, by their places in it."""
+        if params["command"] not in self._applied:
+            return []
+        done = self._applied[params["command"]]
+        return [i for i in done.undos if params.get("only") in (None, done.command.actions[i].action)]
+
+    def _revert(self, params: Mapping[str, Any]) -> tuple[Undo, str]:
+        command_id, chosen = params["command"], self._chosen(params)
+        if not chosen:
             raise RefusedError(f"command {command_id} was not applied here")
-        command, undos = self._applied.pop(command_id)
-        left = list(undos)
+        done = self._applied[command_id]
+        undone: list[int] = []
 
         def redo() -> None:
-            again: list[Undo] = []
+            fresh: list[Undo] = []
             try:
-                for action in command.actions[len(left) :]:
-                    self._apply(action, Moment(command=command_id, tick=-1, step=-1), again)
+                for i in reversed(undone):
+                    self._apply(done.command.actions[i], Moment(command=command_id, tick=-1, step=-1), fresh)
             except Exception:
-                _undo(again)
+                _undo(fresh)
                 raise
-            self._applied[command_id] = command, [*left, *again]
+            done.undos = dict(sorted({**done.undos, **dict(zip(reversed(undone), fresh, strict=True))}.items()))
+            self._applied[command_id] = done
 
         try:
-            while left:
-                left[-1]()
-                left.pop()
+            for i in reversed(chosen):
+                done.undos[i]()
+                undone.append(i)
         except HalfAppliedError:
             raise
         except SosaError:  # it has changed nothing, but those after it are undone already
@@ -231,7 +248,10 @@ class Actuators:
             raise
         except Exception as error:
             raise HalfAppliedError(describe(error)) from error
-        return redo, f"took back {command_id}"
+        done.undos = {i: undo for i, undo in done.undos.items() if i not in chosen}
+        if not done.undos:
+            del self._applied[command_id]
+        return redo, f"took back {params['only'] + ' of ' if 'only' in params else ''}{command_id}"
 
 
 def make_actuators(
