@@ -38,6 +38,7 @@ def test_a_learning_rate_fix_is_refused_where_lbfgs_would_not_see_it() -> None:
     model = toy()
     optimizer = LBFGS(model.parameters(), lr=0.5, max_iter=2)
     with Watch().installed(optimizer) as watch:
+        optimizer.step(lambda: torch.tensor(0.0))
         assert "LBFGS reads its rate before" in watch.actuators.refusal(command(act("scale_lr", factor=0.5)), 0)
 
 
