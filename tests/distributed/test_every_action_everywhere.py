@@ -1,4 +1,4 @@
-"""Every reversible action in every kind of training: it takes effect, and taken back at once it leaves no trace."""
+"""Every action in every kind of training: it takes effect, and taken back at once it leaves no trace."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 from agent_parts import Watch, act, batches, command, loss_of, toy
 from test_actions_on_ranks import held, sharded
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
+from torch.utils.data import DataLoader
 from two_ranks import TwoRanks
 
 from sosa_stream.agent import Knob
+from sosa_stream.agent.repair.stopping import StopTraining
 
 NUM_STEPS, AT, BACK = 8, 4, 6
 
@@ -164,3 +167,62 @@ def test_an_action_takes_effect_on_both_ranks_and_can_be_taken_back(
         assert seen["nothing in force"]
         assert seen["beta"] == 1.0
     assert (one["kept"], one["reverted"]) == (other["kept"], other["reverted"]), "the replicas are equal"
+
+
+# -- actions that cannot be taken back, or change nothing --------------------------------------------------------------
+
+IRREVERSIBLE = {
+    "none": act("none"),
+    "resync": act("resync", source=1),
+    "skip_data": act("skip_data", num_batches=2),
+    "stop": act("stop"),
+}
+
+
+def once(rank: int, context: str, name: str) -> dict[str, Any]:
+    given = batches(NUM_STEPS, seed=rank)
+    training = CONTEXTS[context]()
+    watch = Watch(alone=False)
+    watch.fence.due[AT * len(training.optimizers)] = command(IRREVERSIBLE[name])
+    num_used, stopped, before = 0, False, []
+    with watch.installed():
+        try:
+            for batch in DataLoader(given, batch_size=None):  # type: ignore[arg-type]
+                if num_used == AT and name == "resync" and context != "fsdp":  # a replica has drifted
+                    with torch.no_grad():
+                        for parameter in training.model.parameters():
+                            parameter.add_(float(rank))
+                    before = training.bits()
+                training.step(batch)
+                num_used += 1
+        except StopTraining:
+            stopped = True
+    alone = CONTEXTS[context]()
+    for batch in [*given[: AT + 1], *given[AT + 3 :]] if name == "skip_data" else given:
+        alone.step(batch)
+    return {
+        "errors": [repr(error) for error in watch.errors],
+        "ack": str(watch.acks[0].state),
+        "why": watch.acks[0].detail,
+        "steps": num_used,
+        "stopped": stopped,
+        "as alone": training.bits() == alone.bits(),
+        "before": repr(before),
+        "weights": repr(training.bits()) if context != "fsdp" else "",
+    }
+
+
+@pytest.mark.parametrize("name", IRREVERSIBLE)
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_what_cannot_be_taken_back_is_done_alike_on_both_ranks(two_ranks: TwoRanks, context: str, name: str) -> None:
+    both = two_ranks.run(once, context, name)
+    refused = name == "resync" and context == "fsdp"
+    for seen in both:
+        assert not seen["errors"]
+        assert seen["ack"] == ("failed" if refused else "applied")
+        assert not refused or "sharded" in seen["why"]
+        assert seen["stopped"] == (name == "stop")
+        assert seen["steps"] == {"skip_data": NUM_STEPS - 2, "stop": AT}.get(name, NUM_STEPS)
+        assert seen["as alone"] == (name in ("none", "skip_data") or refused)
+    assert both[0]["weights"] == both[1]["weights"]
+    assert name != "resync" or refused or both[0]["before"] != both[1]["before"]
