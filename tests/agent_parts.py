@@ -139,8 +139,8 @@ class Watch:
     def installed(self, optimizer: Optimizer | None = None) -> Iterator[Watch]:
         """Watching, as under the runner; with an ``optimizer`` only that one, as the wrapper does."""
         self.probe.install(optimizer)
-        self.taps.install()
         self.registry.install()
+        self.taps.install()
         try:
             yield self
         finally:

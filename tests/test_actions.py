@@ -536,6 +536,19 @@ def test_a_loss_scale_is_refused_without_a_scaler_that_scales(watch: Watch) -> N
     assert "no GradScaler that is switched on" in refused(watch, act("set_loss_scale", scale=2.0))
 
 
+def test_a_scaler_that_steps_none_of_our_optimizers_is_let_alone() -> None:
+    ours, other = toy(), toy()
+    optimizer, stranger = SGD(ours.parameters(), lr=0.1), SGD(other.parameters(), lr=0.1)
+    leftover, late = GradScaler("cpu"), GradScaler("cpu")
+    step_scaled(leftover, other, [stranger], batches(1)[0])
+    with Watch().installed(optimizer) as watch:
+        step_scaled(late, other, [stranger], batches(1)[0])
+        train(ours, optimizer, batches(1))
+        assert watch.state.scalers == []
+        assert "no GradScaler that is switched on" in refused(watch, act("set_loss_scale", scale=2.0))
+    assert leftover.is_enabled()  # it was alive all the while
+
+
 # -- skip_data ---------------------------------------------------------------------------------------------------------
 
 

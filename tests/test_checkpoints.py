@@ -294,7 +294,7 @@ def saved(training: Training) -> Training:
     training.scheduler = OneCycleLR(training.optimizer, 0.1, 50)  # type: ignore[attr-defined]
     training.scaler = GradScaler("cpu", init_scale=64.0)  # type: ignore[attr-defined]
     training.watch.registry.note(training.scheduler)  # type: ignore[attr-defined]
-    training.watch.registry.note(training.scaler)  # type: ignore[attr-defined]
+    training.watch.registry.note_scaler(training.scaler, training.optimizer)  # type: ignore[attr-defined]
     training.steps(5)
     training.watch.registry.register("count", Counting(7))
     training.scheduler.step()  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
 import threading
@@ -69,13 +70,12 @@ def training() -> Iterator[Training]:
 # -- what is found -----------------------------------------------------------------------------------------------------
 
 
-def test_schedulers_and_scalers_are_found_whether_made_before_us_or_after() -> None:
+def test_schedulers_are_found_whether_made_before_us_or_after() -> None:
     model = toy()
     optimizer, stranger = SGD(model.parameters(), lr=0.1), SGD(toy().parameters(), lr=0.1)
     gc.collect()
     early: list[LRScheduler] = [LambdaLR(optimizer, lambda step: 1.0), ReduceLROnPlateau(optimizer)]
     elsewhere = LambdaLR(stranger, lambda step: 1.0)
-    scaler, off = GradScaler("cpu"), GradScaler("cpu", enabled=False)
     with Watch().installed() as watch:
         train(model, optimizer, batches(1))
         assert watch.state.schedulers == early
@@ -84,11 +84,31 @@ def test_schedulers_and_scalers_are_found_whether_made_before_us_or_after() -> N
         assert set(watch.state.schedulers) == {*early, *late}
         names = [type(scheduler).__name__ for scheduler in watch.state.schedulers]
         assert names == sorted(names)
-        assert watch.registry.scalers == [scaler]
-        another = GradScaler("cpu")
-        assert watch.registry.scalers == [scaler, another]
     assert elsewhere is not None
-    assert off is not None
+
+
+@pytest.mark.parametrize("made", ["before us", "after"])
+def test_a_scaler_is_found_at_its_first_step_with_the_state_that_it_was_given(made: str) -> None:
+    model = toy()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with contextlib.ExitStack() as stack:
+        watch = Watch(snapshots=True, snapshot_every_ticks=1, quarantine_ticks=0)
+        if made == "after":
+            stack.enter_context(watch.installed())
+        scaler = GradScaler("cpu")
+        scaler.load_state_dict(GradScaler("cpu", init_scale=64.0).state_dict())
+        if made == "before us":
+            stack.enter_context(watch.installed())
+        assert watch.state.scalers == []
+        for batch in batches(2):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, batch)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert watch.state.scalers == [scaler]
+        assert watch.ring is not None
+        *_, first = watch.ring.candidates(before_step=1, present_step=2)
+        assert [(ref(), state["_scale"].host.item()) for ref, state in first.scalers] == [(scaler, 64.0)]
 
 
 def test_constructors_are_as_torch_made_them_once_the_registry_is_gone() -> None:

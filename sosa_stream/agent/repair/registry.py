@@ -1,7 +1,8 @@
 """What belongs to training beside the model and its optimizers: schedulers, scalers, and what the script names.
 
-Schedulers and scalers are noted as they are made, by wrapped constructors; those made before us are found by one look
-at all live objects. State that only the script knows of (an EMA, the position in its data) it registers:
+Schedulers are noted as they are made, by wrapped constructors; those made before us are found by one look at all live
+objects. A scaler does not know whose it is: it is noted as it steps an optimizer. State that only the script knows of
+(an EMA, the position in its data) it registers:
 
     agent.register_state("ema", ema)        # anything with state_dict() and load_state_dict()
 """
@@ -22,7 +23,7 @@ from sosa_stream.errors import SosaError, describe
 
 Thing = TypeVar("Thing")
 
-CONSTRUCTORS = (LRScheduler, ReduceLROnPlateau, SequentialLR, ChainedScheduler, GradScaler)
+CONSTRUCTORS = (LRScheduler, ReduceLROnPlateau, SequentialLR, ChainedScheduler)
 """Those whose ``__init__`` is wrapped: these schedulers do not call that of `LRScheduler`."""
 
 MAX_REGISTERED = 64
@@ -34,17 +35,19 @@ class Registry:
     def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
         self._say = say
         self._schedulers: list[weakref.ref[LRScheduler]] = []
-        self._scalers: list[weakref.ref[GradScaler]] = []
+        self._scalers: weakref.WeakKeyDictionary[Optimizer, weakref.ref[GradScaler]] = weakref.WeakKeyDictionary()
         self.registered: dict[str, Any] = {}
         """What the script has named, by its name."""
         self._restore: list[Callable[[], None]] = []
 
     def install(self) -> None:
-        """Note every scheduler and scaler that is made from here on."""
+        """Note every scheduler that is made from here on, and every scaler that steps."""
         for cls in CONSTRUCTORS:
             original = cls.__init__
             setattr(cls, "__init__", self._noting(original))  # noqa: B010
             self._restore.append(functools.partial(setattr, cls, "__init__", original))
+        self._restore.append(functools.partial(setattr, GradScaler, "step", GradScaler.step))
+        setattr(GradScaler, "step", self._noting_scaler(GradScaler.step))  # noqa: B010
 
     def remove(self) -> None:
         self.registered.clear()
@@ -52,12 +55,14 @@ class Registry:
             self._restore.pop()()
 
     def note(self, thing: Any) -> None:
-        """Take a scheduler or a scaler in, once; anything else is let by."""
-        kind = type(thing)  # and not `isinstance`, which asks proxies what they stand for
-        if issubclass(kind, LRScheduler):
+        """Take a scheduler in, once; anything else is let by."""
+        if issubclass(type(thing), LRScheduler):  # and not `isinstance`, which asks proxies what they stand for
             _add(self._schedulers, thing)
-        elif issubclass(kind, GradScaler):
-            _add(self._scalers, thing)
+
+    def note_scaler(self, scaler: GradScaler, optimizer: Any) -> None:
+        """Take in which scaler steps an optimizer."""
+        if issubclass(type(optimizer), Optimizer):
+            self._scalers[optimizer] = weakref.ref(scaler)
 
     def register(self, name: str, thing: Any) -> None:
         """Take state of the script's own in, unless it cannot be: that is said, and training goes on without it."""
@@ -79,10 +84,10 @@ class Registry:
         ours = [s for s in _alive(self._schedulers) if id(getattr(s, "optimizer", None)) in place]
         return sorted(ours, key=lambda s: (place[id(s.optimizer)], type(s).__name__))
 
-    @property
-    def scalers(self) -> list[GradScaler]:
-        """Those that scale; one that is switched off has no state."""
-        return [scaler for scaler in _alive(self._scalers) if scaler.is_enabled()]
+    def scalers(self, optimizers: Iterable[Optimizer]) -> list[GradScaler]:
+        """Those that step ``optimizers``, in their order; one that is switched off has no state."""
+        refs = [self._scalers[optimizer] for optimizer in optimizers if optimizer in self._scalers]
+        return [scaler for scaler in dict.fromkeys(_alive(refs)) if scaler.is_enabled()]
 
     def capture(self, reuse: dict[str, Any]) -> dict[str, Any]:
         """Copies of what the script has registered, by name. One that cannot tell its state is said and let go."""
@@ -115,6 +120,14 @@ class Registry:
             self.note(thing)
 
         return __init__
+
+    def _noting_scaler(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def step(scaler: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            self.note_scaler(scaler, optimizer)
+            return original(scaler, optimizer, *args, **kwargs)
+
+        return step
 
 
 def follows_metric(scheduler: LRScheduler) -> bool:

@@ -86,9 +86,8 @@ class TrainingState:
 
     @property
     def scalers(self) -> list[GradScaler]:
-        """Those that are switched on."""
-        self._look()
-        return self.registry.scalers
+        """Those that step our optimizers, and are switched on."""
+        return self.registry.scalers(self.optimizers)
 
     @property
     def models(self) -> list[nn.Module]:
@@ -156,7 +155,7 @@ class TrainingState:
         """
         snapshot.groups = [[scheduled(group) for group in its.param_groups] for its in self.optimizers]
         snapshot.schedulers = [(weakref.ref(its), copy_all(its.state_dict())) for its in self.schedulers]
-        snapshot.scalers = [(weakref.ref(its), copy_scale(its)) for its in self.registry.scalers]
+        snapshot.scalers = [(weakref.ref(its), copy_scale(its)) for its in self.scalers]
         snapshot.registered = self.registry.capture(reuse.registered if reuse is not None else {})
         self._record(snapshot)
 
