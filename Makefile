@@ -49,7 +49,6 @@ bench-seeds: $(STAMP)
 	$(BIN)/python -m benchmarks.demo_seeds
 
 bench-rescue: $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group rescue
 	$(BIN)/python -m benchmarks.rescue --held-out --write
 
 clean:

@@ -101,7 +101,6 @@ def test_the_table_tells_the_shares_by_set_and_the_tuning_cases_by_group() -> No
 
 @pytest.mark.torchrun
 def test_a_jump_of_the_rate_ruins_two_ranks_that_nobody_helps_and_auto_brings_both_back_alike() -> None:
-    pytest.importorskip("sklearn", reason="digits come from scikit-learn: pip install --group rescue")
     jump = Case(program="MLP", fault="Jump", onset=150, size=1000.0)
     with Ranks() as two:
         alone, helped = (two.run(jump, arm, SEEDS[0]) for arm in ("none", "auto"))
