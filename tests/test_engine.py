@@ -12,6 +12,7 @@ import pytest
 from sosa_stream.config import DetectSettings
 from sosa_stream.decide.commands import FINAL_STATES, CommandRecord, CommandState, Verdict
 from sosa_stream.decide.requests import Approve
+from sosa_stream.detect.alignment import Row
 from sosa_stream.detect.attendance import LOST_AFTER_SECONDS
 from sosa_stream.detect.incidents import Incident, IncidentState
 from sosa_stream.detect.reports import together
@@ -19,6 +20,7 @@ from sosa_stream.detect.windows import Reports, RunWindows
 from sosa_stream.effects import CommandChanged, Event, IncidentChanged, Notice, Publish, Timer, Withdraw
 from sosa_stream.engine import Engine
 from sosa_stream.protocol.codec import encode
+from sosa_stream.protocol.columns import COLUMNS
 from sosa_stream.protocol.messages import Ack, AckState, Command, MetricFrame
 from sosa_stream.protocol.recording import Recorder
 from sosa_stream.replay import replay_recording
@@ -75,6 +77,52 @@ def test_one_nan_on_one_rank_is_one_incident_that_names_it_and_the_guards_skip_i
     (record,) = sim.commands
     assert (record.origin, _how(record)) == ("guard", (["skip_step"], "verified", "helped"))
     assert sim.published == []
+
+
+_NAN_FROM_100 = np.where(np.arange(200) < 100, 2.0, np.nan)
+
+
+def _told_of_a_bad_loss(ranks: set[int], **columns: np.ndarray) -> Engine:
+    """Two ranks in mode auto, of which some report a NaN loss from step 100 on; no fix is carried out."""
+    engine = Engine("run")
+    feed(engine, [hello(rank, 2, policy=AUTO_POLICY) for rank in range(2)])
+    for step in range(200):
+        at = {name: values[step] for name, values in columns.items()}
+        losses = [_NAN_FROM_100[step] if rank in ranks else 2.0 for rank in range(2)]
+        feed(engine, [frame(losses[rank], rank=rank, world_size=2, first_step=step, **at) for rank in range(2)])
+    return engine
+
+
+@pytest.mark.parametrize("ranks", [{0}, {0, 1}])
+def test_a_loss_that_is_nan_while_all_gradients_are_finite_is_told_and_nothing_is_rolled_back(ranks: set[int]) -> None:
+    view = _told_of_a_bad_loss(ranks).view()
+    (incident,) = view.incidents
+    assert _what(incident) == ("nan_loss", "critical", "open")
+    assert incident.message.endswith("while all gradients are finite")
+    assert incident.evidence["gradients_finite"]
+    assert "broken" in incident.causes[0]
+    assert view.commands == ()
+
+
+def test_one_norm_that_overflows_now_and_then_beside_a_broken_loss_rolls_nothing_back() -> None:
+    lost = np.isin(np.arange(200), range(110, 200, 10))
+    view = _told_of_a_bad_loss({0, 1}, grad_norm=np.where(lost, np.nan, 1.0), skipped=lost.astype(float)).view()
+    assert [record.origin for record in view.commands] == ["guard"]
+
+
+@pytest.mark.parametrize("norm", [np.nan, 0.0])
+def test_a_loss_that_is_nan_beside_gradients_that_say_nothing_of_the_weights_is_acted_upon(norm: float) -> None:
+    view = _told_of_a_bad_loss({0, 1}, grad_norm=np.where(np.arange(200) < 100, 1.0, norm)).view()
+    assert [action.action for action in view.commands[0].actions] == ["scale_lr", "rollback"]
+    assert view.commands[0].made_step <= 103
+
+
+def test_a_loss_that_is_nan_is_acted_upon_where_no_gradient_norm_is_known() -> None:
+    lost = RunWindows(DetectSettings())
+    values = np.full((1, len(COLUMNS)), np.nan)
+    lost.take(Row(step=0, values=values, sent=np.isin(COLUMNS, ["loss"])[None]))
+    assert lost.bad_loss == (0,)
+    assert not lost.only_loss_is_bad
 
 
 @pytest.mark.parametrize("seed", SEEDS)

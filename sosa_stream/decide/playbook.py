@@ -50,6 +50,7 @@ class Situation:
     in_band: bool
     """Whether the loss is where it was before the incident."""
     nonfinite: bool
+    """Whether a loss or a gradient is, but for a loss that reaches no gradient."""
     num_nonfinite: int
     """Non-finite steps of this incident so far."""
     weights_clean: bool

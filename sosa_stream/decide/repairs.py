@@ -171,7 +171,7 @@ class Repairs:
 
 
 def _situation(known: OpenIncident, windows: RunWindows, knobs: Mapping[str, KnobState]) -> Situation:
-    nonfinite = bool(windows.bad_loss or windows.bad_grad)
+    nonfinite = bool(windows.bad_loss or windows.bad_grad) and not windows.only_loss_is_bad
     return Situation(
         incident=known.incident,
         step=windows.step,

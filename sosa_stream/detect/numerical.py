@@ -31,10 +31,12 @@ def nan_loss(windows: RunWindows) -> Finding | None:
 
     The gradient that all ranks share is non-finite on all of them; the local loss names the guilty. ``critical`` when
     the update went through or the third step in a row shows it, ``warning`` while the guard kept it from the weights.
+    Where all gradients are finite it reaches no weight, and nothing is repaired: the incident says so.
     """
     if not windows.bad_loss:
         return None
     lost = not windows.skipped or windows.num_bad_loss >= 3
+    harmless = windows.only_loss_is_bad
     found = origin(windows, windows.bad_loss)
     return Finding(
         kind="nan_loss",
@@ -43,7 +45,7 @@ def nan_loss(windows: RunWindows) -> Finding | None:
         first_step=windows.step,
         ranks=windows.bad_loss,
         message=f"non-finite loss{on_ranks(windows.bad_loss, windows.num_ranks)} at step {windows.step}"
-        + (", update skipped" if windows.skipped else ""),
+        + (", while all gradients are finite" if harmless else ", update skipped" if windows.skipped else ""),
         evidence={
             "value": None,
             "baseline": _finite(windows.losses.smoothed(USUAL_POINTS)),
@@ -53,10 +55,16 @@ def nan_loss(windows: RunWindows) -> Finding | None:
             "num_ranks": windows.num_ranks,
             "skipped": windows.skipped,
             "loss_of_others": windows.loss,
+            **({"gradients_finite": True} if harmless else {}),
             **found.evidence,
         },
         causes=found.causes
         or (
+            ("what is reported is not the loss that is trained with: a metric or a print of it is broken",)
+            if harmless
+            else ()
+        )
+        + (
             f"a non-finite or extreme input in the batch{on_ranks(windows.bad_loss, windows.num_ranks)}",
             "an operation outside its domain: log(0), division by 0, sqrt of a negative",
             "overflow in half precision",

@@ -87,7 +87,7 @@ class OpenIncident:
     """The effective learning rate of some time before it."""
     num_healthy: int = 0
     num_nonfinite: int = 0
-    """Steps with a non-finite value since it opened."""
+    """Steps with a non-finite value since it opened, or since gradients showed that weights are finite all the same."""
     last_found_step: int = -1
     of_past: bool = False
     """Of an earlier generation: nothing joins it and nothing is done about it any more."""
@@ -183,7 +183,7 @@ class Tracker:
         """
         nonfinite = bool(windows.bad_loss or windows.bad_grad)
         for known in tuple(self._open.values()):
-            known.num_nonfinite += nonfinite
+            known.num_nonfinite = 0 if windows.only_loss_is_bad else known.num_nonfinite + nonfinite
             healthy = known.last_found_step < windows.step and not nonfinite and in_band(known, windows)
             if known.of_past:
                 healthy = healthy and not self.hold

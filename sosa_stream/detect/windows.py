@@ -271,6 +271,17 @@ class RunWindows:
         self._fold()
 
     @property
+    def only_loss_is_bad(self) -> bool:
+        """Whether a loss is not finite that none of the weights comes from, such as a metric's or a broken print's.
+
+        So say the norms of all ranks: known, finite and above 0, as gradients that a NaN has passed are not.
+        """
+        row = self.row
+        if row is None or not self.bad_loss or self.bad_grad:
+            return False
+        return bool((row.values[row.sent.any(axis=1), GRAD_NORM] > 0.0).all())
+
+    @property
     def stuck_loss_scale(self) -> float | None:
         """The AMP scale, where the last `STUCK_POINTS` steps have overflowed and it has not even halved over them."""
         scales = self.looks["loss_scale"].last()
