@@ -171,6 +171,64 @@ def test_a_users_mistake_is_told_in_one_line_with_exit_code_2(
     assert line.startswith("sosa: ")
 
 
+NO_UTF8 = os.fsdecode(b"\xff")
+HUGE = str(10**400)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fix", "alpha", "set_knob", "name=beta", "value=1e999"],
+        ["fix", "alpha", "set_knob", "name=beta", "value=nan"],
+        ["fix", "alpha", "set_knob", "name=beta", f"value={HUGE}"],
+        ["fix", "alpha", "set_knob", f"name={NO_UTF8}", "value=1"],
+        ["fix", "alpha", "scale_lr", "factor=1e999"],
+        ["fix", "alpha", "rollback", f"before_step={HUGE}"],
+        ["fix", "alpha", "rollback", f"before_step={'9' * 5000}"],
+        ["fix", "alpha", "scale_lr", "factor=0.5", "factor=0.5"],
+        ["fix", "alpha", "scale_lr", "factor=1", "factor=2"],
+        ["fix", NO_UTF8, "scale_lr", "factor=0.5"],
+        ["fix", "alpha", NO_UTF8],
+        ["fix", "alpha", "scale_lr", f"{NO_UTF8}=1"],
+        ["approve", NO_UTF8],
+        ["ack", "i1", "--note", NO_UTF8],
+        ["ack", NO_UTF8],
+        ["feedback", "i1", "true", "--note", NO_UTF8],
+        ["mute", "alpha", "oom", "--for", f"{HUGE}d"],
+        ["mute", "alpha", "oom", "--for", "2h", "--reason", NO_UTF8],
+        ["unmute", "alpha", NO_UTF8],
+        ["pause", "alpha", "--reason", NO_UTF8],
+        ["incidents", NO_UTF8],
+        ["incidents", "--run", NO_UTF8],
+        ["audit", "--run", NO_UTF8],
+        ["report", NO_UTF8],
+        ["policy", "show", "--project", NO_UTF8],
+        ["policy", "import", NO_UTF8],
+        ["policy", "import", "nowhere.json", "--weight", "1e999"],
+        ["policy", "import", "nowhere.json", "--weight", "nan"],
+        ["policy", "reset", "--yes", "--project", NO_UTF8],
+        ["daemon", "--ready-fd", HUGE],
+        ["daemon", "--bind", NO_UTF8],
+        ["daemon", "--http", NO_UTF8],
+        ["daemon", "--keys", NO_UTF8],
+        ["demo", "--out", "{home}/demo", "--seed", HUGE],
+        ["demo", "--out", "{home}/demo", "--seed", "-1"],
+        ["replay", NO_UTF8],
+    ],
+    ids=lambda words: ascii(" ".join(words))[:60],
+)
+def test_numbers_that_are_too_large_and_bytes_that_are_no_text_are_told_in_one_line(
+    home: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SOSA_HOME", str(home))
+    assert code_of(*(word.replace("{home}", str(home)) for word in arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("sosa: ")
+    assert len(line) < 1000
+
+
 def test_a_wrong_variable_is_told_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("SOSA_MOOD", "good")
     assert code_of("incidents") == 2

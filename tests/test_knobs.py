@@ -224,3 +224,9 @@ def test_a_collapsed_posterior_turns_the_knob_of_its_kl_weight_down() -> None:
 def test_without_such_a_knob_nothing_is_proposed() -> None:
     other = KnobState(name="temperature", value=2.0, low=0.001, high=4.0)
     assert _collapsed(None, AUTO_POLICY) == _collapsed(other, AUTO_POLICY) == []
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, 10**400, -(10**400)])
+def test_a_value_that_no_knob_can_take_is_refused(value: float) -> None:
+    with pytest.raises(RefusedError, match="lies outside"):
+        act("set_knob", name="beta", value=value)

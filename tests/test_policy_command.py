@@ -35,6 +35,12 @@ OUTCOMES = (
 )
 
 
+NUMBERS = ("1e999", "-1e999", "NaN", "1" + "0" * 400, "-1" + "0" * 400, "9" * 5000, "true", '"1"', "null")
+"""Values that JSON can say, or Python's reader takes, and that are no number of an outcome."""
+LONE = r'"\ud800"'
+"""Half a character."""
+
+
 def _row(number: int, outcome: Outcome, project: str = "default", at: float = NOW) -> OutcomeRow:
     counted = OutcomeCounted(id=f"o{number}", step=number, outcome=outcome)
     return OutcomeRow(project=project, run="before", at=at + number, counted=counted)
@@ -102,13 +108,26 @@ def test_what_is_exported_counts_less_elsewhere_and_once(home: Path, tmp_path: P
     assert json.loads(file.read_text())["outcomes"] == []  # hearsay is not passed on
 
 
+def _file_with(**values: str) -> str:
+    row = {"id": '"o"', "run": '"r"', "at": "1.5", "kind": '"oom"', "fix": '"none"', "verdict": '"helped"'}
+    row |= {"weight": "1.0", "lasted_steps": "7", **values}
+    outcome = ", ".join(f'"{name}": {value}' for name, value in row.items() if name != "project")
+    return f'{{"schema_version": 1, "project": {row.get("project", "1")}, "outcomes": [{{{outcome}}}]}}'
+
+
 @pytest.mark.parametrize(
     "text",
-    ["no json", "[]", '{"schema_version": 2}', '{"schema_version": 1, "project": "p", "outcomes": [{"id": "o"}]}'],
+    [
+        *("no json", "[]", '{"schema_version": 2}', '{"schema_version": 1, "project": "p", "outcomes": [{"id": "o"}]}'),
+        *(b"\xff", b'{"schema_version": 1, "project": "\xff"}', "[" * 100_000, '{"a":' * 100_000),
+        *(_file_with(**{name: value}) for name in ("at", "weight", "lasted_steps") for value in NUMBERS),
+        *(_file_with(**{name: LONE}) for name in ("id", "run", "kind", "fix", "verdict", "project")),
+    ],
+    ids=lambda text: ascii(text)[:40],
 )
-def test_a_file_that_is_none_of_ours_is_refused_in_a_line(home: Path, text: str, capsys: Any) -> None:
+def test_a_file_that_is_none_of_ours_is_refused_in_a_line(home: Path, text: str | bytes, capsys: Any) -> None:
     file = home / "policy.json"
-    file.write_text(text)
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
     assert main(["policy", "import", str(file), "--home", str(home)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert _audit(home) == []

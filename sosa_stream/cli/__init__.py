@@ -59,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SosaError as error:
         print(f"sosa: {error}", file=sys.stderr)
         return 1
+    except UnicodeEncodeError as error:  # a file's name may be any bytes; what is kept or sent is text
+        print(f"sosa: {error.object[:40]!r} is no text: it holds bytes that are no UTF-8", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `sosa … | head`

@@ -223,7 +223,8 @@ def action_of(name: str, params: list[str]) -> Action:
     """``scale_lr`` and ``["factor=0.5"]`` as an action.
 
     Raises:
-        UsageError: there is no such action or parameter, one is missing, or a value is none or out of bounds.
+        UsageError: there is no such action or parameter, one is missing or given twice, or a value is none or out
+            of bounds.
     """
     spec = ACTIONS.get(name)
     if spec is None:
@@ -234,6 +235,8 @@ def action_of(name: str, params: list[str]) -> Action:
         if not is_pair or key not in spec.params:
             known = _usage_of(name) if spec.params else f"{name} takes none"
             raise UsageError(f"{name}: {word!r} is no parameter; {known}")
+        if key in values:
+            raise UsageError(f"{name}: {key} is given twice; say it once")
         values[key] = _value(f"{name}: {key}", text, spec.params[key])
     try:
         return Action(action=name, params=values)
@@ -245,7 +248,7 @@ def _value(name: str, text: str, param: Param) -> Any:
     try:
         return param.type(text)
     except ValueError:
-        raise UsageError(f"{name} must be {param.type.__name__}, not {text!r}") from None
+        raise UsageError(f"{name} must be {param.type.__name__}, not {text[:40]!r}") from None
 
 
 def _usage_of(name: str) -> str:

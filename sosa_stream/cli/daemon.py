@@ -108,5 +108,5 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 def _check_writable(fd: int) -> None:
     try:
         os.write(fd, b"")
-    except OSError as error:
-        raise UsageError(f"--ready-fd {fd} is no descriptor to write to: {error.strerror}") from None
+    except (OSError, OverflowError) as error:
+        raise UsageError(f"--ready-fd {fd} is no descriptor to write to: {error}") from None

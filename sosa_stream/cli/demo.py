@@ -17,6 +17,9 @@ DEFAULT_OUT = Path("sosa-demo")
 MARKER = ".sosa-demo"
 """A file that says: this folder was made by the demo and may be emptied by it."""
 
+MOST_SEED = 2**32 - 1
+"""The most that every generator of random numbers takes."""
+
 
 def add_parser(subparsers: Any) -> None:
     """Add ``demo`` to the commands."""
@@ -44,8 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
         import torch  # noqa: F401  # its trainings do: they are processes of their own
 
         from sosa_stream.demo.run import run_demo
-    if arguments.seed < 0:
-        raise UsageError(f"--seed must be a whole number from 0, not {arguments.seed}")
+    if not 0 <= arguments.seed <= MOST_SEED:
+        raise UsageError(f"--seed must be a whole number from 0 to {MOST_SEED}, not {arguments.seed}")
     out = arguments.out.absolute()
     _make_empty(out)
     with _Progress() as progress:

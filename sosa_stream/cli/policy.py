@@ -216,24 +216,30 @@ def _read(path: Path, weight: float) -> tuple[str, list[dict[str, Any]]]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UsageError(f"{path} is no JSON; `sosa policy export FILE` writes what can be imported") from None
     if not isinstance(document, dict) or document.get("schema_version") != FILE_VERSION:
         raise UsageError(f"{path} is no export of `sosa policy` of version {FILE_VERSION}")
     try:
         rows = [_row(row, weight) for row in document["outcomes"]]
         source = str(document["project"])[:100]
-    except (KeyError, TypeError, ValueError) as error:
+        source.encode()
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UsageError(f"{path} is damaged: {error}") from None
     return source or "unnamed", rows
 
 
 def _row(row: dict[str, Any], weight: float) -> dict[str, Any]:
-    values = [row[name] for name in ("kind", "fix", "verdict", "weight", "lasted_steps")]
-    values[3] *= weight
-    if type(row["at"]) not in (int, float) or not isinstance(row["id"], str) or not isinstance(row["run"], str):
-        raise ValueError("an outcome's at must be a number, its id and run strings")
-    return {"id": row["id"], "run": row["run"], "at": row["at"], "outcome": Outcome.from_row(values)}
+    if any(type(row[name]) not in (int, float) for name in ("at", "weight")):
+        raise ValueError("an outcome's at and weight must be numbers")
+    if not isinstance(row["id"], str) or not isinstance(row["run"], str):
+        raise ValueError("an outcome's id and run must be strings")
+    values = [row["kind"], row["fix"], row["verdict"], row["weight"] * weight, row["lasted_steps"]]
+    outcome, at = Outcome.from_row(values), float(row["at"])
+    if not math.isfinite(at):
+        raise ValueError("an outcome's at must be finite")
+    "".join((row["id"], row["run"], outcome.kind, outcome.fix)).encode()  # JSON can say half a character
+    return {"id": row["id"], "run": row["run"], "at": at, "outcome": outcome}
 
 
 def _imported_id(key: str) -> str:

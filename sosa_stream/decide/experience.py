@@ -51,7 +51,7 @@ class Outcome:
     """One trial as it is counted, stored and pooled. ``fix`` `none`: a fault that was left alone once a fix was due.
 
     Raises:
-        ValueError: the weight is not in (0, 1], or ``lasted_steps`` is negative.
+        ValueError: the weight is not in (0, 1], or ``lasted_steps`` is negative or no 64 bits.
     """
 
     kind: str
@@ -63,7 +63,7 @@ class Outcome:
     """From the fix, or from when it was due, until the run was well again, or nobody looked any more."""
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.weight <= 1.0 or self.lasted_steps < 0:
+        if not 0.0 < self.weight <= 1.0 or not 0 <= self.lasted_steps < 2**63:
             raise ValueError(f"weight {self.weight!r} or lasted_steps {self.lasted_steps!r} is out of bounds")
 
     def as_row(self) -> tuple[str, str, str, float, int]:

@@ -7,6 +7,7 @@ and an agent will not apply it.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -35,7 +36,7 @@ class Param:
             or (self.type is int and not isinstance(value, int))
         ):
             raise RefusedError(f"{action}: {name} must be {self.type.__name__}, not {value!r}")
-        if not (self.low <= value <= self.high and math.isfinite(value)):
+        if not (self.low <= value <= self.high and abs(value) <= sys.float_info.max):
             raise RefusedError(f"{action}: {name}={value!r} lies outside [{self.low:g}, {self.high:g}]")
 
 
