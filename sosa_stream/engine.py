@@ -267,7 +267,7 @@ class Engine:
         self._windows.ended = True
         self._detect(On.END)
         self._repairs.end_run()
-        self._tracker.finish(self._windows.step)
+        self._tracker.finish(self._windows)
 
     def _advance(self) -> None:
         """Take every step that is complete by now, one by one, with the effects of each in order."""

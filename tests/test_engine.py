@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sosa_stream.config import DetectSettings
 from sosa_stream.decide.commands import FINAL_STATES, CommandRecord, CommandState, Verdict
+from sosa_stream.decide.experience import NONE
 from sosa_stream.decide.requests import Approve
 from sosa_stream.detect.alignment import Row
 from sosa_stream.detect.attendance import LOST_AFTER_SECONDS
 from sosa_stream.detect.incidents import Incident, IncidentState
 from sosa_stream.detect.reports import together
+from sosa_stream.detect.schedule import LR_STANDS_STEPS
 from sosa_stream.detect.windows import Reports, RunWindows
-from sosa_stream.effects import CommandChanged, Event, IncidentChanged, Notice, Publish, Timer, Withdraw
+from sosa_stream.effects import CommandChanged, Event, IncidentChanged, Notice, OutcomeCounted, Publish, Timer, Withdraw
 from sosa_stream.engine import Engine
 from sosa_stream.protocol.codec import encode
 from sosa_stream.protocol.columns import COLUMNS
@@ -187,6 +191,67 @@ def _stands_from_200(step: int, multiplier: float) -> float:
     """What keeps the simulated loss where it was at step 200, as long as the rate is so low."""
     healthy = 1.8 + 2.7 * math.exp(-step / 120)
     return 1.8 + 2.7 * math.exp(-200 / 120) - healthy if step >= 200 and multiplier < 10 else 0.0
+
+
+def _suffers(*stretches: range) -> Callable[[int, float], float]:
+    return lambda step, multiplier: 3.0 if any(step in stretch for stretch in stretches) else 0.0
+
+
+def _outlived_jump(*, back_at: int = 10**6, hurts: tuple[range, ...] = (range(301, 311),), **job: Any) -> Simulation:
+    """A rate that jumps by 10 at step 300 of a long schedule; the loss is well again while it stands there."""
+    fields: dict[str, Any] = {"seed": 0, "num_steps": 20_000, "stop_at": 500, "policy": {"mode": "suggest"}} | job
+    return SimulatedJob(
+        lr_factor=lambda step: 10.0 if 300 <= step < back_at else 1.0, damage=_suffers(*hurts), **fields
+    ).run()
+
+
+def test_a_jump_is_not_over_while_the_rate_stands_where_it_jumped_to_and_a_person_can_still_have_it_back() -> None:
+    sim = _outlived_jump(asks={450: lambda engine: Approve(command=engine.view().commands[0].id, who="ann")})
+    (incident,), (record,) = sim.incidents, sim.commands
+    assert _what(incident)[0] == "lr_jump"
+    assert (record.made_step, record.applied_step) == (301, 452)
+    assert _how(record)[1:] == ("verified", "helped")
+    assert incident.state is IncidentState.RESOLVED
+    assert incident.resolved_step is not None
+    assert incident.resolved_step > 452
+
+
+def test_a_jump_is_over_once_the_rate_has_come_back_and_has_lasted_so_long() -> None:
+    sim = _outlived_jump(back_at=400)
+    (incident,), (record,) = sim.incidents, sim.commands
+    assert (incident.resolved_step, str(record.state)) == (400, "expired")
+    (counted,) = [effect.outcome for effect in sim.effects if isinstance(effect, OutcomeCounted)]
+    assert (counted.fix, counted.verdict, counted.lasted_steps) == (NONE, Verdict.HELPED, 399 - record.made_step)
+
+
+def test_a_jump_that_still_stands_when_the_run_ends_is_open() -> None:
+    assert [_what(incident)[2] for incident in _outlived_jump().incidents] == ["open"]
+
+
+def test_a_rate_that_has_stood_for_long_is_the_runs_own_and_was_no_recovery() -> None:
+    sim = _outlived_jump(stop_at=2500)
+    (incident,), (record,) = sim.incidents, sim.commands
+    assert incident.resolved_step is not None
+    assert LR_STANDS_STEPS < incident.resolved_step - 310 < LR_STANDS_STEPS + 100
+    assert record.reason.endswith("nobody approved it")
+    (counted,) = [effect.outcome for effect in sim.effects if isinstance(effect, OutcomeCounted)]
+    assert counted.verdict is Verdict.NO_EFFECT
+
+
+def test_a_run_that_suffers_again_from_the_same_jump_has_one_incident_and_from_something_else_another() -> None:
+    hurts = (range(301, 311), range(345, 350), range(450, 480))
+    jump, other = _outlived_jump(hurts=hurts).incidents
+    assert (jump.kind, jump.first_step) == ("lr_jump", 300)
+    assert other.kind in ("loss_spike", "loss_divergence")
+    assert other.first_step == 450
+
+
+def test_what_else_goes_wrong_beside_a_jump_that_still_stands_is_repaired_and_the_jump_gets_no_fix_by_itself() -> None:
+    policy = {"mode": "auto", "allow": ["clip_grad"]}
+    sim = _outlived_jump(hurts=(range(301, 311), range(450, 480)), policy=policy)
+    jump, other = sim.incidents
+    assert [record.incident for record in sim.commands if record.made_step > 330] == [other.id]
+    assert {record.incident for record in sim.commands if record.made_step <= 330} == {jump.id}
 
 
 def test_a_rate_that_swings_is_held_until_it_has_stayed_back() -> None:

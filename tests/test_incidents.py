@@ -151,8 +151,8 @@ def test_the_same_fault_after_closing_is_a_new_incident() -> None:
 
 def test_at_the_end_of_the_run_only_what_has_recovered_resolves() -> None:
     well, ill = _track([_finding("nan_loss", 0)], extra=5), _track([_finding("nan_loss", 0)])
-    well.finish(5)
-    ill.finish(0)
+    for tracker in (well, ill):
+        tracker.finish(RunWindows(DetectSettings()))
     assert (_only(well).state, _only(ill).state) == (IncidentState.RESOLVED, IncidentState.OPEN)
 
 

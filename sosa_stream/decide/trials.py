@@ -8,7 +8,7 @@ from sosa_stream.decide.commands import CommandState, Verdict
 from sosa_stream.decide.experience import CREDIT, NONE, RECOVERY_POINTS, Experience, Outcome
 from sosa_stream.decide.ledger import Entry
 from sosa_stream.decide.probation import Probation
-from sosa_stream.detect.tracker import OpenIncident, in_band
+from sosa_stream.detect.tracker import OpenIncident, in_band, lr_is_up
 from sosa_stream.detect.windows import RunWindows
 from sosa_stream.protocol.actions import Action
 
@@ -92,7 +92,7 @@ class Trials:
 
     def watch_untreated(self, entry: Entry, known: OpenIncident | None, windows: RunWindows) -> None:
         """One more step of a proposal that waits for a person: what its incident does by itself."""
-        if known is not None and not _well(known, windows):
+        if known is not None and (lr_is_up(known, windows) or not _well(known, windows)):
             self._last_bad[entry.record.id] = windows.step
 
     def end_untreated(self, entry: Entry, step: int, *, healed: bool) -> None:

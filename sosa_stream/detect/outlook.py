@@ -68,7 +68,10 @@ def clears(detector: Detector, level: Level | None) -> str:
     points = f"{detector.quiet_points} points in a row"
     if detector.disturbs and level is not None:
         each = level.center + level.threshold * level.scale
-        return f"the loss stays below {each:.4g}, five's median below {level.top:.4g}, with no finding, for {points}"
+        rate = ", and the learning rate has come back" if detector.kind == "lr_jump" else ""
+        return (
+            f"the loss stays below {each:.4g}, five's median below {level.top:.4g}, with no finding, for {points}{rate}"
+        )
     if detector.well is not None:
         return f"the metric keeps the rule for {points}"
     return f"{points} do not show it"

@@ -16,6 +16,9 @@ LR_LAG, LR_WINDOW = 8, 64
 """The recent schedule ends this many steps back, so that a jump in several steps is one too, and is this long."""
 LR_SUFFER_POINTS = 64
 """A jump that the run has borne for this long is its schedule."""
+LR_STANDS_STEPS = 2000
+"""A rate that stands for this long where it jumped to, with the run well, is the run's own from then on. Until then a
+person may want it back: as long as a proposal waits for one (`decide/dispatch.py`)."""
 LR_FALL_RATIO = 1000.0
 """A learning rate that falls this far in one step has collapsed: schedules take steps of 10, some a last one of 100."""
 

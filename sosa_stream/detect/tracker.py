@@ -15,6 +15,7 @@ from sosa_stream.detect.detectors import BY_KIND, QUIET_POINTS, Detector
 from sosa_stream.detect.incidents import Finding, Group, Incident, IncidentState, Severity
 from sosa_stream.detect.origin import finds_out, with_facts
 from sosa_stream.detect.outlook import clears, worsens
+from sosa_stream.detect.schedule import LR_RATIO, LR_STANDS_STEPS
 from sosa_stream.detect.statistics import Level
 from sosa_stream.detect.windows import RunWindows
 
@@ -93,6 +94,9 @@ class OpenIncident:
     """Of an earlier generation: nothing joins it and nothing is done about it any more."""
     is_usual: bool = False
     """Its level of the loss was learned as the normal one since; it is over once the level before it is back."""
+    well_since: int | None = None
+    """The step at which it would have been over, had the learning rate come back from its jump: the run learns as ever,
+    so that nothing but that jump joins it, and nothing is done about it but what a person approves."""
     again_in: int = 0
     """Points from the last finding until its detector looked again."""
 
@@ -129,8 +133,8 @@ class Tracker:
 
     @property
     def open(self) -> tuple[OpenIncident, ...]:
-        """Those of this generation."""
-        return tuple(known for known in self._open.values() if not known.of_past)
+        """Those of this generation that the run suffers from."""
+        return tuple(known for known in self._open.values() if not known.of_past and known.well_since is None)
 
     @property
     def incidents(self) -> tuple[Incident, ...]:
@@ -157,13 +161,13 @@ class Tracker:
     def calm_above(self) -> tuple[Level, ...] | None:
         """Levels above which losses change nothing for any open incident, so that many can be passed at once.
 
-        None where an incident depends on the loss of single steps.
+        None where an incident depends on the loss of single steps, or on their rate.
         """
         levels = []
         for known in self._open.values():
-            if known.is_usual and known.loss_level is not None:
+            if known.is_usual and known.loss_level is not None and known.well_since is None:
                 levels.append(known.loss_level)
-            elif known.holds_band:
+            elif known.holds_band or known.incident.kind == "lr_jump":
                 return None
         return tuple(levels)
 
@@ -188,8 +192,13 @@ class Tracker:
             if known.of_past:
                 healthy = healthy and not self.hold
             known.num_healthy = known.num_healthy + 1 if healthy else 0
-            if known.num_healthy >= known.patience and known.incident.id not in kept_open:
-                self._resolve(known, windows.step)
+            if known.incident.id in kept_open:
+                known.well_since = None
+            elif known.well_since is not None or known.num_healthy >= known.patience:
+                if known.well_since is None:
+                    known.well_since = windows.step
+                if not lr_is_up(known, windows) or windows.step - known.well_since > LR_STANDS_STEPS:
+                    self._resolve(known, windows.step)
 
     def pass_quiet(self, windows: RunWindows, steps: NDArray[np.int64]) -> None:
         """As `pass_step` after each of ``steps``, which were quiet: above `calm_above`, and nothing was found."""
@@ -209,12 +218,13 @@ class Tracker:
             if known.last_found_step == last_found:
                 known.last_found_step = int(steps[-1])
 
-    def finish(self, step: int) -> None:
+    def finish(self, windows: RunWindows) -> None:
         """The run is over: what is back in its band resolves, the rest stays open."""
         for known in tuple(self._open.values()):
             seldom = known.patience > QUIET_POINTS
-            if known.num_healthy >= (known.patience if seldom else HEALTHY_STEPS_AT_END):
-                self._resolve(known, step)
+            enough = known.num_healthy >= (known.patience if seldom else HEALTHY_STEPS_AT_END)
+            if enough and not lr_is_up(known, windows):
+                self._resolve(known, windows.step)
 
     def begin_generation(self) -> None:
         """A new process group or a new model: what is open is over once the new one is well for a while.
@@ -224,6 +234,7 @@ class Tracker:
         for known in self._open.values():
             known.loss_level = None
             known.of_past, known.last_found_step, known.num_healthy = True, -1, 0
+            known.well_since = None
 
     def begin_segment(self) -> None:
         """A new level of the loss was learned as normal: what was before is no longer comparable.
@@ -248,6 +259,9 @@ class Tracker:
 
     def _cause_of(self, finding: Finding) -> OpenIncident | None:
         """The open incident that explains a finding: the same kind, one that brings it about, or its own effect."""
+        for known in self._open.values():
+            if known.well_since is not None and _is_same_jump(finding, known.incident):
+                return known
         fits = [known for known in self.open if _belongs(finding, known.incident) and _keeps_cap(finding, known)]
         if not fits and finding.kind in _CONSEQUENCES:
             warned = [known for known in self.open if known.incident.severity >= Severity.WARNING]
@@ -294,7 +308,7 @@ class Tracker:
 
     def _join(self, known: OpenIncident, finding: Finding, hosts: Mapping[int, str]) -> None:
         incident = known.incident
-        known.last_found_step = max(known.last_found_step, finding.step)
+        known.last_found_step, known.well_since = max(known.last_found_step, finding.step), None
         if _only_saw_it(finding, incident):
             return
         if finding.kind == incident.kind:
@@ -365,6 +379,19 @@ def in_band(known: OpenIncident, windows: RunWindows) -> bool:
     if not known.is_judged_by_level:  # the band has gone along with the loss
         return windows.losses.excursion is None
     return known.loss_level.holds(windows.loss) and windows.losses.smoothed(5) <= known.loss_level.top
+
+
+def lr_is_up(known: OpenIncident, windows: RunWindows) -> bool:
+    """Whether the learning rate, as fixes have left it, is still far above that of before the jump."""
+    before = known.incident.evidence.get("lr_before") if known.incident.kind == "lr_jump" else None
+    if known.of_past or windows.lr is None or not before:
+        return False
+    return bool(windows.lr > LR_RATIO * before)
+
+
+def _is_same_jump(finding: Finding, incident: Incident) -> bool:
+    jump = finding.evidence.get("jump_step")
+    return jump is not None and finding.kind == incident.kind and jump == incident.evidence.get("jump_step")
 
 
 def _usual_lr(windows: RunWindows, first_step: int) -> float | None:
