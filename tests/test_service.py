@@ -230,3 +230,27 @@ def test_a_request_that_is_withdrawn_is_not_carried_out(tmp_path: Path) -> None:
     asyncio.run(serve_requests(tmp_path, Withdrawing))
     assert audited(tmp_path) == [(0, "withdrawn")]
     assert num_pauses(tmp_path) == 0
+
+
+def test_a_store_that_is_locked_holds_up_no_run_and_has_all_rows_once_it_is_free(tmp_path: Path) -> None:
+    def act(daemon: Daemon, address: str) -> None:
+        with contextlib.ExitStack() as stack:
+            agents = [stack.enter_context(RingAgent(address, run)) for run in ("first", "second")]
+            agents[0].add_hello()
+            wait_until(agents[0].pump, "an acknowledged hello")
+            other = stack.enter_context(contextlib.closing(open_store(tmp_path, read_only=False)))
+            other.execute("BEGIN IMMEDIATE")
+            began = time.monotonic()
+            for i in range(20):
+                for agent in agents:  # the second run begins while nothing can be written
+                    agent.add_frames([i]) if i else agent.add_hello()
+                    wait_until(agent.pump, "an acknowledged frame")
+            assert time.monotonic() - began < 4.0, "nobody waits for the store, which is waited for longer"
+            other.execute("ROLLBACK")
+            rows = "SELECT run FROM runs ORDER BY run"
+            wait_until(lambda: other.execute(rows).fetchall() == [("first",), ("second",)], "the rows")
+            agents[0].add_frames([20])
+            wait_until(agents[0].pump, "an acknowledged frame")
+            assert not daemon._unwritten
+
+    with_daemon(tmp_path, act, engine_factory=Engine)

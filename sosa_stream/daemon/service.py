@@ -43,6 +43,8 @@ REQUEST_POLL_SECONDS = 0.2
 TOO_LATE_SECONDS = 600.0
 """Age of a request that is no longer carried out; clocks of hosts that share a home may differ by as much."""
 SNAPSHOT_SECONDS = 0.2
+STORE_SECONDS = 0.25
+"""What is received is told to be once its rows are written, too, unless that takes longer than this."""
 TIMER_SECONDS = 1.0
 FORGET_SECONDS = 600.0
 """A run that all its processes have left is closed when nobody has been heard for this long."""
@@ -106,6 +108,8 @@ class Daemon:
         self._forget_seconds = forget_seconds
         self._runs: dict[str, Run] = {}
         self._unwritten = Changes()
+        self._writing: asyncio.Task[None] | None = None
+        self._store_is_slow = False
         self._rejects = Rejects()
         self._last_message_at = time.monotonic()
         self._is_behind = False
@@ -174,6 +178,10 @@ class Daemon:
             if expected is None:
                 raise
             raise expected.exceptions[0] from None
+        finally:
+            if self._writing is not None:  # the end did not come in good order
+                self._writing.cancel()
+                await asyncio.wait([self._writing])
 
     async def _finish(self) -> None:
         while batch := await self._channel.drain(timeout_seconds=0):
@@ -181,6 +189,8 @@ class Daemon:
         await self._tick()
         self._show()
         await self._write_store()
+        if self._writing is not None:
+            await self._writing
         log.info("ended with everything recorded")
         for webhook in self._webhooks:
             webhook.close()
@@ -285,19 +295,33 @@ class Daemon:
                 webhook.offer(notification)
 
     async def _write_store(self) -> None:
+        """Have what has changed written. A task of its own waits for a store that is locked, and the runs go on."""
         for run in self._runs.values():
             self._unwritten.update(run.changes)
             run.changes = Changes()
-        if not self._unwritten:
-            return
-        writing, self._unwritten = self._unwritten, Changes()
+        if self._writing is None and self._unwritten:
+            self._writing = asyncio.create_task(self._write_rows())
+        if self._writing is not None and not self._store_is_slow:
+            done, pending = await asyncio.wait([self._writing], timeout=STORE_SECONDS)
+            self._store_is_slow = bool(pending)
+            for task in done:
+                task.result()
+
+    async def _write_rows(self) -> None:
+        """Until nothing is left to be written, or it cannot be."""
         try:
-            await self._store.write(writing)
-        except sqlite3.Error as error:
-            # The recording has it all; the rows are kept and tried again with the next ones.
-            log.warning("the store cannot be written, for now: %s", error)
-            writing.update(self._unwritten)
-            self._unwritten = writing
+            while self._unwritten:
+                writing, self._unwritten = self._unwritten, Changes()
+                try:
+                    await self._store.write(writing)
+                except sqlite3.Error as error:
+                    # The recording has it all; the rows are kept and tried again with the next ones.
+                    log.warning("the store cannot be written, for now: %s", error)
+                    writing.update(self._unwritten)
+                    self._unwritten = writing
+                    return
+        finally:
+            self._writing, self._store_is_slow = None, False
 
     def _republish(self) -> None:
         for run in self._runs.values():

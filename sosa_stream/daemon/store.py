@@ -6,7 +6,8 @@ import asyncio
 import json
 import sqlite3
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +31,9 @@ from sosa_stream.decide.experience import Outcome
 from sosa_stream.decide.requests import Reply
 from sosa_stream.detect.incidents import Incident
 from sosa_stream.errors import ConfigError
+
+TURN_MS = 50
+"""Each look at whether a locked store is free: between two of them it is read by whoever else waits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +124,26 @@ class Store:
         if version not in OLDER_VERSIONS | {0, SCHEMA_VERSION}:
             raise ConfigError(f"{self._path} has schema version {version}, this daemon writes version {SCHEMA_VERSION}")
         await self._db.executescript(SCHEMA)
+        await self._db.execute(f"PRAGMA busy_timeout = {TURN_MS}")
+
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[None]:
+        """All that is written within, or nothing. A store that is locked is waited for, and can be read meanwhile."""
+        async with self._write_lock:  # one connection, one transaction at a time
+            deadline = time.monotonic() + BUSY_TIMEOUT_MS / 1000
+            while True:
+                try:
+                    await self._db.execute("BEGIN IMMEDIATE")
+                    break
+                except sqlite3.OperationalError as error:
+                    if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                        raise
+            try:
+                yield
+                await self._db.execute("COMMIT")
+            except BaseException:
+                await self._db.execute("ROLLBACK")
+                raise
 
     async def write(self, changes: Changes) -> None:
         """Write rows in one transaction.
@@ -128,30 +152,24 @@ class Store:
             sqlite3.Error: nothing was written.
         """
         now = time.time()
-        async with self._write_lock:  # one connection, one transaction at a time
-            await self._db.execute("BEGIN IMMEDIATE")
-            try:
+        async with self._transaction():
+            await self._db.executemany(
+                "INSERT INTO runs VALUES (?1, ?2, ?3, ?4, ?4) ON CONFLICT (run) DO UPDATE SET "
+                "generation = excluded.generation, step = excluded.step, last_seen = excluded.last_seen",
+                [(row.run, row.generation, row.step, row.seen_at) for row in changes.runs.values()],
+            )
+            await self._db.executemany(
+                "INSERT INTO detectors VALUES (?, ?) ON CONFLICT (run) DO UPDATE SET states = excluded.states "
+                "WHERE states <> excluded.states",
+                [(row.run, json_line(row.detectors)) for row in changes.runs.values()],
+            )
+            for table, records in (("incidents", changes.incidents), ("commands", changes.commands)):
                 await self._db.executemany(
-                    "INSERT INTO runs VALUES (?1, ?2, ?3, ?4, ?4) ON CONFLICT (run) DO UPDATE SET "
-                    "generation = excluded.generation, step = excluded.step, last_seen = excluded.last_seen",
-                    [(row.run, row.generation, row.step, row.seen_at) for row in changes.runs.values()],
+                    f"INSERT INTO {table} VALUES (?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
+                    "state = excluded.state, changed_at = excluded.changed_at, record = excluded.record",
+                    [(r.id, r.run, str(r.state), now, json_line(r.as_dict())) for r in records.values()],
                 )
-                await self._db.executemany(
-                    "INSERT INTO detectors VALUES (?, ?) ON CONFLICT (run) DO UPDATE SET states = excluded.states "
-                    "WHERE states <> excluded.states",
-                    [(row.run, json_line(row.detectors)) for row in changes.runs.values()],
-                )
-                for table, records in (("incidents", changes.incidents), ("commands", changes.commands)):
-                    await self._db.executemany(
-                        f"INSERT INTO {table} VALUES (?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
-                        "state = excluded.state, changed_at = excluded.changed_at, record = excluded.record",
-                        [(r.id, r.run, str(r.state), now, json_line(r.as_dict())) for r in records.values()],
-                    )
-                await self._db.executemany(INSERT, [row.values() for row in changes.outcomes.values()])
-                await self._db.execute("COMMIT")
-            except BaseException:
-                await self._db.execute("ROLLBACK")
-                raise
+            await self._db.executemany(INSERT, [row.values() for row in changes.outcomes.values()])
 
     async def outcomes(self, project: str, before: float) -> tuple[Outcome, ...]:
         """What a project's runs had learned by a time in seconds since the epoch, oldest first."""
@@ -169,13 +187,13 @@ class Store:
 
     async def take_up(self, asked: int) -> bool:
         """Keep a request from being withdrawn, before it is carried out. False: it is answered or withdrawn already."""
-        async with self._write_lock:
+        async with self._transaction():
             query = "UPDATE audit SET done = 1 WHERE id = ? AND answered_at IS NULL"
             return (await self._db.execute(query, (asked,))).rowcount == 1
 
     async def answer(self, asked: int, reply: Reply) -> None:
         """Answer a request. What is answered already stays as it is."""
-        async with self._write_lock:
+        async with self._transaction():
             await self._db.execute(
                 "UPDATE audit SET answered_at = ?, done = ?, command = ?, answer = ? "
                 "WHERE id = ? AND answered_at IS NULL",
@@ -199,5 +217,5 @@ class Store:
     async def note_notified(self, notification: Notification, target: str, outcome: str) -> None:
         """Settle it."""
         row = (notification.incident.id, str(notification.event), target, time.time(), outcome)
-        async with self._write_lock:
+        async with self._transaction():
             await self._db.execute("INSERT OR REPLACE INTO notifications VALUES (?, ?, ?, ?, ?)", row)
