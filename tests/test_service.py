@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from daemon_process import LOOPBACK, RingAgent, wait_until
 
-from sosa_stream.cli import control
+from sosa_stream.cli import control, main
 from sosa_stream.config import load_settings
 from sosa_stream.daemon import service
 from sosa_stream.daemon.run import Run
@@ -180,6 +180,45 @@ def ask_for_a_pause(home: Path) -> None:
         store.execute(
             "INSERT INTO audit (at, who, run, what, details) VALUES (?, 'ann', 'run', 'pause', '{}')", (time.time(),)
         )
+
+
+DAMAGED = (
+    (4e9, "ann", "pause", "no json"),
+    (4e9, "ann", "pause", "[" * 100_000),
+    (4e9, "ann", "pause", "[]"),
+    (4e9, "ann", "pause", b"\xff"),
+    ("noon", "ann", "pause", "{}"),
+    (1e300, "ann", "pause", "{}"),
+    (4e9, b"\xff", "pause", "{}"),
+    (4e9, "ann", b"\xff", "{}"),
+    (4e9, "ann", "no such request", "{}"),
+    (4e9, "ann", "pause", '{"reason": "\\ud800"}'),
+    (4e9, "ann", "pause", '{"reason": 7}'),
+    (4e9, "ann", "fix", '{"action": "set_knob", "params": 7}'),
+    (4e9, "ann", "fix", '{"action": "set_knob", "params": {"name": "beta", "value": 1e999}}'),
+    (4e9, "ann", "fix", f'{{"action": "set_knob", "params": {{"name": "beta", "value": {10**400}}}}}'),
+    (4e9, "ann", "fix", '{"action": ["set_knob"], "params": {}}'),
+    (4e9, "ann", "undo", '{"command": {}}'),
+)
+
+
+def test_a_damaged_row_of_the_audit_is_refused_and_the_next_one_carried_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded(tmp_path, "run")
+    asyncio.run(serve_requests(tmp_path, Store))
+    with contextlib.closing(open_store(tmp_path, read_only=False)) as store:
+        store.executemany("INSERT INTO audit (at, who, run, what, details) VALUES (?, ?, 'run', ?, ?)", DAMAGED)
+        store.execute("INSERT INTO audit (at, who, run, what) VALUES (4e9, 'ann', 'run', CAST(x'ff' AS TEXT))")
+    ask_for_a_pause(tmp_path)
+    asyncio.run(serve_requests(tmp_path, Store))
+    *refused, carried_out = audited(tmp_path)
+    assert [done for done, _ in refused] == [0] * (len(DAMAGED) + 1)
+    assert all(refused)
+    assert carried_out == (1, "nothing is applied by itself")
+    assert num_pauses(tmp_path) == 1
+    assert main(["audit", "--home", str(tmp_path)]) == 0
+    assert capsys.readouterr().err.count("damaged") == 8
 
 
 def audited(home: Path) -> list[tuple[int | None, str]]:

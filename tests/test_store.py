@@ -94,7 +94,7 @@ def test_a_request_is_answered_once(tmp_path: Path) -> None:
             "INSERT INTO audit (at, who, run, what, details) VALUES (1.0, 'ann', 'run', 'fix', '{\"a\": 1}')"
         )
         (asked,) = await store.unanswered()
-        assert (asked.at, asked.who, asked.run, asked.what, asked.details) == (1.0, "ann", "run", "fix", {"a": 1})
+        assert (asked.at, asked.who, asked.run, asked.what, asked.details) == (1.0, "ann", "run", "fix", '{"a": 1}')
         await store.answer(asked.id, Reply(done=True, text="done", command="c1"))
         await store.answer(asked.id, Reply(done=False, text="something else"))
         assert await store.unanswered() == []

@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import sqlite3
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from sosa_stream.cli.home import add_home, check_run, find_record, home_of, local_time, opened_store, table, who
 from sosa_stream.daemon.schema import json_line
-from sosa_stream.decide.requests import Approve, Fix, Pause, Reply, Request, Resume, Undo, words_of
+from sosa_stream.decide.requests import Approve, Fix, Pause, Reply, Request, Resume, Undo, read_details, words_of
 from sosa_stream.errors import RefusedError, SosaError, UsageError
 from sosa_stream.plain import suggestion
 from sosa_stream.protocol.actions import ACTIONS, Action, Param
@@ -151,7 +152,11 @@ def audited(store: sqlite3.Connection, run: str | None) -> list[dict[str, Any]]:
     rows = []
     for *values, record in store.execute(query, (run,)):
         row = dict(zip(keys, values, strict=True))
-        row["details"] = json.loads(row["details"])
+        try:
+            row["details"] = read_details(row["at"], row["who"], row["what"], row["details"])
+        except RefusedError as error:
+            print(f"sosa: left out: {error}", file=sys.stderr)
+            continue
         row["done"] = None if row["answer"] is None else bool(row["done"])
         became = {} if record is None else json.loads(record)
         rows.append({**row, "state": became.get("state"), "detail": became.get("detail")})
@@ -168,11 +173,12 @@ def what_came(row: dict[str, Any]) -> str:
 def asked_for(row: dict[str, Any]) -> str:
     """``fix scale_lr factor=0.5``, ``pause (a reason)``."""
     details = row["details"]
-    params = [f"{name}={value}" for name, value in details.get("params", {}).items()]
-    words = [row["what"], details.get("action", ""), *params, details.get("command", "")]
+    params = details.get("params")
+    pairs = [f"{name}={value}" for name, value in params.items()] if isinstance(params, dict) else []
+    words = [row["what"], details.get("action", ""), *pairs, details.get("command", "")]
     words += ["--on-probation"] * bool(details.get("on_probation"))
     words += [f"({details['reason']})"] if details.get("reason") else []
-    return " ".join(filter(None, words))
+    return " ".join(map(str, filter(None, words)))
 
 
 def ask(home: Path, run: str, request: Request) -> Reply:

@@ -98,10 +98,16 @@ def open_store(home: Path, *, read_only: bool = True) -> sqlite3.Connection:
             version = SCHEMA_VERSION
     except sqlite3.Error as error:
         raise UsageError(f"cannot read {path}: {error}") from None
+    connection.text_factory = any_text
     if version != SCHEMA_VERSION:
         connection.close()
         raise UsageError(f"{path} has schema version {version}, this program reads version {SCHEMA_VERSION}")
     return connection
+
+
+def any_text(data: bytes) -> str:
+    """What SQLite calls text may be any bytes; one such row must not keep others from being read."""
+    return data.decode(errors="replace")
 
 
 def _may_write(folder: Path) -> bool:

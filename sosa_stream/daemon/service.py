@@ -26,7 +26,7 @@ from sosa_stream.daemon.rejects import Rejects
 from sosa_stream.daemon.run import TOO_MANY, UNRECORDABLE, EngineFactory, Run, recording_path
 from sosa_stream.daemon.store import Asked, Changes, Store
 from sosa_stream.daemon.webhook import DEADLINE_SECONDS, Outcome, Webhook
-from sosa_stream.decide.requests import Reply, read_request
+from sosa_stream.decide.requests import Reply, read_details, read_request
 from sosa_stream.effects import Timer
 from sosa_stream.errors import ConfigError, ProtocolError, RefusedError, SosaError, UsageError
 from sosa_stream.protocol.body import Reject
@@ -64,10 +64,11 @@ def _reply(asked: Asked, run: Run) -> Reply:
     if reply := run.replies.get(asked.key):
         return reply
     now = time.time()
-    if now - asked.at > TOO_LATE_SECONDS:  # who asked was killed while waiting
-        return Reply(done=False, text="too late: nobody waits for it any more")
     try:
-        return run.ask(read_request(asked.what, asked.who, {**asked.details, "asked": asked.key}), now)
+        details = read_details(asked.at, asked.who, asked.what, asked.details)
+        if now - asked.at > TOO_LATE_SECONDS:  # who asked was killed while waiting
+            return Reply(done=False, text="too late: nobody waits for it any more")
+        return run.ask(read_request(asked.what, asked.who, {**details, "asked": asked.key}), now)
     except (RefusedError, ProtocolError) as error:
         return Reply(done=False, text=str(error))
 

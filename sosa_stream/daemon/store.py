@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -11,7 +10,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import aiosqlite
 
@@ -24,6 +22,7 @@ from sosa_stream.daemon.schema import (
     SCHEMA,
     SCHEMA_VERSION,
     STORE_NAME,
+    any_text,
     json_line,
 )
 from sosa_stream.decide.commands import CommandRecord
@@ -75,7 +74,8 @@ class Asked:
     who: str
     run: str
     what: str
-    details: Mapping[str, Any]
+    details: str
+    """JSON, if whoever wrote it knew how: `read_details` tells."""
 
     @property
     def key(self) -> str:
@@ -115,6 +115,7 @@ class Store:
         await self._db.close()
 
     async def _prepare(self) -> None:
+        self._db.text_factory = any_text
         await self._db.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
         await self._db.execute("PRAGMA journal_mode = WAL")
         await self._db.execute("PRAGMA synchronous = NORMAL")  # the recording is what must not be lost
@@ -178,12 +179,10 @@ class Store:
 
     async def unanswered(self) -> list[Asked]:
         """Requests without an answer, oldest first."""
-        keys = ("id", "at", "who", "run", "what")
-        query = f"SELECT {', '.join(keys)}, details FROM audit WHERE answered_at IS NULL ORDER BY id"
+        keys = ("id", "at", "who", "run", "what", "details")
+        query = f"SELECT {', '.join(keys)} FROM audit WHERE answered_at IS NULL ORDER BY id"
         async with self._db.execute(query) as cursor:
-            return [
-                Asked(**dict(zip(keys, row[:-1], strict=True)), details=json.loads(row[-1])) async for row in cursor
-            ]
+            return [Asked(**dict(zip(keys, row, strict=True))) async for row in cursor]
 
     async def take_up(self, asked: int) -> bool:
         """Keep a request from being withdrawn, before it is carried out. False: it is answered or withdrawn already."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -87,8 +88,7 @@ def read_request(what: str, who: Any, details: Mapping[str, Any]) -> Request:
         RefusedError: it is of another version, damaged, or asks for an action that there is not.
     """
     try:
-        if not isinstance(who, str):
-            raise TypeError("who")
+        who = _text(who)
         asked = _text(details.get("asked", ""))
         match what:
             case "approve":
@@ -111,7 +111,28 @@ REQUESTS = ("approve", "undo", "pause", "resume", "fix")
 """What can be asked."""
 
 
+LATEST = 1e11
+"""No time is later, in seconds since the epoch: the calendar ends soon after."""
+
+
+def read_details(at: object, who: object, what: object, details: object) -> dict[str, Any]:
+    """The details in a row of the audit: anybody who may write the store may have written it.
+
+    Raises:
+        RefusedError: they cannot be read, or something else in it is of another kind.
+    """
+    try:
+        read = json.loads(details) if isinstance(details, str) else None
+    except (ValueError, RecursionError):
+        read = None
+    is_time = isinstance(at, float) and 0.0 <= at < LATEST
+    if not isinstance(read, dict) or not is_time or not isinstance(who, str) or not isinstance(what, str):
+        raise RefusedError("the row of the audit is damaged")
+    return read
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(repr(value)[:40])
+    value.encode()  # JSON can say half a character
     return value
