@@ -18,6 +18,11 @@ class Timer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JobGone:
+    """The job that the daemon was started for is gone, without a goodbye of all its ranks: none is left to act."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reconfigured:
     """From the next step on it is detected with these settings; before the first such event, with the defaults."""
 
@@ -31,7 +36,7 @@ class Learned:
     outcomes: tuple[Outcome, ...]
 
 
-ShellEvent = Request | Timer | Reconfigured | Learned
+ShellEvent = Request | Timer | JobGone | Reconfigured | Learned
 """What does not come from an agent."""
 Event = AgentMessage | ShellEvent
 

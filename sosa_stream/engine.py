@@ -33,6 +33,7 @@ from sosa_stream.effects import (
     Effect,
     Event,
     IncidentChanged,
+    JobGone,
     Learned,
     Notice,
     Reconfigured,
@@ -120,6 +121,8 @@ class Engine:
         self._pass_time(now)
         if isinstance(event, Request):
             self._people.carry_out(event, self._windows, anybody_there=bool(self._attendance.members))
+        elif isinstance(event, JobGone):
+            self._repairs.end_generation("its processes are gone")
         elif isinstance(event, Reconfigured):
             self.reconfigure(event.settings)
         elif isinstance(event, Learned):

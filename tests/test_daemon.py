@@ -534,6 +534,34 @@ def test_an_embedded_daemon_whose_agents_were_killed_ends_too(tmp_path: Path) ->
         assert daemon.process.wait(20) == 0
 
 
+@pytest.mark.parametrize("how", ["its job is gone", "it was told to end"])
+def test_a_command_of_a_job_that_died_in_the_middle_of_it_gets_a_final_state(
+    tmp_path: Path, agent_of: Callable[..., RingAgent], how: str
+) -> None:
+    home = tmp_path / "home"
+    with DaemonProcess(home, "--embedded", stdin=subprocess.PIPE) as daemon:
+        agents = [agent_of(daemon.address, source=f"s{rank}", rank=rank) for rank in range(2)]
+        feed(agents, sick_run("auto"))
+        wait_until(lambda: agents[0].pump() and agents[0].commands, "the command")
+        fix = agents[0].commands[0]
+        for state in (AckState.HELD, AckState.COMMITTED):
+            for agent in agents:
+                agent.add(lambda header, state=state: Ack(header=header, command=fix.id, state=state, tick=9, step=9))
+                wait_until(agent.pump, "an acknowledged ack")
+        assert daemon.process.stdin is not None
+        if how == "its job is gone":
+            daemon.process.stdin.close()
+        else:
+            daemon.process.terminate()
+        assert daemon.process.wait(20) == 0
+    with contextlib.closing(open_store(home)) as store:
+        ((state, record),) = store.execute("SELECT state, record FROM commands")
+    if how == "its job is gone":
+        assert (state, json.loads(record)["detail"]) == ("aborted", "its processes are gone")
+    else:  # another daemon may go on
+        assert state == "committed"
+
+
 def test_two_daemons_of_one_home_do_not_write_one_recording(tmp_path: Path) -> None:
     home = tmp_path / "home"
     with (

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sosa_stream.config import DetectorOverride, DetectSettings, MetricRule, Sensitivity, SeverityName
 from sosa_stream.decide.requests import Approve, Fix, Pause, Resume, Undo
-from sosa_stream.effects import Reconfigured, ShellEvent, Timer
+from sosa_stream.effects import JobGone, Reconfigured, ShellEvent, Timer
 from sosa_stream.errors import ProtocolError, SosaError, UsageError
 from sosa_stream.protocol.actions import Action
 from sosa_stream.protocol.codec import encode
@@ -136,7 +136,7 @@ REQUESTS = (
 )
 
 
-@pytest.mark.parametrize("event", [Timer(), *REQUESTS, RECONFIGURED])
+@pytest.mark.parametrize("event", [Timer(), JobGone(), *REQUESTS, RECONFIGURED])
 def test_shell_records_come_back(event: ShellEvent) -> None:
     assert decode_record(encode_shell_record(event)) == event
 

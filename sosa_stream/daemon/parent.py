@@ -15,8 +15,10 @@ MOST_DRAIN_SECONDS = 10.0
 
 async def outlive(
     parent: int, stop: asyncio.Event, last_message_at: Callable[[], float], all_ended: Callable[[], bool]
-) -> None:
+) -> bool:
     """Set ``stop`` when nothing more comes in after the end of file on ``parent``, a file descriptor.
+
+    Returns whether that is why it is set.
 
     Args:
         last_message_at: when something came in last, by `time.monotonic`.
@@ -30,8 +32,9 @@ async def outlive(
         enough_seconds = QUIET_AFTER_BYE_SECONDS if all_ended() else QUIET_SECONDS
         if quiet_seconds > enough_seconds or now - gone_at > MOST_DRAIN_SECONDS:
             stop.set()
-        else:
-            await asyncio.sleep(POLL_SECONDS)
+            return True
+        await asyncio.sleep(POLL_SECONDS)
+    return False
 
 
 async def _end_of_file(fd: int, stop: asyncio.Event) -> None:

@@ -27,7 +27,7 @@ from sosa_stream.daemon.run import TOO_MANY, UNRECORDABLE, EngineFactory, Run, r
 from sosa_stream.daemon.store import Asked, Changes, Store
 from sosa_stream.daemon.webhook import DEADLINE_SECONDS, Outcome, Webhook
 from sosa_stream.decide.requests import Reply, read_details, read_request
-from sosa_stream.effects import Timer
+from sosa_stream.effects import JobGone, Timer
 from sosa_stream.errors import ConfigError, ProtocolError, RefusedError, SosaError, UsageError
 from sosa_stream.protocol.body import Reject
 from sosa_stream.protocol.channels import DaemonChannel
@@ -109,6 +109,7 @@ class Daemon:
         self._forget_seconds = forget_seconds
         self._runs: dict[str, Run] = {}
         self._unwritten = Changes()
+        self._is_orphan = False
         self._writing: asyncio.Task[None] | None = None
         self._store_is_slow = False
         self._rejects = Rejects()
@@ -167,7 +168,7 @@ class Daemon:
             self._every(SNAPSHOT_SECONDS, self._refresh),
         ]
         if self._parent is not None:
-            loops.append(outlive(self._parent, self._stop, lambda: self._last_message_at, self._have_all_ended))
+            loops.append(self._outlive(self._parent))
         try:
             async with asyncio.TaskGroup() as tasks:
                 for webhook in self._webhooks:
@@ -187,6 +188,10 @@ class Daemon:
     async def _finish(self) -> None:
         while batch := await self._channel.drain(timeout_seconds=0):
             await self._take(batch)
+        if self._is_orphan:
+            for run in self._runs.values():
+                if not run.all_ended:
+                    run.tell(JobGone(), time.time())
         await self._tick()
         self._show()
         await self._write_store()
@@ -195,6 +200,10 @@ class Daemon:
         log.info("ended with everything recorded")
         for webhook in self._webhooks:
             webhook.close()
+
+    async def _outlive(self, parent: int) -> None:
+        ended = self._have_all_ended
+        self._is_orphan = await outlive(parent, self._stop, lambda: self._last_message_at, ended)
 
     def _have_all_ended(self) -> bool:
         return all(run.all_ended for run in self._runs.values())

@@ -20,7 +20,7 @@ import msgpack
 from sosa_stream.config import detect_settings
 from sosa_stream.decide.experience import Outcome
 from sosa_stream.decide.requests import REQUESTS, Approve, Fix, Pause, Resume, Undo, read_request, words_of
-from sosa_stream.effects import Event, Learned, Reconfigured, ShellEvent, Timer
+from sosa_stream.effects import Event, JobGone, Learned, Reconfigured, ShellEvent, Timer
 from sosa_stream.errors import ConfigError, ProtocolError, RefusedError, SosaError, UsageError
 from sosa_stream.protocol.body import DEFAULT_LIMITS, Reject
 from sosa_stream.protocol.codec import decode
@@ -142,6 +142,8 @@ def encode_shell_record(event: ShellEvent) -> bytes:
     match event:
         case Timer():
             body |= {"kind": "timer"}
+        case JobGone():
+            body |= {"kind": "job_gone"}
         case Reconfigured():
             body |= {"kind": "reconfigured", "detect": event.settings.as_dict()}
         case Learned():
@@ -177,6 +179,8 @@ def _decode_shell_record(payload: bytes) -> Event:
     kind = body.get("kind")
     if kind == "timer":
         return Timer()
+    if kind == "job_gone":
+        return JobGone()
     if kind in REQUESTS:
         try:
             return read_request(kind, body.get("who"), body)
