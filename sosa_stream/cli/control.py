@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from sosa_stream.cli.home import add_home, check_run, find_record, home_of, local_time, opened_store, table, who
-from sosa_stream.daemon.schema import json_line
-from sosa_stream.decide.requests import Approve, Fix, Pause, Reply, Request, Resume, Undo, read_details, words_of
+from sosa_stream.daemon.schema import json_line, read_details
+from sosa_stream.decide.requests import Approve, Fix, Pause, Reply, Request, Resume, Undo, words_of
 from sosa_stream.errors import RefusedError, SosaError, UsageError
 from sosa_stream.plain import suggestion
 from sosa_stream.protocol.actions import ACTIONS, Action, Param

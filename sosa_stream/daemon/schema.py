@@ -15,7 +15,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from sosa_stream.errors import UsageError
+from sosa_stream.errors import RefusedError, UsageError
 
 STORE_NAME = "sosa.db"
 RECORDING_NAME = "run.sosa"
@@ -112,6 +112,26 @@ def any_text(data: bytes) -> str:
 
 def _may_write(folder: Path) -> bool:
     return os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
+LATEST = 1e11
+"""No time is later, in seconds since the epoch: the calendar ends soon after."""
+
+
+def read_details(at: object, who: object, what: object, details: object) -> dict[str, Any]:
+    """The details in a row of the audit: anybody who may write the store may have written it.
+
+    Raises:
+        RefusedError: they cannot be read, or something else in it is of another kind.
+    """
+    try:
+        read = json.loads(details) if isinstance(details, str) else None
+    except (ValueError, RecursionError):
+        read = None
+    is_time = isinstance(at, float) and 0.0 <= at < LATEST
+    if not isinstance(read, dict) or not is_time or not isinstance(who, str) or not isinstance(what, str):
+        raise RefusedError("the row of the audit is damaged")
+    return read
 
 
 def json_line(value: Mapping[str, Any]) -> str:

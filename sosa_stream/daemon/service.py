@@ -24,9 +24,10 @@ from sosa_stream.daemon.outcomes import project_of
 from sosa_stream.daemon.parent import outlive
 from sosa_stream.daemon.rejects import Rejects
 from sosa_stream.daemon.run import TOO_MANY, UNRECORDABLE, EngineFactory, Run, recording_path
+from sosa_stream.daemon.schema import read_details
 from sosa_stream.daemon.store import Asked, Changes, Store
 from sosa_stream.daemon.webhook import DEADLINE_SECONDS, Outcome, Webhook
-from sosa_stream.decide.requests import Reply, read_details, read_request
+from sosa_stream.decide.requests import Reply, read_request
 from sosa_stream.effects import JobGone, Timer
 from sosa_stream.errors import ConfigError, ProtocolError, RefusedError, SosaError, UsageError
 from sosa_stream.protocol.body import Reject

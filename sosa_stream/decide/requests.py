@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -109,26 +108,6 @@ def read_request(what: str, who: Any, details: Mapping[str, Any]) -> Request:
 
 REQUESTS = ("approve", "undo", "pause", "resume", "fix")
 """What can be asked."""
-
-
-LATEST = 1e11
-"""No time is later, in seconds since the epoch: the calendar ends soon after."""
-
-
-def read_details(at: object, who: object, what: object, details: object) -> dict[str, Any]:
-    """The details in a row of the audit: anybody who may write the store may have written it.
-
-    Raises:
-        RefusedError: they cannot be read, or something else in it is of another kind.
-    """
-    try:
-        read = json.loads(details) if isinstance(details, str) else None
-    except (ValueError, RecursionError):
-        read = None
-    is_time = isinstance(at, float) and 0.0 <= at < LATEST
-    if not isinstance(read, dict) or not is_time or not isinstance(who, str) or not isinstance(what, str):
-        raise RefusedError("the row of the audit is damaged")
-    return read
 
 
 def _text(value: Any) -> str:
