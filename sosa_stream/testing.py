@@ -277,6 +277,6 @@ class Simulation:
             elif action.action == "rollback" and self._ruined_since is not None:
                 if action.params["before_step"] <= self._ruined_since:
                     self._ruined_since = None
-            elif action.action == "revert":
+            elif action.action == "revert" and action.params.get("only", "scale_lr") == "scale_lr":
                 self._multiplier *= self._undo[action.params["command"]]
         self._undo[command.id] = before / self._multiplier

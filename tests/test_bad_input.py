@@ -11,7 +11,7 @@ import pytest
 import torch
 from agent_parts import Watch, act, batches, bits, command, toy, train
 from torch import nn
-from torch.optim import LBFGS, AdamW, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from sosa_stream.engine import Engine
 from sosa_stream.protocol.messages import AckState
@@ -32,14 +32,6 @@ class NoRate(Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parameter -= group["gain"] * parameter.grad
-
-
-def test_a_learning_rate_fix_is_refused_where_lbfgs_would_not_see_it() -> None:
-    model = toy()
-    optimizer = LBFGS(model.parameters(), lr=0.5, max_iter=2)
-    with Watch().installed(optimizer) as watch:
-        optimizer.step(lambda: torch.tensor(0.0))
-        assert "LBFGS reads its rate before" in watch.actuators.refusal(command(act("scale_lr", factor=0.5)), 0)
 
 
 @pytest.mark.parametrize("hold", [0, 1])

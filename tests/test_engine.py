@@ -14,12 +14,12 @@ import pytest
 from sosa_stream.config import DetectSettings
 from sosa_stream.decide.commands import FINAL_STATES, CommandRecord, CommandState, Verdict
 from sosa_stream.decide.experience import NONE
-from sosa_stream.decide.requests import Approve
+from sosa_stream.decide.requests import Approve, Pause, Resume
 from sosa_stream.detect.alignment import Row
 from sosa_stream.detect.attendance import LOST_AFTER_SECONDS
 from sosa_stream.detect.incidents import Incident, IncidentState
 from sosa_stream.detect.reports import together
-from sosa_stream.detect.schedule import LR_STANDS_STEPS
+from sosa_stream.detect.schedule import LR_STANDS_POINTS
 from sosa_stream.detect.windows import Reports, RunWindows
 from sosa_stream.effects import CommandChanged, Event, IncidentChanged, Notice, OutcomeCounted, Publish, Timer, Withdraw
 from sosa_stream.engine import Engine
@@ -129,6 +129,50 @@ def test_a_loss_that_is_nan_is_acted_upon_where_no_gradient_norm_is_known() -> N
     assert not lost.only_loss_is_bad
 
 
+@pytest.mark.parametrize("gap", [1, 10, 21])
+def test_a_fault_that_follows_a_skipped_nan_is_repaired_as_if_there_had_been_none(gap: int) -> None:
+    sim = SimulatedJob(
+        seed=0, num_steps=600, nan_at={300: 0}, damage=lambda step, lr: 2.0 if step >= 300 + gap else 0.0
+    ).run()
+    assert sim.incidents[0].kind == "nan_loss"
+    fixes = [record for record in sim.commands if record.origin == "policy"]
+    assert _how(fixes[0])[0] == ["rollback"]
+    assert (fixes[0].applied_step or 999) < 300 + gap + 40
+
+
+@pytest.mark.parametrize(("loss", "broken"), [(math.nan, True), (math.inf, False)])
+def test_a_loss_that_is_infinite_beside_finite_gradients_is_no_broken_print(loss: float, broken: bool) -> None:
+    windows = RunWindows(DetectSettings())
+    values = np.full((1, len(COLUMNS)), np.nan)
+    values[0, [COLUMNS.index("loss"), COLUMNS.index("grad_norm")]] = loss, 1.0
+    windows.take(Row(step=0, values=values, sent=np.isin(COLUMNS, ["loss", "grad_norm"])[None]))
+    assert windows.only_loss_is_bad == broken
+
+
+def test_of_an_optimizer_without_a_rate_the_weights_are_gone_back_to_and_no_rate_is_scaled() -> None:
+    poisoned = np.where(np.arange(200) < 100, 1.0, np.nan)
+    view = _told_of_a_bad_loss({0, 1}, grad_norm=poisoned, lr=np.full(200, np.nan)).view()
+    assert [action.action for action in view.commands[0].actions] == ["rollback"]
+
+
+def test_what_was_proposed_in_a_pause_for_a_jump_that_still_stands_can_be_approved_after_it() -> None:
+    def jump(step: int) -> float:
+        return 10.0 if step >= 300 else 1.0
+
+    sim = SimulatedJob(
+        seed=0,
+        num_steps=700,
+        lr_factor=jump,
+        damage=lambda step, lr: 3.0 if 300 < step <= 310 else 0.0,
+        asks={250: lambda engine: Pause(who="ann"), 400: lambda engine: Resume(who="ann")},
+        stop_at=500,
+    ).run()
+    (incident,) = sim.incidents
+    assert (incident.kind, str(incident.state)) == ("lr_jump", "open")
+    (record,) = sim.commands
+    assert record.reason.endswith("the run ended"), "and not decided anew, since nothing would be chosen now"
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_nan_and_jump_in_one_run_are_two_incidents_and_no_more(seed: int) -> None:
     sim = SimulatedJob(seed=seed, nan_at={150: 1}, lr_factor=_jump).run()
@@ -232,7 +276,7 @@ def test_a_rate_that_has_stood_for_long_is_the_runs_own_and_was_no_recovery() ->
     sim = _outlived_jump(stop_at=2500)
     (incident,), (record,) = sim.incidents, sim.commands
     assert incident.resolved_step is not None
-    assert LR_STANDS_STEPS < incident.resolved_step - 310 < LR_STANDS_STEPS + 100
+    assert LR_STANDS_POINTS < incident.resolved_step - 310 < LR_STANDS_POINTS + 100
     assert record.reason.endswith("nobody approved it")
     (counted,) = [effect.outcome for effect in sim.effects if isinstance(effect, OutcomeCounted)]
     assert counted.verdict is Verdict.NO_EFFECT

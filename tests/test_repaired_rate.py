@@ -11,7 +11,7 @@ import pytest
 import torch
 from agent_parts import Watch, act, batches, bits, command, loss_of, toy
 from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import LBFGS, SGD, AdamW, Optimizer
 from torch.optim import lr_scheduler as schedules
 
 NUM_STEPS, APPLIED, TAKEN_BACK = 24, 5, 15
@@ -113,6 +113,34 @@ def test_a_rate_that_the_script_sets_by_hand_is_scaled_too() -> None:
             loss_of(model, batch).backward()
             optimizer.step()
     assert seen.effective == [[1.0], [1 / 2], [1 / 3 * FACTOR], [1 / 4 * FACTOR], [1 / 5 * FACTOR], [1 / 6 * FACTOR]]
+
+
+@pytest.mark.parametrize("at", [0, 3])
+def test_a_repaired_rate_reaches_lbfgs_which_reads_it_before_its_closure(at: int) -> None:
+    def run(lr: float, factor: float) -> list[float]:
+        model = nn.Linear(4, 1, bias=False)
+        with torch.no_grad():
+            model.weight.fill_(1.0)
+        optimizer, seen = LBFGS(model.parameters(), lr=lr, max_iter=1), []
+        watch = Watch()
+        watch.fence.due[at] = command(act("scale_lr", factor=factor))
+        with watch.installed(optimizer):
+            for step in range(5):
+
+                def closure() -> Any:
+                    optimizer.zero_grad()
+                    seen.append(optimizer.param_groups[0]["lr"])
+                    loss = (model.weight**2).sum()
+                    loss.backward()
+                    return loss
+
+                if factor == 1.0 and step >= at:
+                    optimizer.param_groups[0]["lr"] = 0.05
+                optimizer.step(closure)
+        assert factor == 1.0 or set(seen) == {lr}, "the script sees its own"
+        return model.weight.tolist()[0]
+
+    assert run(0.5, 0.1) == pytest.approx(run(0.5, 1.0))
 
 
 @pytest.mark.parametrize("in_tensor", [False, True])

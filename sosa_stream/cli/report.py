@@ -134,8 +134,15 @@ def pages(found: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield "in force now"
     standing = [commands[command] for command in found["in_force"] if command in commands]
+    lifted = {
+        (action["params"]["command"], action["params"].get("only"))
+        for record in commands.values()
+        for action in record["actions"]
+        if action["action"] == "revert" and record["state"] == "verified"
+    }
     for record in standing:
-        yield f"  {record['id']}  {_actions(record)} since step {record['applied_step']}"
+        left = [action for action in record["actions"] if (record["id"], action["action"]) not in lifted]
+        yield f"  {record['id']}  {_actions({'actions': left})} since step {record['applied_step']}"
     if not standing:
         yield "  nothing"
     if found["people"]:

@@ -58,6 +58,8 @@ class Situation:
     steps_since_finding: int
     lr: float | None
     """Effective learning rate now."""
+    has_lr: bool = True
+    """Whether there is one that could be scaled: optimizers may reckon their own."""
     lr_multiplier: float
     norm_high: float | None
     """The 90% quantile of the gradient norm before the incident."""
@@ -129,7 +131,7 @@ def _has_not_gone_on(now: Situation) -> bool:
 
 def _scale(factor: float) -> Callable[[Situation], tuple[Action, ...]]:
     def build(now: Situation) -> tuple[Action, ...]:
-        return (Action(action="scale_lr", params={"factor": factor}),)
+        return (Action(action="scale_lr", params={"factor": factor}),) if now.has_lr else ()
 
     return build
 
@@ -155,7 +157,7 @@ def _usual_lr_and_rollback(now: Situation) -> tuple[Action, ...]:
 
 def _half_lr(now: Situation) -> tuple[Action, ...]:
     """Half of the rate; that of before the incident where it has crept up."""
-    return _no_higher_lr(now) or (Action(action="scale_lr", params={"factor": 0.5}),)
+    return _no_higher_lr(now) or _scale(0.5)(now)
 
 
 def _half_lr_and_rollback(now: Situation) -> tuple[Action, ...]:
@@ -191,14 +193,13 @@ def _back_and_skip(now: Situation) -> tuple[Action, ...]:
 
 
 def _far_back_and_slower(now: Situation) -> tuple[Action, ...]:
-    slower = Action(action="scale_lr", params={"factor": 0.3})
-    return (slower, _rollback(now.incident.first_step - FARTHER_STEPS))
+    return (*_scale(0.3)(now), _rollback(now.incident.first_step - FARTHER_STEPS))
 
 
 def _much_slower_and_far_back(now: Situation) -> tuple[Action, ...]:
     """Units died of too large steps, at some time before anybody looked."""
     begun = now.incident.first_step - FARTHER_STEPS
-    return (Action(action="scale_lr", params={"factor": 0.1}), _rollback(max(begun, FIRST_SNAPSHOT_STEPS)))
+    return (*_scale(0.1)(now), _rollback(max(begun, FIRST_SNAPSHOT_STEPS)))
 
 
 def _lr_of_before_its_fall(now: Situation) -> tuple[Action, ...]:
@@ -404,9 +405,12 @@ LADDERS: Mapping[str, tuple[Fix, ...]] = {
     "vanishing_gradient": (Fix(name="higher_lr", confidence=0.35, due=_stays, build=_scale(2.0), patience_steps=240),),
 }
 LOSES_PROGRESS = frozenset(
-    {"loss_spike", "loss_divergence", "exploding_gradient", "input_anomaly", "dead_units", "saturated_activations"}
+    {
+        *("loss_spike", "loss_divergence", "loss_oscillation", "exploding_gradient", "input_anomaly"),
+        *("dead_units", "saturated_activations", "nan_loss", "nonfinite_gradient"),
+    }
 )
-"""Kinds that may leave damaged weights behind."""
+"""Kinds that may leave damaged weights behind, or have taken in what does."""
 PRIORS: Mapping[tuple[str, str], float] = {
     (kind, fix.name): fix.confidence for kind, fixes in LADDERS.items() for fix in fixes
 }
@@ -430,9 +434,11 @@ def kind_of(now: Situation) -> str:
     kind = now.incident.kind
     if kind == "nonfinite_gradient" and now.stuck_loss_scale is not None:
         return "stuck_loss_scale"
-    if kind == "nonfinite_gradient" or (kind not in ("lr_jump", "nan_loss") and _poisoned(now)):
+    if kind != "lr_jump" and _poisoned(now):
         return "nan_loss"
-    return "lost_progress" if kind in LOSES_PROGRESS and now.lost >= LOST_SHARE else kind
+    if kind in LOSES_PROGRESS and now.lost >= LOST_SHARE and not now.nonfinite:
+        return "lost_progress"
+    return "nan_loss" if kind == "nonfinite_gradient" else kind
 
 
 def ladder(now: Situation) -> tuple[Fix, ...]:

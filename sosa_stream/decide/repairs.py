@@ -55,7 +55,7 @@ class Repairs:
     @property
     def worst_incident(self) -> str:
         """The id of the most severe open incident, the newest of those; or nothing."""
-        incidents = [known.incident for known in self._tracker.open]
+        incidents = [known.incident for known in self._tracker.unresolved]
         worst = max(incidents, key=lambda incident: (incident.severity, incident.detected_step), default=None)
         return worst.id if worst is not None else ""
 
@@ -130,6 +130,8 @@ class Repairs:
             if not entry.withheld or self._withheld or entry.record.state is not _S.PROPOSED:
                 continue
             entry.withheld = False
+            if self._tracker.is_well(entry.record.incident):
+                continue  # nothing would be chosen anew: it is a person's to approve
             if entry.releases is not None:
                 dispatch.publish(entry, windows)
                 continue
@@ -181,6 +183,7 @@ def _situation(known: OpenIncident, windows: RunWindows, knobs: Mapping[str, Kno
         weights_clean=windows.skipped and len(windows.bad_loss) < windows.num_ranks,
         steps_since_finding=windows.step - known.last_found_step,
         lr=windows.lr,
+        has_lr=windows.lr is not None or "lr" not in windows.columns,
         lr_multiplier=windows.lr_multiplier,
         norm_high=known.norm_high,
         usual_lr=known.usual_lr,

@@ -67,7 +67,7 @@ class Trials:
         probation = self._probations.get(entry.record.id)
         if probation is None:
             return None
-        nonfinite = bool(windows.bad_loss or windows.bad_grad)
+        nonfinite = bool(windows.bad_loss or windows.bad_grad) and not windows.only_loss_is_bad
         was_sick = bool(entry.record.incident)
         well = was_sick and _well(known, windows)
         verdict = probation.watch(windows.step, in_band=well, nonfinite=nonfinite, loss=_smoothed(windows))

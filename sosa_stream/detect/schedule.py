@@ -16,7 +16,7 @@ LR_LAG, LR_WINDOW = 8, 64
 """The recent schedule ends this many steps back, so that a jump in several steps is one too, and is this long."""
 LR_SUFFER_POINTS = 64
 """A jump that the run has borne for this long is its schedule."""
-LR_STANDS_STEPS = 2000
+LR_STANDS_POINTS = 2000
 """A rate that stands for this long where it jumped to, with the run well, is the run's own from then on. Until then a
 person may want it back: as long as a proposal waits for one (`decide/dispatch.py`)."""
 LR_FALL_RATIO = 1000.0

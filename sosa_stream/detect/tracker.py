@@ -15,7 +15,7 @@ from sosa_stream.detect.detectors import BY_KIND, QUIET_POINTS, Detector
 from sosa_stream.detect.incidents import Finding, Group, Incident, IncidentState, Severity
 from sosa_stream.detect.origin import finds_out, with_facts
 from sosa_stream.detect.outlook import clears, worsens
-from sosa_stream.detect.schedule import LR_RATIO, LR_STANDS_STEPS
+from sosa_stream.detect.schedule import LR_RATIO, LR_STANDS_POINTS
 from sosa_stream.detect.statistics import Level
 from sosa_stream.detect.windows import RunWindows
 
@@ -95,8 +95,8 @@ class OpenIncident:
     is_usual: bool = False
     """Its level of the loss was learned as the normal one since; it is over once the level before it is back."""
     well_since: int | None = None
-    """The step at which it would have been over, had the learning rate come back from its jump: the run learns as ever,
-    so that nothing but that jump joins it, and nothing is done about it but what a person approves."""
+    """The point at which it would have been over, had the learning rate come back from its jump: the run learns as
+    ever, so that nothing but that jump joins it, and nothing is done about it but what a person approves."""
     again_in: int = 0
     """Points from the last finding until its detector looked again."""
 
@@ -134,7 +134,17 @@ class Tracker:
     @property
     def open(self) -> tuple[OpenIncident, ...]:
         """Those of this generation that the run suffers from."""
-        return tuple(known for known in self._open.values() if not known.of_past and known.well_since is None)
+        return tuple(known for known in self.unresolved if known.well_since is None)
+
+    @property
+    def unresolved(self) -> tuple[OpenIncident, ...]:
+        """Those of this generation, with those whose jump of the rate alone is left."""
+        return tuple(known for known in self._open.values() if not known.of_past)
+
+    def is_well(self, incident: str) -> bool:
+        """Whether the run is well, and only the rate of this incident still stands where it jumped to."""
+        known = self._open.get(incident)
+        return known is not None and known.well_since is not None
 
     @property
     def incidents(self) -> tuple[Incident, ...]:
@@ -196,8 +206,8 @@ class Tracker:
                 known.well_since = None
             elif known.well_since is not None or known.num_healthy >= known.patience:
                 if known.well_since is None:
-                    known.well_since = windows.step
-                if not lr_is_up(known, windows) or windows.step - known.well_since > LR_STANDS_STEPS:
+                    known.well_since = windows.num_points
+                if not lr_is_up(known, windows) or windows.num_points - known.well_since > LR_STANDS_POINTS:
                     self._resolve(known, windows.step)
 
     def pass_quiet(self, windows: RunWindows, steps: NDArray[np.int64]) -> None:

@@ -274,12 +274,14 @@ class RunWindows:
     def only_loss_is_bad(self) -> bool:
         """Whether a loss is not finite that none of the weights comes from, such as a metric's or a broken print's.
 
-        So say the norms of all ranks: known, finite and above 0, as gradients that a NaN has passed are not.
+        So say the norms of all ranks: known, finite, and above 0, as gradients that a NaN has passed are not.
         """
         row = self.row
         if row is None or not self.bad_loss or self.bad_grad:
             return False
-        return bool((row.values[row.sent.any(axis=1), GRAD_NORM] > 0.0).all())
+        there = row.sent.any(axis=1)
+        overflows = np.isinf(row.values[there, LOSS]).any()  # a loss in half precision, which damaged weights make
+        return bool((row.values[there, GRAD_NORM] > 0.0).all()) and not overflows
 
     @property
     def stuck_loss_scale(self) -> float | None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from sosa_stream.agent.repair.actuator import Actuator, Ceilings, InForce, Moment, Undo
 from sosa_stream.agent.repair.training_state import TrainingState
@@ -30,8 +30,6 @@ class ScaleLearningRate(Actuator):
 
     def refusal(self, params: Mapping[str, Any], step: int) -> str:
         for optimizer in self._state.optimizers:
-            if isinstance(optimizer, LBFGS):
-                return "LBFGS reads its rate before its closure has run, and a step is decided after that"
             if any(rate_of(group) is None for group in optimizer.param_groups):
                 return f"{type(optimizer).__name__} has a parameter group without a learning rate"
         after = self._in_force.lr_multiplier * params["factor"]

@@ -154,6 +154,7 @@ class Probe:
             if closure is None:
                 self._control(optimizer)
                 return None
+            self._scale_rate(optimizer)  # LBFGS reads it before it calls its closure
             wrapped = self._wrap_closure(closure, optimizer)
             if "closure" in kwargs:
                 return args, {**kwargs, "closure": wrapped}
@@ -253,9 +254,12 @@ class Probe:
             if waits:
                 self.looks.skip_update()
         self._state.own_rates.note(optimizer)
-        if in_force.changes_lr:
+        self._scale_rate(optimizer)
+
+    def _scale_rate(self, optimizer: Optimizer) -> None:
+        if self._in_force.changes_lr:
             self._restore.append(self._learning_rate.restore)
-            self._learning_rate.scale(optimizer, in_force)
+            self._learning_rate.scale(optimizer, self._in_force)
 
     def _leave_out(self, optimizer: Optimizer, parameters: list[torch.Tensor]) -> bool:
         """Leave the coming update out where a fix or the guard wants it so. Returns whether the host knows it does."""
