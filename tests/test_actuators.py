@@ -14,6 +14,7 @@ from torch.optim import LBFGS, SGD, AdamW
 
 from sosa_stream.agent.repair.actuator import Actuator
 from sosa_stream.agent.repair.actuators import make_actuators
+from sosa_stream.agent.repair.learning_rate import effective
 from sosa_stream.agent.repair.stopping import EXIT_STOPPED, StopTraining
 from sosa_stream.agent.repair.training_state import TrainingState
 from sosa_stream.errors import HalfAppliedError, RefusedError, SosaError
@@ -234,6 +235,58 @@ def test_a_revert_that_fails_elsewhere_is_carried_out_again() -> None:
     assert (watch.actuators.in_force.lr_multiplier, watch.actuators.in_force.max_norm) == (0.5, 1.0)
     carry_out(watch.actuators, revert, 6, 6)
     assert (watch.actuators.in_force.lr_multiplier, watch.actuators.in_force.max_norm) == (1.0, None)
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        act("clip_grad", max_norm=10.0),
+        act("scale_lr", factor=0.5, hold=1),
+        act("grad_accumulation", num_steps=2),
+        act("reset_optimizer_state"),
+        act("skip_step", num_steps=10),
+        act("rollback", before_step=5),
+    ],
+    ids=lambda action: action.action,
+)
+def test_a_revert_that_fails_elsewhere_leaves_everything_as_it_was(action: Any) -> None:
+    watch, model, optimizer = watched(8)
+    first, second = command(action), command(act("clip_grad", max_norm=0.05), act("scale_lr", factor=0.9))
+    carry_out(watch.actuators, first, 8, 8)
+    for group in optimizer.param_groups:
+        group["lr"] *= 3.0  # it creeps up, and is held
+    train(model, optimizer, batches(2, seed=3))
+    carry_out(watch.actuators, second, 10, 10)
+    in_force = watch.actuators.in_force
+
+    def seen() -> Any:
+        rates = [effective(optimizer, in_force, i) for i in range(len(optimizer.param_groups))]
+        standing = [fix["command"] for fix in watch.actuators.standing_fixes()]
+        length = in_force.accumulation.num_steps if in_force.accumulation else 1
+        return bits(model, optimizer), rates, in_force.max_norm, length, in_force.skip_left, standing
+
+    before = seen()
+    revert = command(act("revert", command=first.id))
+    for _ in range(2):
+        watch.actuators.apply(revert, 10, 10)
+        watch.actuators.take_back()
+        assert seen() == before
+    carry_out(watch.actuators, revert, 10, 10)
+    assert seen() != before
+
+
+def test_an_undo_of_the_rollback_that_healed_the_weights_is_refused() -> None:
+    watch, model, optimizer = watched(8)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] = math.nan
+    fix = command(act("rollback", before_step=5), act("scale_lr", factor=0.5))
+    carry_out(watch.actuators, fix, 8, 8)
+    train(model, optimizer, batches(2))
+    healed = bits(model, optimizer)
+    with pytest.raises(SosaError, match="not finite, which no weight may take"):
+        carry_out(watch.actuators, command(act("revert", command=fix.id)), 10, 10)
+    assert bits(model, optimizer) == healed
+    assert watch.actuators.in_force.lr_multiplier == 0.5
 
 
 def test_a_revert_of_one_action_of_a_command_leaves_the_others_in_force_to_be_taken_back_later() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.optim import LBFGS, Optimizer
 
-from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Undo
+from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Undo, leave
 from sosa_stream.agent.repair.training_state import TrainingState
 from sosa_stream.agent.step.gradients import to_local, with_gradients
 from sosa_stream.errors import RefusedError
@@ -142,14 +142,11 @@ class AccumulateGradients(Actuator):
             del self._lengths[token]
             raise
 
-        def undo() -> None:
-            self._lengths.pop(token, None)
-            self._reckon()
-
         dropped = (
             f"; the gradients of {num_dropped} step(s) that waited for an update are dropped" if num_dropped else ""
         )
-        return undo, f"one update in {num_steps} step(s), with the mean of their gradients{dropped}"
+        words = f"one update in {num_steps} step(s), with the mean of their gradients{dropped}"
+        return lambda: leave(self._lengths, token, self._reckon), words
 
     def begin_anew(self) -> None:
         self._lengths.clear()

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
     from sosa_stream.agent.repair.accumulation import Accumulation
 
-Undo = Callable[[], None]
+Redo = Callable[[], None]
+"""Puts back what an `Undo` took away, as it was: called at the same tick, or not at all."""
+Undo = Callable[[], Redo | None]
+"""Takes an action back; returns what does it again, if anything. One that raises `SosaError` has changed nothing."""
 Ceilings = Mapping["Optimizer", Sequence["float | torch.Tensor"]]
 """The highest rate of each parameter group."""
 
@@ -92,6 +95,20 @@ class Actuator:
 
     def begin_anew(self) -> None:
         """Another model is trained from here on: what was done to the last one does not concern it."""
+
+
+def leave(entries: dict[object, Any], token: object, reckon: Callable[[], None]) -> Redo:
+    """Take one of several entries in force out. What puts it back restores all of them, and their order."""
+    before = dict(entries)
+    entries.pop(token, None)
+    reckon()
+
+    def redo() -> None:
+        entries.clear()
+        entries.update(before)
+        reckon()
+
+    return redo
 
 
 class Nothing(Actuator):

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from sosa_stream.agent.repair.accumulation import AccumulateGradients
-from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Nothing, Undo
+from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Nothing, Redo, Undo
 from sosa_stream.agent.repair.clipping import ClipGradients
 from sosa_stream.agent.repair.knobs import Knobs
 from sosa_stream.agent.repair.learning_rate import ScaleLearningRate
@@ -223,24 +223,18 @@ class Actuators:
         command_id, chosen = params["command"], self._chosen(params)
         if not chosen:
             raise RefusedError(f"command {command_id} was not applied here")
-        done = self._applied[command_id]
-        undone: list[int] = []
+        done, applied = self._applied[command_id], dict(self._applied)
+        undos, again = done.undos, list[Redo | None]()
 
         def redo() -> None:
-            fresh: list[Undo] = []
-            try:
-                for i in reversed(undone):
-                    self._apply(done.command.actions[i], Moment(command=command_id, tick=-1, step=-1), fresh)
-            except Exception:
-                _undo(fresh)
-                raise
-            done.undos = dict(sorted({**done.undos, **dict(zip(reversed(undone), fresh, strict=True))}.items()))
-            self._applied[command_id] = done
+            for each in reversed(again):
+                if each is not None:
+                    each()
+            done.undos, self._applied = undos, applied
 
         try:
             for i in reversed(chosen):
-                done.undos[i]()
-                undone.append(i)
+                again.append(undos[i]())
         except HalfAppliedError:
             raise
         except SosaError:  # it has changed nothing, but those after it are undone already
@@ -248,7 +242,7 @@ class Actuators:
             raise
         except Exception as error:
             raise HalfAppliedError(describe(error)) from error
-        done.undos = {i: undo for i, undo in done.undos.items() if i not in chosen}
+        done.undos = {i: undo for i, undo in undos.items() if i not in chosen}
         if not done.undos:
             del self._applied[command_id]
         return redo, f"took back {params['only'] + ' of ' if 'only' in params else ''}{command_id}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Undo
+from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Undo, leave
 
 
 class ClipGradients(Actuator):
@@ -23,11 +23,7 @@ class ClipGradients(Actuator):
         self._bounds[token] = params["max_norm"]
         self._reckon()
 
-        def undo() -> None:
-            self._bounds.pop(token, None)
-            self._reckon()
-
-        return undo, f"gradient norm clipped at {params['max_norm']:g}"
+        return lambda: leave(self._bounds, token, self._reckon), f"gradient norm clipped at {params['max_norm']:g}"
 
     def begin_anew(self) -> None:
         self._bounds.clear()

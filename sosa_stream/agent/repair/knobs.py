@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sosa_stream.agent.repair.actuator import Actuator, Moment, Undo
+from sosa_stream.agent.repair.actuator import Actuator, Moment, Redo, Undo
 from sosa_stream.errors import RefusedError, UsageError
 from sosa_stream.protocol.messages import KnobState
 
@@ -157,15 +157,26 @@ class Knobs(Actuator):
         changes = self._changes.setdefault(knob.name, [])
         changes.append(change)
 
-        def undo() -> None:
+        def undo() -> Redo | None:
             if change not in changes:
-                return
-            later = changes[changes.index(change) + 1 :]
-            if later:
-                later[0].before = change.before  # the later value stays, and goes back to this one's
+                return None
+            place = changes.index(change)
+            if changes[place + 1 :]:
+                after = changes[place + 1]
+                now, after.before = after.before, change.before  # the later value stays, and goes back to this one's
             else:
+                after, now = None, knob.read()
                 knob.write(change.before)
             changes.remove(change)
+
+            def redo() -> None:
+                if after is not None:
+                    after.before = now
+                else:
+                    knob.write(now)
+                changes.insert(place, change)
+
+            return redo
 
         return undo, f"{knob.name} set from {change.before:g} to {params['value']:g}"
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from sosa_stream.agent.repair.actuator import Actuator, Ceilings, InForce, Moment, Undo
+from sosa_stream.agent.repair.actuator import Actuator, Ceilings, InForce, Moment, Redo, Undo
 from sosa_stream.agent.repair.training_state import TrainingState
 from sosa_stream.errors import RefusedError
 
@@ -54,11 +54,18 @@ class ScaleLearningRate(Actuator):
             self._ceilings[token] = self._rates_now()
             self._reckon()
 
-        def undo() -> None:
+        def undo() -> Redo:
+            before = dict(self._factors), dict(self._ceilings)
             self._factors.pop(token, None)
             self._ceilings.pop(token, None)
             self._ceilings |= {each: rates for each, rates in lifted.items() if each in self._factors}
             self._reckon()
+
+            def redo() -> None:
+                self._factors, self._ceilings = before
+                self._reckon()
+
+            return redo
 
         held = ", and no higher from here on" if params.get("hold") else ""
         return undo, f"learning rate ×{self._in_force.lr_multiplier:g}{held}"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.amp.grad_scaler import GradScaler
 
-from sosa_stream.agent.repair.actuator import Actuator, Moment, Undo
+from sosa_stream.agent.repair.actuator import Actuator, Moment, Redo, Undo
 from sosa_stream.agent.repair.training_state import TrainingState
 from sosa_stream.errors import RefusedError
 
@@ -35,9 +35,14 @@ class SetLossScale(Actuator):
             raise RefusedError(f"set_loss_scale: {why}")
         changes = [_Change(scaler, params["scale"]) for scaler in self._state.scalers]
 
-        def undo() -> None:
-            for change in reversed(changes):
-                change.take_back()
+        def undo() -> Redo:
+            again = [change.take_back() for change in reversed(changes)]
+
+            def redo() -> None:
+                for each in reversed(again):
+                    each()
+
+            return redo
 
         return undo, f"loss scale {params['scale']:g} in {len(changes)} GradScaler(s) from the next batch on"
 
@@ -47,19 +52,27 @@ class _Change:
 
     def __init__(self, scaler: GradScaler, scale: float) -> None:
         self._scaler = weakref.ref(scaler)
+        self._scale = scale
         self._before: Scaling | None = None
-        self._cancel: Callable[[], None] | None = _at_update(scaler, lambda: self._set(scaler, (scale, 0)))
+        self._cancel: Callable[[], None] | None = None
+        self._wait(scaler)
+
+    def _wait(self, scaler: GradScaler) -> None:
+        self._cancel = _at_update(scaler, lambda: self._set(scaler, (self._scale, 0)))
 
     def _set(self, scaler: GradScaler, scaling: Scaling) -> None:
         self._cancel = None
         self._before = _exchange(scaler, scaling)
 
-    def take_back(self) -> None:
+    def take_back(self) -> Redo:
+        """At the next update; before it, that can be forgotten again."""
         scaler, before = self._scaler(), self._before
+        if scaler is None:
+            return lambda: None
         if self._cancel is not None:
             self._cancel()
-        elif scaler is not None and before is not None:
-            _at_update(scaler, lambda: _exchange(scaler, before))
+            return lambda: self._wait(scaler)
+        return _at_update(scaler, lambda: before and _exchange(scaler, before))
 
 
 def _at_update(scaler: GradScaler, do: Callable[[], object]) -> Callable[[], None]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from sosa_stream.agent.repair.actuator import Actuator, Moment, Undo
+from sosa_stream.agent.repair.actuator import Actuator, Moment, Redo, Undo
 from sosa_stream.agent.repair.optimizer_state import inner_optimizer
 from sosa_stream.agent.repair.training_state import TrainingState
 from sosa_stream.errors import RefusedError
@@ -40,15 +40,25 @@ class ResetOptimizerState(Actuator):
         for optimizer in optimizers:
             optimizer.state.clear()
 
-        def undo() -> None:
+        def undo() -> Redo:
+            aside = {each: dict(states) for each, states in self._aside.items()}
+            present = {optimizer: dict(optimizer.state) for optimizer in optimizers}
+
+            def redo() -> None:
+                self._aside = aside
+                for optimizer, state in present.items():
+                    optimizer.state.clear()
+                    optimizer.state.update(state)
+
             later = list(self._aside)[list(self._aside).index(token) + 1 :] if token in self._aside else []
             states = self._aside.pop(token, {})
             if later:  # a reset that stands: what was before this one is now what was before that
                 self._aside[later[0]].update(states)
-                return
+                return redo
             for optimizer, state in states.items():
                 optimizer.state.clear()
                 optimizer.state.update(state)
+            return redo
 
         return undo, f"state of {', '.join(type(optimizer).__name__ for optimizer in optimizers)} reset"
 

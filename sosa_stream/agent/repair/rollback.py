@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 from weakref import WeakSet
 
-from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Undo
+from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Redo, Undo
 from sosa_stream.agent.repair.bystanders import unregistered
 from sosa_stream.agent.repair.snapshots import NoSnapshotError, Snapshot, SnapshotRing
 from sosa_stream.agent.repair.training_state import TrainingState
@@ -43,14 +43,25 @@ class Rollback(Actuator):
         self._went = target, at.step
         self._in_force.stale_gradients = WeakSet(self._state.optimizers)
 
-        def undo() -> None:
+        def undo() -> Redo | None:
             if self._present is None or self._present[0] != at.command:
                 raise RefusedError("the state before this rollback is no longer held")
-            before = self._present[1]
-            self._state.restore(before, before)
-            self._present, self._earlier = self._earlier, None
-            at_once, self._went = self._went is not None, None
-            self._in_force.stale_gradients = was_stale if at_once else WeakSet(self._state.optimizers)
+            held = self._present
+            if self._went is not None:  # at once: nothing has been trained since
+                self._state.restore(held[1], held[1])
+                self._present, self._earlier, self._went = self._earlier, None, None
+                self._in_force.stale_gradients = was_stale
+                return None
+            now = self._state.ranks.all_manage(lambda: self._state.present(at.tick, at.step))
+            self._state.restore(held[1], now, finite=True)
+            self._present = None
+            stale, self._in_force.stale_gradients = self._in_force.stale_gradients, WeakSet(self._state.optimizers)
+
+            def redo() -> None:
+                self._state.restore(now, now)
+                self._present, self._in_force.stale_gradients = held, stale
+
+            return redo
 
         return undo, f"rolled back to the state before step {target.step}; {account}"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Undo
+from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Redo, Undo
 from sosa_stream.agent.repair.ranks import Ranks
 from sosa_stream.agent.watch.deliveries import Deliveries
 
@@ -20,8 +20,14 @@ class SkipSteps(Actuator):
         num_steps = params.get("num_steps", 1)
         self._in_force.skip_left += num_steps
 
-        def undo() -> None:
-            self._in_force.skip_left = max(0, self._in_force.skip_left - num_steps)
+        def undo() -> Redo:
+            before = self._in_force.skip_left
+            self._in_force.skip_left = max(0, before - num_steps)
+
+            def redo() -> None:
+                self._in_force.skip_left = before
+
+            return redo
 
         return undo, f"skipping {self._in_force.skip_left} step(s)"
 

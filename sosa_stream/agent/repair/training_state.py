@@ -165,20 +165,21 @@ class TrainingState:
         self.complete(snapshot)
         return snapshot
 
-    def restore(self, snapshot: Snapshot, present: Snapshot) -> None:
+    def restore(self, snapshot: Snapshot, present: Snapshot, *, finite: bool = False) -> None:
         """Go back to ``snapshot`` on all ranks, in place: the script's own references stay valid.
 
         All that can fail comes before anything large is touched, and every rank learns whether it has failed on any.
 
         Args:
             present: the state as it is now, to which all returns where something of the script's own cannot be loaded.
+            finite: refuse a snapshot that holds a value which is not.
 
         Raises:
             SosaError: it cannot be done on some rank, in the same words on all. Nothing has been changed.
             HalfAppliedError: the other ranks were lost on the way.
         """
         try:
-            rooms = self.ranks.all_manage(lambda: self._prepare(snapshot))
+            rooms = self.ranks.all_manage(lambda: self._prepare(snapshot, finite))
         except SosaError:
             present.wait()
             self._restore_small(present)
@@ -194,8 +195,10 @@ class TrainingState:
             if self.replicated:
                 self.ranks.broadcast([*self.parameters, *tensors_in(rooms)])
 
-    def _prepare(self, snapshot: Snapshot) -> list[dict[int, dict[str, Any]]]:
+    def _prepare(self, snapshot: Snapshot, finite: bool) -> list[dict[int, dict[str, Any]]]:
         """All that may fail on one rank: what is its own put back, and room for the optimizers' state."""
+        if finite and not snapshot.is_finite():
+            raise NoSnapshotError("the state before it holds values that are not finite, which no weight may take")
         whole = self._whole(snapshot) if self.replicated else snapshot
         snapshot.wait()
         self._check(whole)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Undo
+from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Undo, leave
 from sosa_stream.agent.splitting import splittable
 from sosa_stream.agent.splitting.batches import ForwardFunction, count_samples, loss_of, split
 from sosa_stream.agent.splitting.memory import is_out_of_memory, release
@@ -47,11 +47,7 @@ class SplitBatches(Actuator):
         self._agreed[token] = params["num_parts"]
         self._reckon()
 
-        def undo() -> None:
-            self._agreed.pop(token, None)
-            self._reckon()
-
-        return undo, f"batches in {params['num_parts']} part(s)"
+        return lambda: leave(self._agreed, token, self._reckon), f"batches in {params['num_parts']} part(s)"
 
     def begin_anew(self) -> None:
         self._agreed.clear()

@@ -56,14 +56,20 @@ class Deliveries:
         """Those that the last batches before this step came from: one, or several that the loop reads side by side."""
         return [iterator for ref in self._noted if (iterator := ref()) is not None]
 
-    def pass_over(self, num_batches: int) -> Callable[[], None]:
+    def pass_over(self, num_batches: int) -> Callable[[], Callable[[], None]]:
         """Let so many batches of each of `iterators` go by, at most to the end of its epoch.
 
-        Returns what has those come after all that have not gone by yet.
+        Returns what has those come after all that have not gone by yet, and returns what lets them go by again.
         """
         chosen = [weakref.ref(iterator) for iterator in self.iterators]
         self._add(chosen, num_batches)
-        return lambda: self._add(chosen, -num_batches)
+
+        def undo() -> Callable[[], None]:
+            before = self._unwanted.copy()
+            self._add(chosen, -num_batches)
+            return lambda: self._unwanted.update(before)
+
+        return undo
 
     def _add(self, refs: list[weakref.ref[Any]], num_batches: int) -> None:
         for ref in refs:
