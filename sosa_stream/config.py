@@ -3,16 +3,18 @@
 The variable of a setting is ``SOSA_<SECTION>_<KEY>``, or ``SOSA_<KEY>`` for the keys above the first section:
 ``[auto] allow`` is ``SOSA_AUTO_ALLOW``, ``mode`` is ``SOSA_MODE``. Lists are comma-separated there. ``SOSA_DAEMON`` is
 short for ``SOSA_AGENT_DAEMON``, ``SOSA_NOTIFY`` for ``SOSA_DAEMON_NOTIFY``. Tables (``[detect.<kind>]``,
-``[[detect.rules]]``) have no variable. Nothing here reads the environment or a file unless it is handed one.
+``[[detect.rules]]``) have no variable. Nothing here reads the environment or a file unless it is handed one; paths are
+taken from the folder where settings are loaded, wherever a script goes later.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import re
 import tomllib
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -445,7 +447,29 @@ def load_settings(
             raise ConfigError(f"unknown setting {name!r}")
         values[name] = coerce(name, value, known[name])
     settings: Settings = build(Settings, values)
-    return settings
+    return with_absolute_paths(settings)
+
+
+def with_absolute_paths(settings: Settings) -> Settings:
+    """The same paths, whatever folder the process goes to: ``~`` is the user's, the rest from the folder of now."""
+    return replace(
+        settings,
+        home=absolute(settings.home or os.curdir),
+        auto=replace(settings.auto, kill_file=absolute(settings.auto.kill_file)),
+        agent=replace(settings.agent, checkpoint_dir=absolute(settings.agent.checkpoint_dir)),
+        daemon=replace(settings.daemon, keys=absolute(settings.daemon.keys)),
+    )
+
+
+def absolute(path: str) -> str:
+    """The path from the root, with ``~`` expanded. Stays as it is where it is empty, or the working directory gone."""
+    if not path:
+        return path
+    expanded = Path(os.path.expanduser(path))  # Path's own raises where a user is unknown
+    try:
+        return str(expanded.absolute())
+    except OSError:
+        return str(expanded)
 
 
 def load_job_settings(
@@ -489,7 +513,7 @@ def _variable(name: str) -> str:
 
 def _from_toml(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        tree = tomllib.loads(Path(os.path.expanduser(path)).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

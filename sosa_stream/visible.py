@@ -1,6 +1,9 @@
-"""Names of other people's making, on their way to a terminal."""
+"""Names of other people's making, and paths, on their way to a terminal."""
 
 from __future__ import annotations
+
+import contextlib
+from pathlib import Path
 
 
 def visible(text: str) -> str:
@@ -8,3 +11,10 @@ def visible(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def shown(path: Path | str) -> Path:
+    """The path as one would type it here: from the working directory where it lies below that."""
+    with contextlib.suppress(OSError, ValueError):  # there is none any more; it lies elsewhere
+        return Path(path).relative_to(Path.cwd())
+    return Path(path)

@@ -22,11 +22,13 @@ from sosa_stream.config import (
     detect_settings,
     load_settings,
     variables,
+    with_absolute_paths,
 )
 from sosa_stream.errors import ConfigError
 
 TABLES = {"auto.bounds", "detect.overrides", "detect.rules"}
 """Settings that only a file can say."""
+PATHS = ("home", "auto.kill_file", "agent.checkpoint_dir", "daemon.keys")
 
 
 def toml(folder: Path, text: str) -> Path:
@@ -36,7 +38,7 @@ def toml(folder: Path, text: str) -> Path:
 
 
 def test_nothing_given_means_the_defaults() -> None:
-    assert load_settings() == Settings()
+    assert load_settings() == with_absolute_paths(Settings())
     assert load_settings().mode is Mode.SUGGEST
 
 
@@ -44,7 +46,30 @@ def test_flags_win_over_variables_and_these_over_the_file(tmp_path: Path) -> Non
     path = toml(tmp_path, 'mode = "auto"\nhome = "file"\n[agent]\nring_frames = 100\n')
     env = {"SOSA_HOME": "variable", "SOSA_AGENT_RING_FRAMES": "200"}
     settings = load_settings(path=path, env=env, overrides={"agent.ring_frames": 300})
-    assert (settings.mode, settings.home, settings.agent.ring_frames) == (Mode.AUTO, "variable", 300)
+    assert (settings.mode, settings.agent.ring_frames) == (Mode.AUTO, 300)
+    assert Path(settings.home).name == "variable"
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_is_one_from_the_folder_where_settings_are_loaded_and_a_tilde_is_expanded(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(text: str) -> Any:
+        value: Any = load_settings(overrides={name: text})
+        for part in name.split("."):
+            value = getattr(value, part)
+        return value
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/people/ann")
+    assert loaded("runs/one") == str(tmp_path / "runs" / "one")
+    assert (loaded("~/runs"), loaded("/runs")) == ("/people/ann/runs", "/runs")
+    assert loaded("") == (str(tmp_path) if name == "home" else "")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert loaded("runs") == "runs"
 
 
 def test_every_setting_has_a_variable_and_a_docstring() -> None:
@@ -86,7 +111,7 @@ def test_every_variable_sets_its_setting(variable: str, name: str) -> None:
         expected = next(value for value in type(default) if value is not default)
         text = str(expected)
     else:
-        text = expected = "tcp://a:1"
+        text = expected = "/a" if name in PATHS else "tcp://a:1"
     if name.startswith("detect.") and isinstance(default, float):
         text, expected = str(default), default  # bounded on both sides
     value: Any = load_settings(env={variable: text})
@@ -105,7 +130,7 @@ def test_an_unknown_key_is_named_with_the_known_ones(tmp_path: Path) -> None:
 def test_an_unknown_variable_is_named() -> None:
     with pytest.raises(ConfigError, match="unknown variable SOSA_MOOD"):
         load_settings(env={"SOSA_MOOD": "good"})
-    assert load_settings(env={"PATH": "/bin", "SOSA_CONFIG": "x", "SOSA_DISABLE": "1"}) == Settings()
+    assert load_settings(env={"PATH": "/bin", "SOSA_CONFIG": "x", "SOSA_DISABLE": "1"}) == load_settings()
 
 
 def test_the_short_name_of_the_daemon_works() -> None:

@@ -101,7 +101,7 @@ def test_the_settings_file_is_written_from_the_settings() -> None:
 
 
 def test_the_settings_file_holds_the_defaults() -> None:
-    assert load_settings(path=SETTINGS_FILE) == Settings()
+    assert load_settings(path=SETTINGS_FILE) == load_settings()
 
 
 def test_the_examples_in_the_settings_file_are_settings(tmp_path: Path) -> None:

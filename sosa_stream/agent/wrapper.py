@@ -38,7 +38,7 @@ from sosa_stream.agent.splitting.batches import ForwardFunction, loss_of
 from sosa_stream.agent.splitting.micro_batches import MicroBatches
 from sosa_stream.agent.transport.courier import policy
 from sosa_stream.agent.transport.link import LocalLink
-from sosa_stream.config import Mode, Settings, load_settings
+from sosa_stream.config import Mode, Settings, absolute, load_settings, with_absolute_paths
 from sosa_stream.detect.detectors import BY_KIND
 from sosa_stream.engine import Engine
 from sosa_stream.errors import UsageError
@@ -91,7 +91,7 @@ class SOSATrainingWrapper:
             self._say(f"sosa: {complaint}")
         self._losses: deque[float] = deque(maxlen=RECENT_LOSSES)
         self._best_loss = math.inf
-        self._best = BestCheckpoint(Path(checkpoint_dir), model, optimizer, checkpoint_every)
+        self._best = BestCheckpoint(Path(absolute(os.fspath(checkpoint_dir))), model, optimizer, checkpoint_every)
         self._num_steps = 0
         self._anomaly_steps = 0
         self._told_of_disk = False
@@ -313,7 +313,7 @@ def _settings(config: Any, auto_fix: bool, max_fixes_per_error: int) -> tuple[bo
     """Whether to watch at all, how, and what is wrong with the environment, which is no reason not to train."""
     if isinstance(config, Settings):
         config.detect.check_kinds(BY_KIND)
-        return True, config, ""
+        return True, with_absolute_paths(config), ""
     overrides: dict[str, Any] = {}
     enabled = True
     if isinstance(config, Mapping):

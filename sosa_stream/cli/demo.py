@@ -12,6 +12,7 @@ from typing import Any
 from sosa_stream import extras
 from sosa_stream.cli.home import given_path
 from sosa_stream.errors import UsageError
+from sosa_stream.visible import shown
 
 DEFAULT_OUT = Path("sosa-demo")
 MARKER = ".sosa-demo"
@@ -61,9 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     for sentence in broken:
         print(sentence, file=sys.stderr)
     if not arguments.json:
-        shown = out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out
         script = f"{_typed('torchrun')} --nproc-per-node 2 -m sosa_stream.agent YOUR_SCRIPT.py"
-        print(f"Try next: {_typed('sosa')} incidents --home {shown}, or {script}")
+        print(f"Try next: {_typed('sosa')} incidents --home {shown(out)}, or {script}")
     return 1 if broken else 0
 
 
@@ -72,7 +72,7 @@ def _typed(command: str) -> str:
     beside = Path(sys.executable).parent / command
     if shutil.which(command) or not beside.exists():
         return command
-    return str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)
+    return str(shown(beside))
 
 
 def _make_empty(out: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from sosa_stream.config import CONFIG_VARIABLE, load_settings
 from sosa_stream.daemon.schema import STORE_NAME, open_store
 from sosa_stream.errors import SosaError, UsageError
+from sosa_stream.visible import shown
 
 
 def add_home(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,7 @@ def given_path(text: str) -> Path:
     """A path that was typed; what a script's unset variable leaves is none."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
-    return Path(text)
+    return Path(os.path.expanduser(text))  # a shell leaves the ~ of `--home=~/runs`
 
 
 def home_of(arguments: argparse.Namespace) -> Path:
@@ -36,7 +37,7 @@ def home_of(arguments: argparse.Namespace) -> Path:
     home: Path | None = arguments.home
     if home is None:
         config = os.environ.get(CONFIG_VARIABLE)
-        home = Path(load_settings(path=Path(config) if config else None, env=os.environ).home)
+        home = shown(load_settings(path=Path(config) if config else None, env=os.environ).home)
     return home
 
 

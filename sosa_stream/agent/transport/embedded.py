@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from sosa_stream.visible import shown
+
 MAX_RESTARTS = 3
 READY_SECONDS = 30.0
 
@@ -22,13 +24,15 @@ READY_SECONDS = 30.0
 class EmbeddedDaemon:
     """Starts the daemon and starts it again when it dies, at most three times, at the same address."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, folder: Path | None = None) -> None:
+        """``folder`` is where the settings were read, which the daemon reads again: the script may have left it."""
         self.address = ""
         self.http = ""
         self.given_up = ""
         self.complaints: list[str] = []
         """Sentences for the user."""
         self._home = home
+        self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
         self._told_fd: int | None = None
         self._told = b""
@@ -45,7 +49,13 @@ class EmbeddedDaemon:
         command += ["--home", str(self._home), "--bind", bind, "--http", self.http or "127.0.0.1:0"]
         with open(self._home / "daemon.log", "ab") as log:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=[write], start_new_session=True
+                command,
+                cwd=self._folder,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                pass_fds=[write],
+                start_new_session=True,
             )
         os.close(write)
         self._told_fd, self._told = told, b""
@@ -60,7 +70,7 @@ class EmbeddedDaemon:
         if self._process.poll() is not None:
             self._forget_pipes()
             if self._starts > MAX_RESTARTS:
-                self.given_up = f"the daemon ended {self._starts} times; see {self._home / 'daemon.log'}"
+                self.given_up = f"the daemon ended {self._starts} times; see {shown(self._home / 'daemon.log')}"
             else:
                 self.start()
 

@@ -6,6 +6,7 @@ has named none.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -19,10 +20,11 @@ from sosa_stream.agent.transport.courier import Courier
 from sosa_stream.agent.transport.embedded import EmbeddedDaemon
 from sosa_stream.agent.transport.link import Link, LocalLink, TeeLink
 from sosa_stream.agent.transport.outbox import Wakeup
-from sosa_stream.config import Settings
+from sosa_stream.config import Settings, absolute
 from sosa_stream.errors import SosaError
 from sosa_stream.protocol.channels import AgentChannel
 from sosa_stream.protocol.keys import load_agent_keys
+from sosa_stream.visible import shown
 
 JOIN_SECONDS = 0.05
 NO_GROUP_SECONDS = 60.0
@@ -71,6 +73,7 @@ class AgentThread:
         self._say = say
         self._say_here = say_here
         self._on_error = on_error
+        self._folder = Path(absolute(os.curdir))
         self._embedded: EmbeddedDaemon | None = None
         self._coordinator: Coordinator | None = None
         self._closing: tuple[str, int] | None = None
@@ -107,13 +110,12 @@ class AgentThread:
         """Join a generation: through the job's store where there is a process group, else alone. None: unwatched."""
         place, given = self._place, self._settings.agent.daemon
         if place.rank == 0 and not given:
-            embedded = EmbeddedDaemon(Path(self._settings.home))
+            embedded = EmbeddedDaemon(Path(self._settings.home), self._folder)
             try:
                 embedded.start()
             except OSError as error:
-                self._say(
-                    f"cannot start a daemon in {self._settings.home}: {error.strerror}; training goes on unwatched"
-                )
+                where = shown(self._settings.home)
+                self._say(f"cannot start a daemon in {where}: {error.strerror}; training goes on unwatched")
                 return None
             self._embedded = embedded
         started = time.monotonic()
@@ -164,7 +166,7 @@ class AgentThread:
         keys = load_agent_keys(Path(self._settings.daemon.keys)) if self._settings.daemon.keys else None
         channel = AgentChannel(membership.daemon, membership.run, keys=keys)
         if self._greets:
-            where = f"in {self._settings.home}" if self._embedded is not None else f"by {membership.daemon}"
+            where = f"in {shown(self._settings.home)}" if self._embedded is not None else f"by {membership.daemon}"
             self._say(f"watching run {membership.run}, mode {self._settings.mode}, recorded {where}")
         place.enter(membership)
         return self._join(membership, TeeLink(channel, self._tee), store)
