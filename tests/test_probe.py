@@ -371,6 +371,35 @@ def test_two_optimizers_tick_twice_and_the_primary_counts_the_steps() -> None:
     assert {row["lr"] for row in watch.rows} == {0.1}
 
 
+def test_of_an_optimizer_for_each_parameter_the_first_stays_primary_and_fixes_stay_in_force() -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(12)), nn.Linear(4, 1))
+    one_each = {parameter: SGD([parameter], lr=0.001) for parameter in model.parameters()}
+    for parameter in one_each:
+        parameter.register_post_accumulate_grad_hook(lambda parameter: one_each[parameter].step())
+    with Watch().installed() as watch:
+        for step, batch in enumerate(batches(20)):
+            if step == 1:
+                carry_out(watch.actuators, command(act("scale_lr", factor=0.5)), watch.probe.tick, watch.probe.step)
+            loss_of(model, batch).backward()
+        assert (watch.probe.tick, watch.probe.step) == (20 * len(one_each), 20)
+        assert {row["model"] for row in watch.rows} == {0}
+        assert watch.actuators.standing_fixes()
+
+
+def test_once_another_optimizer_has_stepped_sixteen_times_without_the_primary_one_it_is_that() -> None:
+    first, second, third = (SGD(nn.Linear(4, 1).parameters(), lr=rate) for rate in (0.1, 0.2, 0.3))
+    with Watch().installed() as watch:
+        first.step()
+        for _ in range(15):
+            second.step()
+            third.step()
+        first.step()
+        for _ in range(17):
+            second.step()
+    assert [row["lr"] for row in watch.rows] == [0.1, 0.1, 0.2, 0.2]
+    assert [row["model"] for row in watch.rows] == [0, 0, 1, 1]
+
+
 def _objectives(watch: Watch) -> list[float]:
     return [row["num_objectives"] for row in watch.rows]
 

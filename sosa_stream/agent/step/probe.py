@@ -372,7 +372,7 @@ class Probe:
         try:
             self._put_back()
             self._guard.settle(others_wait=self.observing and self._taps.losses.others_wait(optimizer))
-            primary = self._primary.steps(optimizer, self.tick)
+            primary = self._primary.steps(optimizer)
             step = self.step
             self.step += primary
             self.tick += 1

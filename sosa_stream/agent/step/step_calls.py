@@ -9,8 +9,10 @@ from types import FrameType
 
 from torch.optim import Optimizer
 
-HANDOVER_TICKS = 16
-"""Ticks of other optimizers after which one that no longer steps is not the primary one: a GAN's take turns sooner."""
+HANDOVER_STEPS = 16
+"""Steps of one other optimizer after which one that no longer steps is not the primary one: a GAN's take turns sooner.
+
+Not of all others together, which may be one for each parameter."""
 
 
 class StepCalls:
@@ -73,7 +75,8 @@ def _running() -> Iterator[FrameType]:
 class Primary:
     """The optimizer whose steps are counted as the run's.
 
-    By ticks alone, so that all ranks agree: when an object is collected differs from process to process.
+    By steps alone, so that all ranks agree: when an object is collected differs from process to process. What is asked
+    for is the count of the one that steps, which lives; those of others may go with them.
     """
 
     def __init__(self, on_change: Callable[[], None]) -> None:
@@ -81,20 +84,21 @@ class Primary:
         """How often another optimizer became the primary one."""
         self._on_change = on_change
         self._optimizer: weakref.ref[Optimizer] | None = None
-        self._tick = 0
+        self._steps_of_others: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        """Since the primary one's last."""
 
     def is_it(self, optimizer: Optimizer) -> bool:
         return self._optimizer is None or self._optimizer() is optimizer
 
-    def steps(self, optimizer: Optimizer, tick: int) -> bool:
-        """Whether the step of ``optimizer`` at ``tick`` is the primary one's, which it is once that one rests."""
-        if self._optimizer is not None and self._optimizer() is optimizer:
-            self._tick = tick
-            return True
-        if self._optimizer is not None and tick - self._tick < HANDOVER_TICKS:
-            return False
-        if self._optimizer is not None:
+    def steps(self, optimizer: Optimizer) -> bool:
+        """Whether this step of ``optimizer`` is the primary one's, which it is once that one rests."""
+        if not self.is_it(optimizer):
+            num_steps = self._steps_of_others.get(optimizer, 0) + 1
+            if num_steps < HANDOVER_STEPS:
+                self._steps_of_others[optimizer] = num_steps
+                return False
             self.num_changes += 1
             self._on_change()
-        self._optimizer, self._tick = weakref.ref(optimizer), tick
+        self._optimizer = weakref.ref(optimizer)
+        self._steps_of_others.clear()
         return True
