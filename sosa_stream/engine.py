@@ -191,7 +191,8 @@ class Engine:
             self._windows.layers = event
         elif isinstance(event, Knobs):
             self._note_rank(header)
-            self._repairs.knobs = {knob.name: knob for knob in event.knobs}
+            known, self._repairs.knobs = self._repairs.knobs, {knob.name: knob for knob in event.knobs}
+            self._carry_over.meet_knobs(self._repairs.knobs.keys() - known.keys(), self._windows)
         elif isinstance(event, Ack):
             self._note_rank(header, step=event.step)
             entry = self._dispatch.acknowledge(event, self._attendance.members, self._windows)

@@ -13,7 +13,7 @@ from sosa_stream.decide.requests import Fix, Request, Undo
 from sosa_stream.effects import Notice, Publish
 from sosa_stream.engine import Engine
 from sosa_stream.protocol.actions import Action
-from sosa_stream.protocol.messages import Ack, AckState, Command, MetricFrame
+from sosa_stream.protocol.messages import Ack, AckState, Command, Knobs, KnobState, MetricFrame
 from sosa_stream.testing import (
     AUTO_POLICY,
     COLUMNS,
@@ -119,6 +119,29 @@ def test_one_fix_that_a_rank_refuses_does_not_cost_the_others() -> None:
         (["set_knob"], "standing", "rejected"),
     ]
     assert any(f"{sim.commands[1].id} could not be applied again" in text for text in notices(sim))
+
+
+def test_a_knob_that_is_registered_late_gets_what_stood() -> None:
+    registered = []
+
+    class Late(Simulation):
+        def _train(self, step: int) -> None:
+            if step == 340:
+                registered.append(KnobState(name="beta", value=1.0, low=0.0, high=4.0))
+                self._tell(Knobs(header=self._head(0), knobs=tuple(registered)))
+            super()._train(step)
+
+    def no_knob(command: Command) -> AckState | None:
+        return AckState.REJECTED if BETA in command.actions and command.generation != "g1" and not registered else None
+
+    asks = {50: fix(HALF), 60: fix(BETA)}
+    sim = Late(SimulatedJob(seed=0, policy=SUGGEST, answers=no_knob, asks=asks, restarts={300: SUGGEST})).run()
+    assert [of(record) for record in sim.commands[3:]] == [
+        (["scale_lr"], "standing", "verified"),
+        (["set_knob"], "standing", "rejected"),
+        (["set_knob"], "standing", "verified"),
+    ]
+    assert (sim.commands[-1].applied_step or 0) >= 340
 
 
 def test_a_generation_that_dies_before_it_had_them_hands_them_on_to_the_next() -> None:

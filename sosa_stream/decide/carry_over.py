@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from sosa_stream.config import Mode
 from sosa_stream.decide.commands import CommandState
 from sosa_stream.decide.dispatch import Dispatch
@@ -51,6 +53,11 @@ class CarryOver:
             else:
                 names = ", ".join(fix.entry.record.id for fix in fixes)
                 self._dispatch.say(f"{names} could not be applied again ({entry.record.reason})")
+
+    def meet_knobs(self, names: Collection[str], windows: RunWindows) -> None:
+        """The script has registered these only now: what stood and was refused for want of them is tried again."""
+        for fix in self._dispatch.standing.refused_without(names):
+            self._publish([fix], windows)
 
     def _publish(self, fixes: list[InForce], windows: RunWindows) -> None:
         dispatch = self._dispatch

@@ -122,6 +122,14 @@ class Standing:
         """The command that was to apply them again has ended otherwise."""
         self._refused |= {fix.entry.record.id: fix for fix in self._under_way.pop(command, [])}
 
+    def refused_without(self, knobs: Collection[str]) -> list[InForce]:
+        """Those that were refused and turn one of these knobs, which have been registered since."""
+        return [
+            fix
+            for fix in self._refused.values()
+            if any(action.action == "set_knob" and action.params["name"] in knobs for action in fix.actions)
+        ]
+
     def clear(self) -> tuple[str, ...]:
         """Another model is trained: the agents have let go of all. Returns what stood."""
         stood = tuple(command for command, fix in self._in_force.items() if fix.actions)
