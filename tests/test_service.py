@@ -217,6 +217,7 @@ def test_a_damaged_row_of_the_audit_is_refused_and_the_next_one_carried_out(
     assert all(refused)
     assert carried_out == (1, "nothing is applied by itself")
     assert num_pauses(tmp_path) == 1
+    capsys.readouterr()
     assert main(["audit", "--home", str(tmp_path)]) == 0
     assert capsys.readouterr().err.count("damaged") == 8
 
