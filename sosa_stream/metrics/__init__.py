@@ -1,0 +1,1 @@
+"""What Prometheus scrapes: every family (`catalogue`), and how a snapshot becomes samples (`collector`)."""
