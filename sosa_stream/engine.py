@@ -22,6 +22,7 @@ from sosa_stream.decide.repairs import Repairs
 from sosa_stream.decide.requests import Reply, Request
 from sosa_stream.detect.alignment import AT, Alignment, Block, Logged, Row
 from sosa_stream.detect.attendance import LOST_AFTER_SECONDS, Attendance, RankView
+from sosa_stream.detect.curve import Curve
 from sosa_stream.detect.detectors import ALL, Detector, DetectorState, On
 from sosa_stream.detect.incidents import Incident
 from sosa_stream.detect.rules import rule_detectors
@@ -81,6 +82,8 @@ class RunView:
     """Who has paused repairs, or nothing."""
     standing: tuple[str, ...] = ()
     """Commands in force that stand until they are taken back."""
+    losses: tuple[tuple[int, float], ...] = ()
+    """Few steps of the whole run, in rising order, each with its mean loss over ranks, which may be NaN."""
 
 
 class Engine:
@@ -100,6 +103,7 @@ class Engine:
         self._repairs = Repairs(self._tracker, self._dispatch)
         self._people = People(self._repairs, self._dispatch)
         self._carry_over = CarryOver(self._dispatch)
+        self._curve = Curve()
         self._firing: dict[str, int] = {}
         self._ended = False
         self._effects: list[Effect] = []
@@ -171,6 +175,7 @@ class Engine:
             mode=str(self._repairs.policy.mode),
             paused=self._repairs.paused.who if self._repairs.paused else "",
             standing=tuple(fix.entry.record.id for fix in self._dispatch.standing.in_force if fix.actions),
+            losses=self._curve.points,
         )
 
     def _hear(self, event: Hello | Heartbeat | MetricFrame | Layers | Knobs | Ack | Bye) -> None:
@@ -277,6 +282,7 @@ class Engine:
         """Take every step that is complete by now, one by one, with the effects of each in order."""
         for block in self._alignment.complete():
             self._log(block.logged)
+            self._curve.take(block)
             self._take(block)
 
     def _take(self, block: Block) -> None:

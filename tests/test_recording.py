@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sosa_stream.config import DetectorOverride, DetectSettings, MetricRule, Sensitivity, SeverityName
-from sosa_stream.decide.requests import Approve, Fix, Pause, Resume, Undo
+from sosa_stream.decide.requests import Approve, Fix, Pause, Propose, Resume, Undo
 from sosa_stream.effects import JobGone, Reconfigured, ShellEvent, Timer
 from sosa_stream.errors import ProtocolError, SosaError, UsageError
 from sosa_stream.protocol.actions import Action
@@ -133,6 +133,7 @@ REQUESTS = (
     Pause(who="ann", reason="a demo"),
     Resume(who="ann"),
     Fix(action=SCALE, who="ann", on_probation=True),
+    Propose(action=SCALE, who="alert Hot", rule="Hot", alert="1a30 2026-01-01T00:00:00Z"),
 )
 
 
@@ -151,6 +152,14 @@ def test_shell_records_are_frozen() -> None:
         {"v": 1, "kind": "pause", "reason": "a demo", "who": "ann"},
         {"v": 1, "kind": "resume", "who": "ann"},
         {"v": 1, "kind": "fix", **SCALE.as_dict(), "on_probation": True, "who": "ann"},
+        {
+            "v": 1,
+            "kind": "propose",
+            **SCALE.as_dict(),
+            "who": "alert Hot",
+            "rule": "Hot",
+            "alert": "1a30 2026-01-01T00:00:00Z",
+        },
     ]
     assert msgpack.unpackb(encode_shell_record(RECONFIGURED)) == {
         "v": 1,

@@ -59,8 +59,8 @@ IN_FLIGHT_STATES = frozenset({_S.PUBLISHED, _S.HELD, _S.COMMITTED})
 class CommandRecord:
     """One command, whoever asked for it.
 
-    ``origin`` is ``policy``, ``guard`` (done in the process, in the step), ``person``, or ``standing`` (what was in
-    force in an earlier generation, applied again).
+    ``origin`` is ``policy``, ``guard`` (done in the process, in the step), ``person``, ``alert`` (asked for by a rule
+    of somebody's own), or ``standing`` (what was in force in an earlier generation, applied again).
     """
 
     id: str

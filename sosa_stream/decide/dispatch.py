@@ -312,7 +312,8 @@ class Dispatch:
         for entry in self.ledger.live:
             record = entry.record
             if record.state in (_S.PROPOSED, _S.APPROVED):
-                over = self._tracker.find(record.incident) is None and entry.releases is None
+                own = bool(record.incident) and entry.releases is None  # and no alert's, which is about no incident
+                over = own and self._tracker.find(record.incident) is None
                 if over or windows.step - entry.proposed_step > PROPOSAL_STEPS:
                     self.trials.end_untreated(entry, windows.step, healed=over)
                     self.ledger.move(entry, _S.EXPIRED, why="the incident resolved" if over else "nobody approved it")

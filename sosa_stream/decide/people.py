@@ -7,8 +7,9 @@ from sosa_stream.decide.commands import CommandState
 from sosa_stream.decide.dispatch import Dispatch
 from sosa_stream.decide.ledger import KEEP_ALL, Entry
 from sosa_stream.decide.repairs import Repairs
-from sosa_stream.decide.requests import Approve, Fix, Pause, Reply, Request, Resume, Undo
+from sosa_stream.decide.requests import Approve, Fix, Pause, Propose, Reply, Request, Resume, Undo
 from sosa_stream.detect.windows import RunWindows
+from sosa_stream.protocol.actions import Action
 
 BY_HAND, BY_HAND_PATIENCE_STEPS = "by_hand", 120
 NOT_BY_HAND = {
@@ -26,7 +27,7 @@ class People:
 
     def reply(self, request: Request, *, anybody_there: bool) -> Reply:
         """What a request would come to as things stand. Changes nothing."""
-        if not anybody_there and isinstance(request, Approve | Fix):
+        if not anybody_there and isinstance(request, Approve | Fix | Propose):
             return _no("no rank of this run is there: nothing can be applied")
         match request:
             case Approve(command=command):
@@ -34,7 +35,9 @@ class People:
             case Undo(command=command):
                 return self._may_undo(command, anybody_there)
             case Fix():
-                return self._may_fix(request)
+                return self._may_fix(request.action) or self._yes_now
+            case Propose():
+                return self._may_fix(request.action) or self._repairs.alerts.reply(request, self._repairs.policy)
             case Pause():
                 paused = self._repairs.paused
                 return _no(f"{paused.who} has paused it already") if paused else _yes("nothing is applied by itself")
@@ -61,6 +64,8 @@ class People:
                     dispatch.let_go(command, why)
             case Fix():
                 self._fix(request, windows)
+            case Propose():
+                repairs.alerts.propose(request, windows, repairs.policy)
             case Pause():
                 repairs.paused = request
                 dispatch.say(f"{request.who} has paused repairs" + (f": {request.reason}" if request.reason else ""))
@@ -111,11 +116,16 @@ class People:
             )
         return _yes(f"{how}, and go back to the weights of {lost} steps ago", self._dispatch.next_id)
 
-    def _may_fix(self, fix: Fix) -> Reply:
-        if fix.action.action in NOT_BY_HAND:
-            return _no(NOT_BY_HAND[fix.action.action])
+    def _may_fix(self, action: Action) -> Reply | None:
+        """Why not, or None."""
+        if action.action in NOT_BY_HAND:
+            return _no(NOT_BY_HAND[action.action])
         if self._repairs.policy.mode is Mode.OBSERVE:
             return _no("this run is only observed (mode observe): its ranks apply nothing")
+        return None
+
+    @property
+    def _yes_now(self) -> Reply:
         return _yes("its ranks apply it as soon as they have agreed on a step", self._dispatch.next_id)
 
     def _fix(self, fix: Fix, windows: RunWindows) -> None:

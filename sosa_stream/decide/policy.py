@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,16 +56,32 @@ class RunPolicy:
 
         Back to a learning rate that the run has held before is no change: how far a fault has taken it does not count.
         """
-        multiplier = now.lr_multiplier
-        for action in actions:
-            if action.action == "scale_lr":
-                multiplier *= action.params["factor"]
-            elif (
-                action.action == "rollback" and now.step - action.params["before_step"] > self.limits.max_rollback_steps
-            ):
-                return False
-        within = 1.0 / self.limits.max_lr_change <= multiplier <= self.limits.max_lr_change
-        return within or _leads_back(multiplier, now)
+        if self._gives_up_too_much(actions, now.step):
+            return False
+        multiplier = _multiplier_after(actions, now.lr_multiplier)
+        return self._is_near(multiplier) or _leads_back(multiplier, now)
+
+    def excess(self, actions: tuple[Action, ...], step: int, lr_multiplier: float) -> str:
+        """What is too much in actions that are for no incident, or nothing."""
+        if self._gives_up_too_much(actions, step):
+            return f"it goes back further than max_rollback_steps {self.limits.max_rollback_steps}"
+        if not self._is_near(_multiplier_after(actions, lr_multiplier)):
+            return (
+                f"all fixes together would change the learning rate beyond max_lr_change {self.limits.max_lr_change:g}"
+            )
+        return ""
+
+    def _gives_up_too_much(self, actions: tuple[Action, ...], step: int) -> bool:
+        befores = [action.params["before_step"] for action in actions if action.action == "rollback"]
+        return any(step - before > self.limits.max_rollback_steps for before in befores)
+
+    def _is_near(self, multiplier: float) -> bool:
+        return 1.0 / self.limits.max_lr_change <= multiplier <= self.limits.max_lr_change
+
+
+def _multiplier_after(actions: tuple[Action, ...], multiplier: float) -> float:
+    factors: list[float] = [action.params["factor"] for action in actions if action.action == "scale_lr"]
+    return math.prod(factors, start=multiplier)
 
 
 def _leads_back(multiplier: float, now: Situation) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sosa_stream.config import Mode
+from sosa_stream.decide.alerts import Alerts
 from sosa_stream.decide.choice import choose
 from sosa_stream.decide.commands import CommandState
 from sosa_stream.decide.dispatch import Dispatch
@@ -35,6 +36,7 @@ class Repairs:
         """Set while nothing may be applied by itself."""
         self._tracker = tracker
         self._dispatch = dispatch
+        self.alerts = Alerts(dispatch)
         self._guard_acts = GuardActs(tracker, dispatch)
         self._learned: tuple[Outcome, ...] = ()
         self._blocked: set[str] = set()
@@ -82,6 +84,8 @@ class Repairs:
         for known in sorted(self._tracker.open, key=lambda known: -known.incident.severity):
             if not self._dispatch.busy:
                 self._consider(known, windows)
+        if not self._withheld:
+            self.alerts.step(windows, self.policy)
 
     def end_generation(self, why: str) -> None:
         """The process group is gone, or new."""

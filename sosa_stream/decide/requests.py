@@ -1,4 +1,7 @@
-"""What people ask of a run: each is recorded, then carried out by the Engine, and kept in the audit with its answer."""
+"""What people, and alerts of their own, ask of a run.
+
+Each is recorded, then carried out by the Engine, and kept in the audit with its answer.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,19 @@ class Fix(Person):
     on_probation: bool = False
 
 
-Request = Approve | Undo | Pause | Resume | Fix
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Propose(Person):
+    """Propose an action because an alert asks for it; it goes ahead without a person only where `auto` may.
+
+    ``rule`` is the alert's name, ``alert`` what tells one firing of it from another.
+    """
+
+    action: Action
+    rule: str
+    alert: str
+
+
+Request = Approve | Undo | Pause | Resume | Fix | Propose
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +90,8 @@ def words_of(request: Request) -> tuple[str, str, dict[str, Any]]:
             details = {}
         case Fix():
             details = {**request.action.as_dict(), "on_probation": request.on_probation}
+        case Propose():
+            details = {**request.action.as_dict(), "rule": request.rule, "alert": request.alert}
     if request.asked:
         details["asked"] = request.asked
     return type(request).__name__.lower(), request.who, details
@@ -99,15 +116,22 @@ def read_request(what: str, who: Any, details: Mapping[str, Any]) -> Request:
             case "resume":
                 return Resume(who=who, asked=asked)
             case "fix":
-                action = Action(action=_text(details["action"]), params=dict(details["params"]))
-                return Fix(action=action, who=who, asked=asked, on_probation=details.get("on_probation") is True)
+                on_probation = details.get("on_probation") is True
+                return Fix(action=_action(details), who=who, asked=asked, on_probation=on_probation)
+            case "propose":
+                rule, alert = _text(details["rule"]), _text(details["alert"])
+                return Propose(action=_action(details), who=who, asked=asked, rule=rule, alert=alert)
     except (KeyError, TypeError, ValueError) as error:
         raise RefusedError(f"{what}: {error} is missing or of another kind") from None
     raise RefusedError(f"nobody here knows the request {what[:40]!r}")
 
 
-REQUESTS = ("approve", "undo", "pause", "resume", "fix")
+REQUESTS = ("approve", "undo", "pause", "resume", "fix", "propose")
 """What can be asked."""
+
+
+def _action(details: Mapping[str, Any]) -> Action:
+    return Action(action=_text(details["action"]), params=dict(details["params"]))
 
 
 def _text(value: Any) -> str:

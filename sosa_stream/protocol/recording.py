@@ -19,7 +19,7 @@ import msgpack
 
 from sosa_stream.config import detect_settings
 from sosa_stream.decide.experience import Outcome
-from sosa_stream.decide.requests import REQUESTS, Approve, Fix, Pause, Resume, Undo, read_request, words_of
+from sosa_stream.decide.requests import REQUESTS, Approve, Fix, Pause, Propose, Resume, Undo, read_request, words_of
 from sosa_stream.effects import Event, JobGone, Learned, Reconfigured, ShellEvent, Timer
 from sosa_stream.errors import ConfigError, ProtocolError, RefusedError, SosaError, UsageError
 from sosa_stream.protocol.body import DEFAULT_LIMITS, Reject
@@ -148,7 +148,7 @@ def encode_shell_record(event: ShellEvent) -> bytes:
             body |= {"kind": "reconfigured", "detect": event.settings.as_dict()}
         case Learned():
             body |= {"kind": "learned", "outcomes": [outcome.as_row() for outcome in event.outcomes]}
-        case Approve() | Undo() | Pause() | Resume() | Fix():
+        case Approve() | Undo() | Pause() | Resume() | Fix() | Propose():
             what, who, details = words_of(event)
             body |= {"kind": what, **details, "who": who}
     packed: bytes = msgpack.packb(body, use_bin_type=True)
