@@ -1,7 +1,8 @@
 """What can go wrong, by situation. Every error tells its reader what to do next.
 
 ``ConfigError`` and ``UsageError`` are the user's to mend (exit code 2); ``ProtocolError`` is a peer's fault and is
-counted, never raised into training; ``RefusedError`` is a command that an agent will not carry out.
+counted, never raised into training; ``RefusedError`` is a command that an agent, or a request that
+the daemon, will not carry out.
 """
 
 from __future__ import annotations
@@ -56,6 +57,10 @@ class CommandRefusedError(ProtocolError):
 
 class RefusedError(SosaError):
     """A command names an unknown action, an out-of-bound value, or what this rank may not do."""
+
+
+class NoAnswerError(SosaError):
+    """What was asked for has no answer: no daemon serves the run, or it is slow."""
 
 
 class HalfAppliedError(SosaError):

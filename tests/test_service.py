@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from daemon_process import LOOPBACK, RingAgent, wait_until
 
-from sosa_stream.cli import control, main
+from sosa_stream.cli import main
 from sosa_stream.config import load_settings
-from sosa_stream.daemon import service
+from sosa_stream.daemon import asking, service
 from sosa_stream.daemon.run import Run
 from sosa_stream.daemon.schema import open_store
 from sosa_stream.daemon.service import Daemon, Ready
@@ -247,12 +247,13 @@ def test_a_request_that_is_taken_up_is_not_withdrawn(tmp_path: Path, monkeypatch
     recorded(tmp_path, "run")
     asyncio.run(serve_requests(tmp_path, Store))
 
-    def not_answered(store: sqlite3.Connection, row: int | None) -> None:
+    def not_answered(store: sqlite3.Connection, row: int) -> None:
         asyncio.run(serve_requests(tmp_path, DeafStore))
 
-    monkeypatch.setattr(control, "_answer", not_answered)
+    monkeypatch.setattr(asking, "_answer", not_answered)
+    monkeypatch.setattr(asking, "ANSWER_SECONDS", 0.01)
     with pytest.raises(SosaError, match="taken it up"):
-        control.ask(tmp_path, "run", Pause(who="ann"))
+        asking.ask(tmp_path, "run", Pause(who="ann"))
     asyncio.run(serve_requests(tmp_path, Store))
     assert audited(tmp_path) == [(1, "nothing is applied by itself")]
 

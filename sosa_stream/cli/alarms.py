@@ -15,9 +15,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from sosa_stream.cli.home import add_home, find_record, home_of, local_time, opened_store, table, who
+from sosa_stream.cli.home import add_home, find_record, home_of, local_time, table, who
 from sosa_stream.config import CONFIG_VARIABLE, load_settings
-from sosa_stream.daemon.schema import json_line
+from sosa_stream.daemon.marks import acknowledge, mutes_in_force
+from sosa_stream.daemon.schema import json_line, opened_store
 from sosa_stream.errors import UsageError
 from sosa_stream.plain import suggestion
 
@@ -64,9 +65,7 @@ def ack(arguments: argparse.Namespace) -> int:
     home = home_of(arguments)
     with opened_store(home, read_only=False) as store:
         incident = find_record(store, "incident", arguments.incident, home)
-        store.execute(
-            "INSERT OR REPLACE INTO acks VALUES (?, ?, ?, ?)", (incident["id"], who(), time.time(), arguments.note)
-        )
+        acknowledge(store, incident["id"], who(), arguments.note)
     print(f"{incident['id']} ({incident['kind']} of run {incident['run']}) is acknowledged")
     return 0
 
@@ -121,13 +120,6 @@ def _list(arguments: argparse.Namespace) -> int:
     else:
         print("nothing is muted")
     return 0
-
-
-def mutes_in_force(store: sqlite3.Connection, now: float) -> list[dict[str, Any]]:
-    """``{"run", "kind", "until", "who", "at", "reason"}`` of each; times in seconds since the epoch."""
-    keys = ("run", "kind", "until", "who", "at", "reason")
-    query = f"SELECT {', '.join(keys)} FROM mutes WHERE until > ? ORDER BY until"
-    return [dict(zip(keys, row, strict=True)) for row in store.execute(query, (now,))]
 
 
 def duration_seconds(text: str) -> int:

@@ -9,19 +9,17 @@ import argparse
 import json
 import sqlite3
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from sosa_stream.cli.home import add_home, check_run, find_record, home_of, local_time, opened_store, table, who
-from sosa_stream.daemon.schema import json_line, read_details
-from sosa_stream.decide.requests import Approve, Fix, Pause, Reply, Request, Resume, Undo, words_of
-from sosa_stream.errors import RefusedError, SosaError, UsageError
+from sosa_stream.cli.home import add_home, check_run, find_record, home_of, local_time, table, who
+from sosa_stream.daemon.asking import ask
+from sosa_stream.daemon.schema import json_line, opened_store, read_details
+from sosa_stream.decide.requests import Approve, Fix, Pause, Resume, Undo
+from sosa_stream.errors import RefusedError, UsageError
 from sosa_stream.plain import suggestion
 from sosa_stream.protocol.actions import ACTIONS, Action, Param
 
-ANSWER_SECONDS = 5.0
-POLL_SECONDS = 0.05
 MAX_REASON_BYTES = 2048
 
 
@@ -179,50 +177,6 @@ def asked_for(row: dict[str, Any]) -> str:
     words += ["--on-probation"] * bool(details.get("on_probation"))
     words += [f"({details['reason']})"] if details.get("reason") else []
     return " ".join(map(str, filter(None, words)))
-
-
-def ask(home: Path, run: str, request: Request) -> Reply:
-    """Ask the daemon that serves a run, and wait for its answer.
-
-    Raises:
-        SosaError: it refuses, or has not answered.
-    """
-    what, asker, details = words_of(request)
-    with opened_store(home, read_only=False) as store:
-        row = store.execute(
-            "INSERT INTO audit (at, who, run, what, details) VALUES (?, ?, ?, ?, ?)",
-            (time.time(), asker, run, what, json_line(details)),
-        ).lastrowid
-        try:
-            reply = _answer(store, row)
-        finally:  # also of Ctrl-C: or a daemon that comes up next week would still do it
-            store.execute(
-                "UPDATE audit SET answered_at = ?, done = 0, answer = 'nobody answered in time: withdrawn' "
-                "WHERE id = ? AND answered_at IS NULL AND done IS NULL",
-                (time.time(), row),
-            )
-        taken_up = store.execute("SELECT done FROM audit WHERE id = ?", (row,)).fetchone()[0]
-    if reply is None and taken_up:
-        raise SosaError(
-            f"a daemon has taken it up, but not answered yet: what comes of it, `sosa audit --run {run}` says"
-        )
-    if reply is None:
-        raise SosaError(
-            f"no daemon has answered within {ANSWER_SECONDS:g} s; is one running with home {home}, and run {run} alive?"
-        )
-    if not reply.done:
-        raise SosaError(reply.text)
-    return reply
-
-
-def _answer(store: sqlite3.Connection, row: int | None) -> Reply | None:
-    deadline = time.monotonic() + ANSWER_SECONDS
-    while time.monotonic() < deadline:
-        done, text, command = store.execute("SELECT done, answer, command FROM audit WHERE id = ?", (row,)).fetchone()
-        if text is not None:
-            return Reply(done=bool(done), text=text, command=command)
-        time.sleep(POLL_SECONDS)
-    return None
 
 
 def action_of(name: str, params: list[str]) -> Action:

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sosa_stream.cli.alarms import add_incident
-from sosa_stream.cli.home import add_home, find_record, home_of, opened_store, table, who
-from sosa_stream.daemon.schema import json_line
+from sosa_stream.cli.home import add_home, find_record, home_of, table, who
+from sosa_stream.daemon.schema import json_line, opened_store
 from sosa_stream.errors import UsageError
 
 Z95 = 1.959964

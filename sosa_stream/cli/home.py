@@ -7,15 +7,12 @@ import getpass
 import json
 import os
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from sosa_stream.config import CONFIG_VARIABLE, load_settings
-from sosa_stream.daemon.schema import STORE_NAME, open_store
-from sosa_stream.errors import SosaError, UsageError
+from sosa_stream.errors import UsageError
 from sosa_stream.visible import shown
 
 
@@ -39,21 +36,6 @@ def home_of(arguments: argparse.Namespace) -> Path:
         config = os.environ.get(CONFIG_VARIABLE)
         home = shown(load_settings(path=Path(config) if config else None, env=os.environ).home)
     return home
-
-
-@contextmanager
-def opened_store(home: Path, *, read_only: bool = True) -> Iterator[sqlite3.Connection]:
-    """The store of ``home`` for as long as it is needed.
-
-    Raises:
-        UsageError: there is none that can be read.
-        SosaError: it is locked, damaged, or may not be written.
-    """
-    with closing(open_store(home, read_only=read_only)) as store:
-        try:
-            yield store
-        except sqlite3.Error as error:
-            raise SosaError(f"{home / STORE_NAME}: {error}") from None
 
 
 def find_record(store: sqlite3.Connection, what: str, beginning: str, home: Path) -> dict[str, Any]:

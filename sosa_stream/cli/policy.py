@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sosa_stream.cli.home import add_home, given_path, home_of, opened_store, table, who
+from sosa_stream.cli.home import add_home, given_path, home_of, table, who
 from sosa_stream.config import CONFIG_VARIABLE, Settings, load_settings
 from sosa_stream.daemon.outcomes import INSERT, SELECT
-from sosa_stream.daemon.schema import json_line
+from sosa_stream.daemon.schema import json_line, opened_store
 from sosa_stream.decide.choice import is_trusted
 from sosa_stream.decide.experience import NONE, Experience, Outcome
 from sosa_stream.decide.playbook import LADDERS

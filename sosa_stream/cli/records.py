@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sqlite3
-import time
 from collections.abc import Callable
 from typing import Any
 
-from sosa_stream.cli.alarms import add_incident, mutes_in_force
-from sosa_stream.cli.home import add_home, check_run, find_record, home_of, opened_store, table
+from sosa_stream.cli.alarms import add_incident
+from sosa_stream.cli.home import add_home, check_run, find_record, home_of, table
 from sosa_stream.cli.incident_words import unseen, whole, words_of
-from sosa_stream.daemon.schema import json_line
+from sosa_stream.daemon.marks import add_marks
+from sosa_stream.daemon.schema import json_line, opened_store
 from sosa_stream.errors import UsageError
 
 
@@ -52,7 +51,7 @@ def _one(arguments: argparse.Namespace) -> int:
     home = home_of(arguments)
     with opened_store(home) as store:
         record = find_record(store, "incident", arguments.incident, home)
-        _add_marks(store, [record])
+        add_marks(store, [record])
     print(json_line(record) if arguments.json else whole(record))
     return 0
 
@@ -87,26 +86,8 @@ def read_records(arguments: argparse.Namespace, what: str) -> list[dict[str, Any
         ).fetchall()
         found = [json.loads(record) for (record,) in rows]
         if what == "incidents":
-            _add_marks(store, found)
+            add_marks(store, found)
     return found
-
-
-def _add_marks(store: sqlite3.Connection, incidents: list[dict[str, Any]]) -> None:
-    """What people have said of each: ``ack`` and ``feedback``, or None, and until when its kind is muted, or None."""
-    acks = {incident: _said(*row) for incident, *row in store.execute("SELECT incident, who, at, note FROM acks")}
-    feedback = {
-        incident: {"is_true": bool(is_true), **_said(*row)}
-        for incident, is_true, *row in store.execute("SELECT incident, is_true, who, at, note FROM feedback")
-    }
-    muted = {(mute["run"], mute["kind"]): mute["until"] for mute in mutes_in_force(store, time.time())}
-    for incident in incidents:
-        incident["ack"] = acks.get(incident["id"])
-        incident["feedback"] = feedback.get(incident["id"])
-        incident["muted_until"] = muted.get((incident["run"], incident["kind"]))
-
-
-def _said(who: str, at: float, note: str) -> dict[str, Any]:
-    return {"who": who, "at": at, "note": note}
 
 
 def _marks(record: dict[str, Any]) -> str | None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sosa_stream.cli.control import asked_for, audited, what_came
-from sosa_stream.cli.home import add_home, home_of, local_time, opened_store
+from sosa_stream.cli.home import add_home, home_of, local_time
 from sosa_stream.cli.incident_words import words_of
-from sosa_stream.daemon.schema import RECORDING_NAME, STORE_NAME, json_line
+from sosa_stream.daemon.schema import RECORDING_NAME, STORE_NAME, json_line, opened_store
 from sosa_stream.errors import UsageError
 from sosa_stream.visible import visible
 

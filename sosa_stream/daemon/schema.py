@@ -10,12 +10,12 @@ import json
 import math
 import os
 import sqlite3
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from sosa_stream.errors import RefusedError, UsageError
+from sosa_stream.errors import RefusedError, SosaError, UsageError
 
 STORE_NAME = "sosa.db"
 RECORDING_NAME = "run.sosa"
@@ -103,6 +103,21 @@ def open_store(home: Path, *, read_only: bool = True) -> sqlite3.Connection:
         connection.close()
         raise UsageError(f"{path} has schema version {version}, this program reads version {SCHEMA_VERSION}")
     return connection
+
+
+@contextmanager
+def opened_store(home: Path, *, read_only: bool = True) -> Iterator[sqlite3.Connection]:
+    """The store of ``home`` for as long as it is needed.
+
+    Raises:
+        UsageError: there is none that can be read.
+        SosaError: it is locked, damaged, or may not be written.
+    """
+    with closing(open_store(home, read_only=read_only)) as store:
+        try:
+            yield store
+        except sqlite3.Error as error:
+            raise SosaError(f"{home / STORE_NAME}: {error}") from None
 
 
 def any_text(data: bytes) -> str:
