@@ -365,6 +365,8 @@ class DaemonSettings:
     """Folder made by ``sosa keys new``: CURVE keys of the daemon and of those that may talk to it."""
     insecure: bool = False
     """Allow an address other than loopback without keys."""
+    rank_series: int = 0
+    """Ranks of each run that have series of their own (lowest first), beside the five that are worst; 0: none."""
     republish_seconds: float = 0.5
     """How often an unacknowledged command is published again."""
     notify: tuple[WebhookUrl, ...] = ()
@@ -372,6 +374,7 @@ class DaemonSettings:
 
     def __post_init__(self) -> None:
         _at_least(0.01, 60, republish_seconds=self.republish_seconds)
+        _at_least(0, 10_000, rank_series=self.rank_series)
         for url in self.notify:
             if not re.fullmatch(r"https?://[^/?#@\s]+([/?][!-~]*)?", url):
                 raise ConfigError(f"daemon.notify (SOSA_NOTIFY) must be http:// or https:// addresses; one is {url!r}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sosa_stream.config import DetectSettings
+from sosa_stream.config import DetectSettings, Mode
 from sosa_stream.decide.carry_over import CarryOver
 from sosa_stream.decide.commands import CommandRecord
 from sosa_stream.decide.dispatch import Dispatch
@@ -41,6 +41,7 @@ from sosa_stream.effects import (
     Timer,
 )
 from sosa_stream.errors import ConfigError
+from sosa_stream.figures import Counting, Figures
 from sosa_stream.protocol.messages import (
     Ack,
     Bye,
@@ -72,6 +73,10 @@ class RunView:
     loss: float | None
     grad_norm: float | None
     learning_rate: float | None
+    lr_multiplier: float
+    """What fixes multiply the script's learning rate with."""
+    figures: Figures
+    world_size: int
     ranks: tuple[RankView, ...]
     incidents: tuple[Incident, ...]
     commands: tuple[CommandRecord, ...]
@@ -84,6 +89,8 @@ class RunView:
     """Commands in force that stand until they are taken back."""
     losses: tuple[tuple[int, float], ...] = ()
     """Few steps of the whole run, in rising order, each with its mean loss over ranks, which may be NaN."""
+    fixes_left: int | None = None
+    """Fixes that auto may still apply in this run; None where it applies none by itself."""
 
 
 class Engine:
@@ -98,6 +105,7 @@ class Engine:
         self._windows = RunWindows(self._settings)
         self._alignment = Alignment(1)
         self._attendance = Attendance()
+        self._counting = Counting()
         self._tracker = Tracker(run)
         self._dispatch = Dispatch(run, self._tracker)
         self._repairs = Repairs(self._tracker, self._dispatch)
@@ -132,7 +140,7 @@ class Engine:
         elif isinstance(event, Learned):
             self._repairs.learn(event.outcomes)
         elif isinstance(event, ExceptionReport):
-            self._note_rank(event.header, step=event.step)
+            self._note_rank(event.header, step=event.step - 1)
             self._report(Reports(exception=event))
         elif not isinstance(event, Timer) and self._is_current(event.header):
             self._hear(event)
@@ -156,9 +164,12 @@ class Engine:
         self._detectors = tuple(detector for detector in detectors if detector.kind not in off)
         self._windows.reconfigure(settings)
 
-    def view(self) -> RunView:
-        """The run as it now is."""
-        windows = self._windows
+    def view(self, now: float | None = None, since: float = -math.inf) -> RunView:
+        """The run as it is at ``now``, by default when the last event came.
+
+        No rank counts as silent for a time before ``since``: nobody was listening.
+        """
+        windows, policy = self._windows, self._repairs.policy
         return RunView(
             run=self._run,
             generation=self._generation,
@@ -167,26 +178,32 @@ class Engine:
             loss=windows.loss,
             grad_norm=windows.grad_norm,
             learning_rate=windows.lr,
-            ranks=self._attendance.views,
+            lr_multiplier=windows.lr_multiplier,
+            figures=self._counting.figures,
+            world_size=self._alignment.world_size,
+            ranks=self._attendance.views(self._attendance.event_at if now is None else now, since),
             incidents=self._tracker.incidents,
             commands=self._dispatch.ledger.records,
             detectors=tuple((detector.kind, str(self._detector_state(detector))) for detector in self._detectors),
             knobs=tuple(self._repairs.knobs.values()),
-            mode=str(self._repairs.policy.mode),
+            mode=str(policy.mode),
             paused=self._repairs.paused.who if self._repairs.paused else "",
             standing=tuple(fix.entry.record.id for fix in self._dispatch.standing.in_force if fix.actions),
             losses=self._curve.points,
+            fixes_left=self._dispatch.budget.left_of_run(policy.limits) if policy.mode is Mode.AUTO else None,
         )
 
     def _hear(self, event: Hello | Heartbeat | MetricFrame | Layers | Knobs | Ack | Bye) -> None:
         header = event.header
         if isinstance(event, Hello):
             self._note_rank(header)
+            self._attendance.describe(event)
             self._greet(event)
-            if len(self._attendance.members) >= header.world_size:
+            if len(self._attendance) >= header.world_size <= len(self._attendance.members):
                 self._carry_over.begin(self._windows, self._repairs.policy)
         elif isinstance(event, Heartbeat):
-            self._note_rank(header, step=event.step, phase=event.phase)
+            self._note_rank(header, step=event.step - 1, phase=event.phase)  # the one under way
+            self._attendance.describe(event)
         elif isinstance(event, MetricFrame):
             self._note_rank(header, step=int(event.steps[-1]) if len(event.steps) else -1)
             self._windows.columns.update(event.columns)
@@ -199,7 +216,7 @@ class Engine:
             known, self._repairs.knobs = self._repairs.knobs, {knob.name: knob for knob in event.knobs}
             self._carry_over.meet_knobs(self._repairs.knobs.keys() - known.keys(), self._windows)
         elif isinstance(event, Ack):
-            self._note_rank(header, step=event.step)
+            self._note_rank(header, step=event.step - 1)
             entry = self._dispatch.acknowledge(event, self._attendance.members, self._windows)
             self._carry_over.look(self._windows)
             if entry is not None:
@@ -226,6 +243,7 @@ class Engine:
             self._dispatch.standing.begin_generation(trained=self._windows.step >= 0)
             self._tracker.begin_generation()
         self._generation = self._dispatch.generation = header.generation
+        self._counting.begin_generation()
         self._windows = RunWindows(self._settings)
         self._alignment = Alignment(min(max(header.world_size, 1), MAX_WORLD_SIZE))
         self._attendance.begin_generation()
@@ -283,6 +301,7 @@ class Engine:
         for block in self._alignment.complete():
             self._log(block.logged)
             self._curve.take(block)
+            self._counting.take(block)
             self._take(block)
 
     def _take(self, block: Block) -> None:

@@ -80,6 +80,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
         versions=st.dictionaries(texts, texts, max_size=3),
         parameters=st.lists(texts, max_size=5).map(tuple),
         policy=st.dictionaries(texts, st.one_of(texts, numbers, st.lists(texts, max_size=2)), max_size=3),
+        pod=st.one_of(st.just(""), names),
     ),
     st.builds(
         Heartbeat,
@@ -89,6 +90,9 @@ messages: st.SearchStrategy[Message] = st.one_of(
         phase=st.sampled_from(Phase),
         oldest=numbers,
         dropped=numbers,
+        memory_bytes=numbers,
+        device_memory_bytes=numbers,
+        gpu_uuid=st.one_of(st.just(""), names),
     ),
     frames(),
     st.builds(
@@ -268,6 +272,27 @@ GOLDEN: list[tuple[Message, str]] = [
         ),
         f"de0010 {_HEAD} a9657863657074696f6e a474797065 a154 a76d657373616765 a16d a5737461636b 90"
         " a473746570 03 a57068617365 a7666f7277617264 a66d656d6f7279 81 a466726565 01 a96e756d5f7061727473 02",
+    ),
+    (
+        Hello(header=HEADER, pid=1, device="cpu", versions={}, parameters=(), policy={}, pod="p"),
+        f"8f {_HEAD} a568656c6c6f a3706964 01 a6646576696365 a3637075 a876657273696f6e73 80"
+        " aa706172616d6574657273 90 a6706f6c696379 80 a3706f64 a170",
+    ),
+    (
+        Heartbeat(
+            header=HEADER,
+            tick=2,
+            step=3,
+            phase=Phase.DATA,
+            oldest=4,
+            dropped=5,
+            memory_bytes=6,
+            device_memory_bytes=7,
+            gpu_uuid="u",
+        ),
+        f"de0011 {_HEAD} a9686561727462656174 a47469636b 02 a473746570 03 a57068617365 a464617461"
+        " a66f6c64657374 04 a764726f70706564 05 ac6d656d6f72795f6279746573 06"
+        " b36465766963655f6d656d6f72795f6279746573 07 a86770755f75756964 a175",
     ),
 ]
 

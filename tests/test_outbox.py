@@ -13,6 +13,7 @@ from agent_parts import HEADER
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from sosa_stream.agent.footprint import Footprint
 from sosa_stream.agent.transport.outbox import MAX_ROWS_PER_FRAME, Outbox, Ring, Row, Wakeup
 from sosa_stream.agent.watch.scalars import Scalars, fetch
 from sosa_stream.protocol.codec import decode
@@ -266,9 +267,9 @@ def test_a_heartbeat_tells_what_can_be_resent_and_what_was_lost() -> None:
     for step in range(5):
         outbox.add_row(row(step, loss=1.0))
         outbox.flush(header)
-    beat = decode(outbox.heartbeat(HEADER, 5, 5, Phase.FORWARD))
+    beat = decode(outbox.heartbeat(HEADER, 5, 5, Phase.FORWARD, Footprint(memory_bytes=7)))
     assert isinstance(beat, Heartbeat)
-    assert (beat.oldest, beat.dropped, beat.tick) == (4, 3, 5)
+    assert (beat.oldest, beat.dropped, beat.tick, beat.memory_bytes) == (4, 3, 5, 7)
 
 
 def test_scalars_of_the_host_are_there_at_once_whatever_their_kind() -> None:

@@ -181,10 +181,11 @@ def test_equal_batches_have_equal_fingerprints_and_others_do_not() -> None:
     assert mark(tokens, images) != mark(tokens, changed) != mark(other, changed)
 
 
-def test_integers_have_a_fingerprint_and_nothing_else() -> None:
+def test_integers_have_a_size_and_a_fingerprint_and_nothing_else() -> None:
     inputs = look(None, {"input_ids": torch.arange(12).reshape(3, 4)})
     assert inputs is not None
-    assert inputs.names == INPUT_COLUMNS[-1:]
+    assert inputs.names == INPUT_COLUMNS[-2:] == ("samples", "fingerprint")
+    assert inputs.read(InputBaseline())[0] == 3.0
     assert look(None, "no tensor", torch.zeros(0, 3)) is None
 
 

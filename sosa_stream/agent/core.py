@@ -20,9 +20,11 @@ from torch.optim import Optimizer
 
 import sosa_stream
 from sosa_stream.agent import failure, process
+from sosa_stream.agent.environment import pod_name
 from sosa_stream.agent.fence.fence import Fence
 from sosa_stream.agent.fence.membership import Membership
 from sosa_stream.agent.fence.stores import MemoryStore, RegisterStore
+from sosa_stream.agent.footprint import footprint
 from sosa_stream.agent.last_checkpoint import LastCheckpoint
 from sosa_stream.agent.place import Identity, Place
 from sosa_stream.agent.repair.actuators import make_actuators
@@ -327,6 +329,8 @@ class Agent:
             versions={"torch": torch.__version__},
             parameters=self._parameters,
             progress=self._progress,
+            footprint=lambda: footprint(self.probe.device),
+            pod=pod_name(os.environ),
             refusal=lambda command: self.actuators.refusal(command, self.probe.step),
             say=self.say,
         )

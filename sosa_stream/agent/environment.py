@@ -37,6 +37,12 @@ def read_settings(env: Mapping[str, str], overrides: Mapping[str, Any] | None = 
     return settings, f"{complaint}; nobody will be notified" if complaint else ""
 
 
+def pod_name(env: Mapping[str, str]) -> str:
+    """The Kubernetes pod: ``POD_NAME``, else the host's name where a pod is what it names; else nothing."""
+    name = env.get("POD_NAME") or (env.get("HOSTNAME", "") if "KUBERNETES_SERVICE_HOST" in env else "")
+    return name if re.fullmatch(r"[\w.-]{1,200}", name) else ""
+
+
 def run_name(settings: Settings, env: Mapping[str, str], script: str) -> str:
     """`SOSA_RUN`, else the id that torchrun was given, else script name, time and randomness.
 

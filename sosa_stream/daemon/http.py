@@ -10,8 +10,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from sosa_stream.daemon.exporter import Snapshot, registry
 from sosa_stream.errors import ConfigError
+from sosa_stream.metrics.collector import Snapshot, registry
 
 if TYPE_CHECKING:
     import uvicorn

@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 TOO_MANY = "too_many"
 UNRECORDABLE = "unrecordable"
 
+SHOWN_SECONDS = 1.0
+"""How old what is shown of a run may be of which nothing comes in: its ranks fall silent."""
 HEARD_SECONDS = 60.0
 """Sources that were silent for longer are no longer told what was received."""
 MAX_SOURCES = 65536
@@ -59,7 +61,7 @@ class EngineLike(Protocol):
     @property
     def has_commands_in_flight(self) -> bool: ...
     def reply(self, request: Request) -> Reply: ...
-    def view(self) -> RunView: ...
+    def view(self, now: float | None = None, since: float = -math.inf) -> RunView: ...
 
 
 EngineFactory = Callable[[str], EngineLike]
@@ -81,11 +83,14 @@ class RunSnapshot:
     """A run as the exporter shows it. Immutable; the counts are of this and earlier daemons on the same recording.
 
     Attributes:
+        heard_at: when anything last came in, in seconds since the epoch.
         incidents: number of incidents by the kind and severity with which they opened.
         commands: number of commands that came to a state, by state and verdict (`none` before there is one).
     """
 
     view: RunView
+    project: str
+    heard_at: float
     num_received: int
     num_duplicates: int
     num_lost: int
@@ -137,6 +142,8 @@ class Run:
         self._reached: set[tuple[str, str, str]] = set()
         self._touched: set[str] = set()
         self._snapshot: RunSnapshot | None = None
+        self._shown_at = -math.inf
+        self._shown_since = math.inf
         recording.parent.mkdir(parents=True, exist_ok=True)
         self._recorder = Recorder(recording)
         try:
@@ -321,19 +328,34 @@ class Run:
         """The highest recorded number of each source heard of lately. After `commit` only."""
         return self._ledger.received(heard_since=now - HEARD_SECONDS)
 
-    def snapshot(self) -> RunSnapshot:
-        """The run as it now is; also notes its row for the store. Made anew only if something has come since."""
-        if self._snapshot is None:
-            view = self._engine.view()
-            self.changes.runs[self.name] = RunRow(
-                run=self.name,
-                generation=view.generation,
-                step=view.step,
-                seen_at=self._now,
-                detectors=dict(view.detectors),
-            )
+    @property
+    def num_incidents(self) -> int:
+        """How many have opened so far."""
+        return len(self._opened)
+
+    def snapshot(self, now: float | None = None) -> RunSnapshot:
+        """The run as it is when something last came in, or ``now``; also notes its row for the store.
+
+        Made anew only if something has come since, or a while has passed in which somebody may have fallen silent.
+        """
+        if now is not None:
+            self._shown_since = min(self._shown_since, now)
+        is_old = now is not None and now - self._shown_at >= SHOWN_SECONDS and not self.all_ended
+        if self._snapshot is None or is_old:
+            self._shown_at = self._now if now is None else now
+            view = self._engine.view(self._shown_at, self._shown_since)
+            if self._snapshot is None:
+                self.changes.runs[self.name] = RunRow(
+                    run=self.name,
+                    generation=view.generation,
+                    step=view.step,
+                    seen_at=self._now,
+                    detectors=dict(view.detectors),
+                )
             self._snapshot = RunSnapshot(
                 view=view,
+                project=self._project,
+                heard_at=self._now,
                 num_received=self._ledger.num_accepted,
                 num_duplicates=self._ledger.num_duplicates,
                 num_lost=self._ledger.num_lost,

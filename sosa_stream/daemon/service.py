@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sosa_stream.config import Settings
-from sosa_stream.daemon.exporter import Snapshot
 from sosa_stream.daemon.http import HttpServer
 from sosa_stream.daemon.mutes import Mutes
 from sosa_stream.daemon.outcomes import project_of
@@ -30,6 +29,8 @@ from sosa_stream.daemon.webhook import DEADLINE_SECONDS, Outcome, Webhook
 from sosa_stream.decide.requests import Reply, read_request
 from sosa_stream.effects import JobGone, Timer
 from sosa_stream.errors import ConfigError, ProtocolError, RefusedError, SosaError, UsageError
+from sosa_stream.figures import Buckets
+from sosa_stream.metrics.collector import Snapshot
 from sosa_stream.protocol.body import Reject
 from sosa_stream.protocol.channels import DaemonChannel
 from sosa_stream.protocol.codec import decode, encode
@@ -44,6 +45,7 @@ REQUEST_POLL_SECONDS = 0.2
 TOO_LATE_SECONDS = 600.0
 """Age of a request that is no longer carried out; clocks of hosts that share a home may differ by as much."""
 SNAPSHOT_SECONDS = 0.2
+LATENCY_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 STORE_SECONDS = 0.25
 """What is received is told to be once its rows are written, too, unless that takes longer than this."""
 TIMER_SECONDS = 1.0
@@ -111,6 +113,10 @@ class Daemon:
         self._runs: dict[str, Run] = {}
         self._unwritten = Changes()
         self._is_orphan = False
+        self._num_being_written = 0
+        self._num_waiting = 0
+        """Messages taken from the socket and not yet recorded."""
+        self._latency = Buckets(LATENCY_BOUNDS)
         self._writing: asyncio.Task[None] | None = None
         self._store_is_slow = False
         self._rejects = Rejects()
@@ -229,6 +235,7 @@ class Daemon:
             batch = await self._channel.drain(timeout_seconds=DRAIN_POLL_SECONDS)
             # What came in during a replay is in this batch, and reaches the engines before another task has a turn.
             self._is_behind = False
+            self._num_waiting = len(batch)
             if batch:
                 await self._take(batch)
 
@@ -257,8 +264,11 @@ class Daemon:
                 touched[run.name] = run
             except ProtocolError as error:
                 self._rejects.add(message.header.source, error)
+        num_incidents = sum(run.num_incidents for run in touched.values())
         for run in await self._commit(touched.values()):
             self._channel.publish(run.name, encode(Received(run=run.name, sources=run.touched())))
+        num_opened = sum(run.num_incidents for run in touched.values()) - num_incidents
+        self._latency.add([time.monotonic() - self._last_message_at] * num_opened)
 
     async def _run(self, name: str) -> Run:
         run = self._runs.get(name)
@@ -323,6 +333,7 @@ class Daemon:
         try:
             while self._unwritten:
                 writing, self._unwritten = self._unwritten, Changes()
+                self._num_being_written = len(writing)
                 try:
                     await self._store.write(writing)
                 except sqlite3.Error as error:
@@ -332,7 +343,7 @@ class Daemon:
                     self._unwritten = writing
                     return
         finally:
-            self._writing, self._store_is_slow = None, False
+            self._writing, self._store_is_slow, self._num_being_written = None, False, 0
 
     def _republish(self) -> None:
         for run in self._runs.values():
@@ -417,9 +428,16 @@ class Daemon:
         self._show()
 
     def _show(self) -> None:
+        now = time.time()
+        listened_until = None if self._is_behind else now  # nobody is silent while we do not listen
         self._snapshot = Snapshot(
-            runs=tuple(run.snapshot() for run in self._runs.values()),
+            runs=tuple(run.snapshot(listened_until) for run in self._runs.values()),
             rejected=dict(self._rejects.counts),
             notifications={str(outcome): sum(hook.counts[outcome] for hook in self._webhooks) for outcome in Outcome},
+            num_waiting=self._num_waiting,
+            num_unwritten=len(self._unwritten) + self._num_being_written,
+            latency=self._latency.histogram,
+            shown_at=now,
             beat_at=time.monotonic(),
+            rank_series=self._settings.daemon.rank_series,
         )

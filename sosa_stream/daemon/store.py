@@ -55,8 +55,8 @@ class Changes:
     commands: dict[str, CommandRecord] = field(default_factory=dict)
     outcomes: dict[tuple[str, float], OutcomeRow] = field(default_factory=dict)
 
-    def __bool__(self) -> bool:
-        return bool(self.runs or self.incidents or self.commands or self.outcomes)
+    def __len__(self) -> int:
+        return len(self.runs) + len(self.incidents) + len(self.commands) + len(self.outcomes)
 
     def update(self, newer: Changes) -> None:
         self.runs.update(newer.runs)

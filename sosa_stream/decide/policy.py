@@ -118,5 +118,9 @@ class Budget:
         self._of_kind[kind] = max(0, self._of_kind.get(kind, 0) - 1)
         self._of_run -= 1
 
+    def left_of_run(self, limits: AutoSettings) -> int:
+        """Fixes that the run may still have."""
+        return max(0, limits.max_fixes_per_run - self._of_run)
+
     def left(self, kind: str, limits: AutoSettings) -> bool:
         return self._of_kind.get(kind, 0) < limits.max_fixes_per_error and self._of_run < limits.max_fixes_per_run

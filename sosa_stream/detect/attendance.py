@@ -1,25 +1,83 @@
-"""Which ranks of a run are there: by what was heard of them, and when."""
+"""Which ranks of a run are there, and which are behind: by what was heard of them, and when."""
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 
-from sosa_stream.protocol.messages import Header, Phase
+from sosa_stream.protocol.messages import Header, Heartbeat, Hello, Phase
 
+STALE_AFTER_SECONDS = 5.0
+"""Silence after which people are told; heartbeats come every second."""
 LOST_AFTER_SECONDS = 15.0
-"""Silence after which a rank counts as lost; heartbeats come every second."""
+"""Silence after which a rank counts as lost: nothing waits for it any more."""
+FRONT_SECONDS = 0.05
+"""Ranks tell of their steps about every 0.1 s: a finer look at who came first would show nothing."""
+MOST_FRONTS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankView:
-    """A rank as people see it: ``state`` is ``live``, ``lost`` or ``ended``."""
+    """A rank as people see it: ``state`` is ``live``, ``stale`` (silent), ``lost`` or ``ended``.
+
+    Attributes:
+        silent_seconds: since it was last heard, 0 once it has ended.
+        lag_seconds: since another rank was first known to be ahead of it; 0 where none is, and of one that has not
+            stepped yet, or has ended.
+        memory_bytes: the process's resident set; ``device_memory_bytes`` what torch has allocated on its device. 0:
+            unknown.
+    """
 
     rank: int
     host: str
     state: str
     step: int
     phase: Phase
+    silent_seconds: float = 0.0
+    lag_seconds: float = 0.0
+    memory_bytes: int = 0
+    device_memory_bytes: int = 0
+    gpu_uuid: str = ""
+    pod: str = ""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether its numbers count: neither lost nor ended."""
+        return self.state in ("live", "stale")
+
+    @property
+    def offence_seconds(self) -> float:
+        """For how long it has been behind, or silent."""
+        return max(self.lag_seconds, self.silent_seconds)
+
+
+class Front:
+    """When the first of the ranks came to each step: for how long another has been behind.
+
+    Of long ago it knows less and less exactly, so that it stays small.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[int] = []
+        self._times: list[float] = []
+
+    def note(self, step: int, now: float) -> None:
+        """A rank is at ``step``."""
+        if self._steps and step <= self._steps[-1]:
+            return
+        if self._steps and now - self._times[-1] < FRONT_SECONDS:
+            self._steps[-1] = step
+            return
+        self._steps.append(step)
+        self._times.append(now)
+        if len(self._steps) > MOST_FRONTS:
+            del self._steps[: MOST_FRONTS // 2 : 2], self._times[: MOST_FRONTS // 2 : 2]
+
+    def lag(self, step: int, now: float) -> float:
+        """Seconds since the first rank came past ``step``."""
+        i = bisect_right(self._steps, step)
+        return max(0.0, now - self._times[i]) if step >= 0 and i < len(self._steps) else 0.0
 
 
 class Attendance:
@@ -30,6 +88,7 @@ class Attendance:
         """When the event at hand came in."""
         self._ranks: dict[int, RankView] = {}
         self._heard: dict[int, float] = {}
+        self._front = Front()
         self._heard_since = -math.inf
         """Every live rank has been heard since then, or later."""
 
@@ -37,9 +96,20 @@ class Attendance:
         """How many ranks were ever there."""
         return len(self._ranks)
 
-    @property
-    def views(self) -> tuple[RankView, ...]:
-        return tuple(self._ranks[rank] for rank in sorted(self._ranks))
+    def views(self, now: float, since: float) -> tuple[RankView, ...]:
+        """The ranks at ``now``. Nobody was listening to them before ``since``."""
+        return tuple(self._view(rank, now, since) for rank in sorted(self._ranks))
+
+    def _view(self, rank: int, now: float, since: float) -> RankView:
+        known = self._ranks[rank]
+        if known.state == "ended":
+            return known
+        silent = max(0.0, now - max(self._heard[rank], since))
+        state = known.state
+        if state == "live" and silent > STALE_AFTER_SECONDS:
+            state = "lost" if silent > LOST_AFTER_SECONDS else "stale"
+        lag = self._front.lag(known.step, now)
+        return replace(known, state=state, silent_seconds=silent, lag_seconds=lag)
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -52,7 +122,7 @@ class Attendance:
 
     def begin_generation(self) -> None:
         """Other processes: none has been heard yet."""
-        self._ranks, self._heard = {}, {}
+        self._ranks, self._heard, self._front = {}, {}, Front()
 
     def note(self, header: Header, step: int = -1, phase: Phase | None = None) -> bool:
         """A rank is heard. Returns whether it had been lost."""
@@ -67,7 +137,23 @@ class Attendance:
         if step > known.step or (phase is not None and phase is not known.phase):
             known = replace(known, step=max(step, known.step), phase=phase or known.phase)
         self._ranks[rank] = known
+        if step >= 0:
+            self._front.note(step, self.event_at)
         return was_lost
+
+    def describe(self, event: Hello | Heartbeat) -> None:
+        """What a rank that has been noted says of its place."""
+        rank = event.header.rank
+        known = self._ranks[rank]
+        if isinstance(event, Hello):
+            self._ranks[rank] = replace(known, pod=event.pod)
+        elif event.memory_bytes:
+            self._ranks[rank] = replace(
+                known,
+                memory_bytes=event.memory_bytes,
+                device_memory_bytes=event.device_memory_bytes,
+                gpu_uuid=event.gpu_uuid,
+            )
 
     def end(self, rank: int) -> None:
         """It has said goodbye."""

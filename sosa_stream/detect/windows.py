@@ -37,7 +37,9 @@ MIN_QUIET = 4
 """Steps that are worth taking at once."""
 DEAD_POINTS = 3
 """After so many steps in a row without a finite value, one more says nothing new."""
-ORDINARY = frozenset({"tick", "loss", "grad_norm", "lr", "lr_multiplier", "step_seconds", "skipped", "model"})
+ORDINARY = frozenset(
+    {"tick", "loss", "grad_norm", "lr", "lr_multiplier", "step_seconds", "skipped", "model", "samples"}
+)
 """Step columns of which many steps can be taken at once."""
 SETTLED_POINTS, SETTLED_SHARE = 32, 0.2
 """A loss that is this long out of its old band, and less than this share of the progress above it, is where it is."""

@@ -43,23 +43,31 @@ def encode(message: Message) -> bytes:
     body: dict[str, Any] = {"v": PROTOCOL_VERSION}
     match message:
         case Hello():
-            body |= _header(message.header) | {
-                "kind": "hello",
-                "pid": message.pid,
-                "device": message.device,
-                "versions": dict(message.versions),
-                "parameters": list(message.parameters),
-                "policy": dict(message.policy),
-            }
+            body |= (
+                _header(message.header)
+                | {
+                    "kind": "hello",
+                    "pid": message.pid,
+                    "device": message.device,
+                    "versions": dict(message.versions),
+                    "parameters": list(message.parameters),
+                    "policy": dict(message.policy),
+                }
+                | _known(message, "pod")
+            )
         case Heartbeat():
-            body |= _header(message.header) | {
-                "kind": "heartbeat",
-                "tick": message.tick,
-                "step": message.step,
-                "phase": str(message.phase),
-                "oldest": message.oldest,
-                "dropped": message.dropped,
-            }
+            body |= (
+                _header(message.header)
+                | {
+                    "kind": "heartbeat",
+                    "tick": message.tick,
+                    "step": message.step,
+                    "phase": str(message.phase),
+                    "oldest": message.oldest,
+                    "dropped": message.dropped,
+                }
+                | _known(message, "memory_bytes", "device_memory_bytes", "gpu_uuid")
+            )
         case MetricFrame():
             body |= _header(message.header) | {
                 "kind": "metrics",
@@ -170,6 +178,11 @@ def _header(header: Header) -> dict[str, Any]:
     return {name: getattr(header, name) for name in HEADER_FIELDS}
 
 
+def _known(message: Message, *names: str) -> dict[str, Any]:
+    """The fields of these names that say something: a later release has added them, and older ones do without."""
+    return {name: value for name in names if (value := getattr(message, name))}
+
+
 def _hello(body: Body) -> Hello:
     versions = body.mapping("versions")
     if not all(isinstance(value, str) for value in versions.values()):
@@ -181,6 +194,7 @@ def _hello(body: Body) -> Hello:
         versions=versions,
         parameters=body.texts("parameters"),
         policy=body.mapping("policy"),
+        pod=body.name("pod") if body.has("pod") else "",
     )
 
 
@@ -192,6 +206,9 @@ def _heartbeat(body: Body) -> Heartbeat:
         phase=body.phase(),
         oldest=body.integer("oldest"),
         dropped=body.integer("dropped"),
+        memory_bytes=body.integer("memory_bytes") if body.has("memory_bytes") else 0,
+        device_memory_bytes=body.integer("device_memory_bytes") if body.has("device_memory_bytes") else 0,
+        gpu_uuid=body.name("gpu_uuid") if body.has("gpu_uuid") else "",
     )
 
 

@@ -29,6 +29,7 @@ STEP_COLUMNS = (
     # they were all finite and this one is not, NaN while there are too few of them
     "input_change",  # how far that feature moved: mean, in standard deviations; or standard deviation, |log ratio|
     "input_feature",  # index of that feature; 0 where the input is looked at as a whole
+    "samples",  # the first dimension of the batch's largest input, times the parts that it is accumulated of
     "fingerprint",  # 53-bit hash of the batch's inputs: equal on two ranks, equal batches
     "weights_nonfinite",  # at the first of several steps that are not finite: 1 where the weights were not before it
     "batch_nonfinite",  # likewise, 1 where the batch holds a NaN or +inf

@@ -63,7 +63,10 @@ class Header:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    """A rank has joined a generation. ``policy`` holds the run's mode, what auto may do, and the limits."""
+    """A rank has joined a generation. ``policy`` holds the run's mode, what auto may do, and the limits.
+
+    ``pod`` is the rank's in Kubernetes, or empty.
+    """
 
     header: Header
     pid: int
@@ -71,6 +74,7 @@ class Hello:
     versions: Mapping[str, str]
     parameters: tuple[str, ...]
     policy: Mapping[str, Any]
+    pod: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +82,9 @@ class Heartbeat:
     """Once a second from the agent's own thread, so that a stuck training thread is told apart from a dead process.
 
     ``dropped`` counts frames that the agent's full ring gave up; ``oldest`` is the lowest sequence number still held.
+    ``memory_bytes`` is the process's resident set, ``device_memory_bytes`` what torch has allocated on its device; 0
+    where unknown. ``gpu_uuid`` is that device, as NVML and DCGM name it, or empty. It is here and not in `Hello`,
+    because a script may choose its device long after it has joined.
     """
 
     header: Header
@@ -86,6 +93,9 @@ class Heartbeat:
     phase: Phase
     oldest: int
     dropped: int
+    memory_bytes: int = 0
+    device_memory_bytes: int = 0
+    gpu_uuid: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import traceback
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from sosa_stream.agent.footprint import resident_bytes
 from sosa_stream.agent.step.gradients import to_local
 
 CPU_WORDS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
@@ -64,9 +63,8 @@ def breakdown(optimizers: Iterable[Optimizer]) -> dict[str, int]:
             "free": torch.cuda.mem_get_info()[0],
         }
     else:
-        with contextlib.suppress(OSError):  # not on every system
-            pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-            found["resident"] = pages * os.sysconf("SC_PAGE_SIZE")
+        if resident := resident_bytes():
+            found["resident"] = resident
     return found
 
 

@@ -74,6 +74,8 @@ class Probe:
         self.fence: Fence | None = None
         self.observing = True
         self.controlling = True
+        self.device: torch.device | None = None
+        """Where the parameters of the newest optimizer are; of several devices, a GPU."""
         self.at_rest: Callable[[], None] | None = None
         """Called when an optimizer step is over; may raise, as a signal's handler does."""
         self._guard = guard
@@ -197,7 +199,9 @@ class Probe:
         """A new optimizer: can it be watched, and can it be guarded?"""
         self.looks.meet(optimizer)
         self._taps.losses.meet(self._state.optimizers)
-        if any(parameter.is_meta for group in optimizer.param_groups for parameter in group["params"]):
+        devices = {parameter.device for group in optimizer.param_groups for parameter in group["params"]}
+        self.device = max(devices, key=lambda device: device.type == "cuda", default=self.device)
+        if any(device.type == "meta" for device in devices):
             self.observing = self._guard.on = False
             self._tell("parameters lie on the meta device, where there is nothing to see: training is not watched")
         if self._guard.on:

@@ -52,6 +52,9 @@ class Rows:
         seconds = now - self._last_step_at if self._last_step_at else 0.0
         self._last_step_at = now
         sampled, inputs, update = self._looks.take(step)
+        num_parts, self._taps.num_backwards = self._taps.num_backwards // max(1, self.num_objectives), 0
+        if inputs is not None and num_parts > 1 and self._looks.sees_inputs:  # a hook sees the first part alone
+            inputs.num_samples *= num_parts
         if (scale := self._taps.loss_scale) is not None:
             sampled["loss_scale"] = scale
         if self._in_force.ran_in_parts > 1:

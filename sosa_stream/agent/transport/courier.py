@@ -16,6 +16,7 @@ from typing import Any
 from sosa_stream.agent.fence.fence import Fence
 from sosa_stream.agent.fence.membership import Membership
 from sosa_stream.agent.fence.notices import Aborted, Closed, Committed, Held
+from sosa_stream.agent.footprint import Footprint
 from sosa_stream.agent.kill_file import KillFile
 from sosa_stream.agent.place import Identity
 from sosa_stream.agent.timezone import utc_offsets
@@ -60,6 +61,8 @@ class Courier:
         progress: Callable[[], Progress],
         refusal: Callable[[Command], str],
         say: Callable[[str], None],
+        footprint: Callable[[], Footprint] = Footprint,
+        pod: str = "",
     ) -> None:
         self._settings = settings
         self._identity = identity
@@ -68,6 +71,7 @@ class Courier:
         self._outbox = outbox
         self._fence = fence
         self._progress = progress
+        self._footprint = footprint
         self._cannot = refusal
         self._say = say
         self._seen: set[str] = set()
@@ -91,6 +95,7 @@ class Courier:
                 versions={"python": platform.python_version(), **versions},
                 parameters=tuple(parameters[:MAX_PARAMETER_NAMES]),
                 policy=policy(settings),
+                pod=pod,
             )
         )
 
@@ -112,7 +117,8 @@ class Courier:
         if now >= self._next_heartbeat:
             self._next_heartbeat = now + HEARTBEAT_SECONDS
             at = self._progress()
-            self._link.send(self._outbox.heartbeat(self.header(0), at.tick, at.step, at.phase))
+            beat = self._outbox.heartbeat(self.header(0), at.tick, at.step, at.phase, self._footprint())
+            self._link.send(beat)
         for message in self._link.receive():
             if isinstance(message, Received):
                 seq = message.sources.get(self._identity.nonce)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sosa_stream.agent.footprint import Footprint
 from sosa_stream.agent.watch.baseline import InputBaseline
 from sosa_stream.agent.watch.inputs import Inputs
 from sosa_stream.agent.watch.scalars import Scalars, fetch
@@ -237,10 +238,18 @@ class Outbox:
         for _ in range(messages):
             self.ring.append(encode(self._messages.popleft()(header(self.ring.next_seq))))
 
-    def heartbeat(self, header: Header, tick: int, step: int, phase: Phase) -> bytes:
+    def heartbeat(self, header: Header, tick: int, step: int, phase: Phase, taken: Footprint) -> bytes:
         return encode(
             Heartbeat(
-                header=header, tick=tick, step=step, phase=phase, oldest=self.ring.oldest, dropped=self.num_dropped
+                header=header,
+                tick=tick,
+                step=step,
+                phase=phase,
+                oldest=self.ring.oldest,
+                dropped=self.num_dropped,
+                memory_bytes=taken.memory_bytes,
+                device_memory_bytes=taken.device_memory_bytes,
+                gpu_uuid=taken.gpu_uuid,
             )
         )
 

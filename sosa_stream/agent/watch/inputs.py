@@ -21,7 +21,8 @@ from sosa_stream.agent.watch.scalars import Scalars, Vector, fetch, fetch_vector
 
 INPUT_COLUMNS = (
     *("input_mean", "input_std", "input_min", "input_max", "input_nonfinite"),
-    *("input_score", "input_change", "input_feature", "fingerprint"),
+    *("input_score", "input_change", "input_feature"),
+    *("samples", "fingerprint"),  # of any input
 )
 MAX_FEATURES = 1024
 """An input with more is looked at as a whole."""
@@ -56,10 +57,12 @@ class Inputs:
     integers: Part | None
     ends: Scalars | None
     """Lowest and highest of all elements, where the copy in ``floats`` does not hold them."""
+    num_samples: float
+    """The first dimension; NaN of a scalar."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        return INPUT_COLUMNS if self.floats is not None else INPUT_COLUMNS[-1:]
+        return INPUT_COLUMNS if self.floats is not None else INPUT_COLUMNS[-2:]
 
     def ready(self) -> bool:
         """Whether `read` needs no waiting. Never blocks."""
@@ -70,7 +73,7 @@ class Inputs:
         """The values of `names`."""
         marks = [part.sample() for part in (self.integers, self.floats) if part is not None]
         if self.floats is None:
-            return (fingerprint(*marks),)
+            return (self.num_samples, fingerprint(*marks))
         sample = marks[-1]
         with np.errstate(invalid="ignore", over="ignore"):  # a batch with NaN or Inf in it is no error of ours
             values = _by_feature(sample.astype(np.float64))
@@ -86,7 +89,7 @@ class Inputs:
             moments = Moments(means=means, spreads=spreads, num_nonfinite=num_nonfinite)
             judged = baseline.judge((self.module, sample.ndim, len(means)), moments)
         whole = (float(means.mean()), std, low, high, float(num_nonfinite))
-        return (*whole, *judged, fingerprint(*marks))
+        return (*whole, *judged, self.num_samples, fingerprint(*marks))
 
 
 def look(module: object, *arguments: object) -> Inputs | None:
@@ -100,11 +103,15 @@ def look(module: object, *arguments: object) -> Inputs | None:
             integers = tensor if integers is None or tensor.numel() > integers.numel() else integers
     mark = None if integers is None else _copy(integers, 1024)
     if floats is None:
-        return None if mark is None else Inputs(id(module), None, mark, None)
+        return None if integers is None else Inputs(id(module), None, mark, None, _num_samples(integers))
     if floats.requires_grad:
         floats = floats.detach()
     ends = None if _is_small(floats) else fetch(torch.aminmax(_searched(floats)))
-    return Inputs(id(module), _copy(floats, MOST_ELEMENTS), mark, ends)
+    return Inputs(id(module), _copy(floats, MOST_ELEMENTS), mark, ends, _num_samples(floats))
+
+
+def _num_samples(tensor: torch.Tensor) -> float:
+    return float(tensor.shape[0]) if tensor.ndim else math.nan
 
 
 def _copy(tensor: torch.Tensor, most: int) -> Part:

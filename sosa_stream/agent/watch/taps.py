@@ -33,6 +33,8 @@ class Taps:
 
     def __init__(self) -> None:
         self.losses = Losses()
+        self.num_backwards = 0
+        """Backward passes that were seen to their end since the last row."""
         self.deliveries = Deliveries()
         self.phase = Phase.START
         self._clip_norm: torch.Tensor | None = None
@@ -104,6 +106,7 @@ class Taps:
                 raise
             finally:
                 self._depth = 0
+            self.num_backwards += 1
             self.losses.attribute(mark)
             return result
 

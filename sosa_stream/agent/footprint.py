@@ -1,0 +1,49 @@
+"""What this process takes of its machine, as its heartbeat tells once a second."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """As `protocol.messages.Heartbeat` has it: 0 and nothing where unknown."""
+
+    memory_bytes: int = 0
+    device_memory_bytes: int = 0
+    gpu_uuid: str = ""
+
+
+def footprint(device: torch.device | None) -> Footprint:
+    """Of a process that trains on ``device``. From any thread; never raises, never the first to touch CUDA."""
+    on_gpu = device is not None and device.type == "cuda" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if not on_gpu or device is None:
+        return Footprint(memory_bytes=resident_bytes())
+    allocated = 0
+    with contextlib.suppress(Exception):
+        allocated = torch.cuda.memory_allocated(device)
+    return Footprint(memory_bytes=resident_bytes(), device_memory_bytes=allocated, gpu_uuid=_uuid(device))
+
+
+def resident_bytes() -> int:
+    """The resident set of this process; 0 on a system that does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+@functools.lru_cache(maxsize=16)
+def _uuid(device: torch.device) -> str:
+    """``GPU-…``, as NVML and DCGM name a device; torch leaves the prefix out."""
+    try:
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+    except Exception:  # a build without it
+        return ""
+    return uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
