@@ -360,11 +360,23 @@ class DaemonSettings:
     bind: str = "tcp://127.0.0.1:7667"
     """Where metric frames come in; commands go out at the next port. Port 0 lets the kernel choose."""
     http: str = "127.0.0.1:7669"
-    """Where ``/metrics``, ``/healthz`` and ``/readyz`` are served. Port 0 lets the kernel choose."""
+    """Where ``/metrics``, ``/healthz``, ``/readyz``, ``/api/v1`` and ``/webhooks`` are served, at one port; 0 lets the
+    kernel choose."""
+    http_cert: str = ""
+    """Certificate chain (PEM) to serve HTTPS with."""
+    http_key: str = ""
+    """Its private key (PEM), without a passphrase."""
+    http_client_ca: str = ""
+    """Certificates (PEM) of those who may sign clients': who brings none that they signed is not let in."""
+    http_tokens: str = ""
+    """File of tokens, ``TOKEN`` or ``NAME TOKEN`` a line: what the API is asked to change takes one, and so does
+    reading it where ``http`` is not loopback. Empty: neither is possible."""
+    webhook_tokens: str = ""
+    """File of tokens, alike, with which alerts may propose fixes; empty: no webhook is there."""
     keys: str = ""
     """Folder made by ``sosa keys new``: CURVE keys of the daemon and of those that may talk to it."""
     insecure: bool = False
-    """Allow an address other than loopback without keys."""
+    """Allow an address other than loopback without keys, or without TLS in the case of ``http``."""
     rank_series: int = 0
     """Ranks of each run that have series of their own (lowest first), beside the five that are worst; 0: none."""
     republish_seconds: float = 0.5

@@ -14,8 +14,9 @@ class NoTorch:
 sys.meta_path.insert(0, NoTorch())
 
 import importlib, pkgutil
-import sosa_stream.cli, sosa_stream.daemon, sosa_stream.protocol, sosa_stream.replay, sosa_stream.engine
-for package in (sosa_stream.daemon, sosa_stream.protocol, sosa_stream.replay, sosa_stream.cli):
+import sosa_stream.cli, sosa_stream.daemon, sosa_stream.protocol, sosa_stream.replay, sosa_stream.web
+import sosa_stream.engine
+for package in (sosa_stream.daemon, sosa_stream.protocol, sosa_stream.replay, sosa_stream.cli, sosa_stream.web):
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)

@@ -33,9 +33,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--home", type=given_path, metavar="DIR", help="folder for the store and the recordings (default: sosa-runs)"
     )
     parser.add_argument("--bind", metavar="ADDRESS", help="where agents connect, tcp://host:port (commands: port + 1)")
-    parser.add_argument("--http", metavar="HOST:PORT", help="where /metrics, /healthz and /readyz are served")
+    parser.add_argument("--http", metavar="HOST:PORT", help="where /metrics, /healthz, /readyz and the API are served")
     parser.add_argument("--keys", metavar="DIR", help="folder made by `sosa keys new`")
-    parser.add_argument("--insecure", action="store_true", default=None, help="allow a network address without keys")
+    parser.add_argument("--insecure", action="store_true", default=None, help="allow the network without keys or TLS")
     parser.add_argument("--embedded", action="store_true", help="end, after draining, when stdin ends; ignore SIGINT")
     parser.add_argument("--ready-fd", type=int, metavar="N", help="write one JSON line to this descriptor when bound")
     parser.set_defaults(func=run)
@@ -50,10 +50,12 @@ def run(arguments: argparse.Namespace) -> int:
     from sosa_stream.engine import Engine
     from sosa_stream.protocol.channels import check_bind
     from sosa_stream.protocol.keys import load_daemon_keys
+    from sosa_stream.web.server import check_http
 
     settings = _settings(arguments)
     keys = load_daemon_keys(Path(settings.daemon.keys)) if settings.daemon.keys else None
     check_bind(settings.daemon.bind, keys, settings.daemon.insecure)
+    check_http(settings.daemon)
     if arguments.ready_fd is not None:
         _check_writable(arguments.ready_fd)
     configure_logging()

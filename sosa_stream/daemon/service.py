@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sosa_stream.config import Settings
-from sosa_stream.daemon.http import HttpServer
 from sosa_stream.daemon.mutes import Mutes
 from sosa_stream.daemon.outcomes import project_of
 from sosa_stream.daemon.parent import outlive
@@ -36,6 +35,8 @@ from sosa_stream.protocol.channels import DaemonChannel
 from sosa_stream.protocol.codec import decode, encode
 from sosa_stream.protocol.keys import DaemonKeys
 from sosa_stream.protocol.messages import AgentMessage, ControlMessage, Hello, Received
+from sosa_stream.web.server import HttpServer
+from sosa_stream.web.tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +125,7 @@ class Daemon:
         self._is_behind = False
         self._snapshot = Snapshot()
         self._mutes = Mutes()
+        self._tally = Tally()
         self._webhooks: list[Webhook] = []
         self._stop = asyncio.Event()
 
@@ -144,9 +146,9 @@ class Daemon:
                 self._webhooks = [Webhook(url, self._store, self._on_complaint) for url in self._settings.daemon.notify]
                 await self._follow_mutes()
                 self._show()
-                with HttpServer(self._settings.daemon.http, lambda: self._snapshot) as http:
+                with HttpServer(self._settings.daemon, self._home, lambda: self._snapshot, self._tally) as http:
                     ready = Ready(address=self._channel.address, http=http.address, pid=os.getpid())
-                    log.info("metrics come in at %s, http://%s/metrics is served", ready.address, ready.http)
+                    log.info("metrics come in at %s, %s/metrics is served", ready.address, http.url)
                     self._on_ready(ready)
                     await self._run_tasks()
 
@@ -383,6 +385,7 @@ class Daemon:
                 reply = _reply(asked, run)
                 await self._commit([run])
                 await self._store.answer(asked.id, reply)
+                self._tally.add(asked.what, "done" if reply.done else "refused")
                 log.info("run %s: %s asked: %s %s: %s", run.name, asked.who, asked.what, asked.details, reply.text)
         except sqlite3.Error as error:
             log.warning("requests cannot be read, for now: %s", error)
@@ -434,6 +437,7 @@ class Daemon:
             runs=tuple(run.snapshot(listened_until) for run in self._runs.values()),
             rejected=dict(self._rejects.counts),
             notifications={str(outcome): sum(hook.counts[outcome] for hook in self._webhooks) for outcome in Outcome},
+            requests=self._tally.counts,
             num_waiting=self._num_waiting,
             num_unwritten=len(self._unwritten) + self._num_being_written,
             latency=self._latency.histogram,

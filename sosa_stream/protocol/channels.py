@@ -71,15 +71,19 @@ def check_bind(address: str, keys: DaemonKeys | None, insecure: bool) -> None:
         ConfigError: ``address`` is malformed, or not loopback while there are no keys and ``insecure`` is not set.
     """
     host, _ = _split(address)
-    try:
-        loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
-    if not loopback and keys is None and not insecure:
+    if not is_loopback(host) and keys is None and not insecure:
         raise ConfigError(
             f"{address} can be reached from other hosts, and anyone there could send metrics and read commands; "
             "make keys with `sosa keys new FOLDER` and pass --keys FOLDER, or accept the risk with --insecure"
         )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address, in brackets or not, leads to this host only."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def topic(run: str) -> bytes:
