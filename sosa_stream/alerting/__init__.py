@@ -1,0 +1,1 @@
+"""The alerts, once: written for Prometheus and for Grafana by ``python -m sosa_stream.alerting``."""
