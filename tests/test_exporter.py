@@ -274,3 +274,12 @@ def test_healthy_ranks_are_not_named() -> None:
         ("live",): 8.0,
         **{(state,): 0.0 for state in ("stale", "lost", "ended")},
     }
+
+
+def test_incidents_and_commands_are_counted_from_zero() -> None:
+    shown = Snapshot(runs=(run_of(Engine("run")),))
+    incidents, commands = values_of(shown, "sosa_incidents_total"), values_of(shown, "sosa_commands_total")
+    assert incidents["nan_loss", "critical"] == 0
+    assert incidents["lr_jump", "critical"] == 1
+    assert commands["verified", "helped"] == 0
+    assert commands["applied", "none"] == 1

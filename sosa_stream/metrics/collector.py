@@ -25,8 +25,9 @@ from prometheus_client.utils import floatToGoString
 from sosa_stream import __version__
 from sosa_stream.daemon.run import TOO_MANY, UNRECORDABLE, RunSnapshot
 from sosa_stream.daemon.webhook import Outcome
+from sosa_stream.decide.commands import FINAL_STATES, CommandState, Verdict
 from sosa_stream.detect.attendance import RankView
-from sosa_stream.detect.incidents import IncidentState
+from sosa_stream.detect.incidents import IncidentState, Severity
 from sosa_stream.figures import Histogram, lags, offenders
 from sosa_stream.metrics import catalogue
 from sosa_stream.metrics.catalogue import Family, Type
@@ -36,6 +37,16 @@ from sosa_stream.protocol.messages import Phase
 
 RANK_STATES = ("live", "stale", "lost", "ended")
 REJECT_REASONS = (*(str(reason) for reason in Reject), WRONG_KEY, BAD_HANDSHAKE, TOO_MANY, UNRECORDABLE)
+TRIED = (Verdict.HELPED, Verdict.INCONCLUSIVE, Verdict.NO_EFFECT, Verdict.HARMED)
+COMMAND_COURSE: tuple[tuple[str, str], ...] = (
+    *((str(state), "none") for state in CommandState if state not in FINAL_STATES),
+    *((str(state), str(verdict)) for state in (CommandState.VERIFIED, CommandState.REVERTED) for verdict in TRIED),
+    *(
+        (str(state), str(Verdict.NOT_APPLIED))
+        for state in (CommandState.REJECTED, CommandState.EXPIRED, CommandState.ABORTED)
+    ),
+)
+"""The states that commands come to, with the verdicts that they have then."""
 TOP_K = 5
 """Ranks of a run that are named because they are worst, whatever its size."""
 
@@ -148,8 +159,10 @@ _BY_LABEL: Mapping[Family, Callable[[RunSnapshot], Mapping[Key, float]]] = {
         for incident in run.view.incidents
         if incident.state is IncidentState.OPEN
     ),
-    catalogue.INCIDENTS: lambda run: {(*opened,): count for opened, count in run.incidents.items()},
-    catalogue.COMMANDS: lambda run: {(*reached,): count for reached, count in run.commands.items()},
+    catalogue.INCIDENTS: lambda run: _from_zero(
+        ((kind, str(severity)) for kind, _ in run.view.detectors for severity in Severity), run.incidents
+    ),
+    catalogue.COMMANDS: lambda run: _from_zero(COMMAND_COURSE, run.commands),
     catalogue.DETECTOR_STATE: lambda run: dict.fromkeys(run.view.detectors, 1),
 }
 
@@ -167,6 +180,11 @@ def _count(every: Iterable[str], found: Iterable[str]) -> Mapping[Key, float]:
     """How often each is found, also those that are not."""
     counts = Counter(found)
     return {(str(one),): counts[one] for one in every}
+
+
+def _from_zero(every: Iterable[tuple[str, str]], counts: Mapping[tuple[str, str], int]) -> Mapping[Key, float]:
+    """With a zero for each that may still come: Prometheus sees no increase in a series that begins with one."""
+    return {**{(*one,): 0 for one in every}, **{(*one,): count for one, count in counts.items()}}
 
 
 def _spread(memory: str, sizes: Sequence[int]) -> Mapping[Key, float]:
