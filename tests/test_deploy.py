@@ -1,4 +1,4 @@
-"""What is in ``deploy/`` and ``grafana/`` says the same as the code.
+"""What is in ``deploy/`` says the same as the code.
 
 ``python tests/test_deploy.py > deploy/sosa.toml`` writes the settings file anew.
 """
@@ -9,7 +9,6 @@ import ast
 import dataclasses
 import inspect
 import json
-import re
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -18,11 +17,9 @@ from typing import Any
 
 from sosa_stream import config
 from sosa_stream.config import Settings, load_settings
-from sosa_stream.metrics.catalogue import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS_FILE = ROOT / "deploy" / "sosa.toml"
-DASHBOARDS = sorted((ROOT / "grafana" / "dashboards").glob("*.json"))
 WIDTH = 110
 TABLES = {
     "overrides": """
@@ -121,27 +118,6 @@ def test_every_setting_is_in_the_settings_file() -> None:
     text = SETTINGS_FILE.read_text(encoding="utf-8")
     for dotted in config.variables().values():
         assert f"\n{dotted.rpartition('.')[2]} = " in text
-
-
-def queried_metrics(dashboard: Path) -> set[str]:
-    """The names of our metrics in every query of a dashboard, those of its variables included."""
-    return set(re.findall(r"\bsosa_[a-z_]+", dashboard.read_text(encoding="utf-8")))
-
-
-def test_dashboards_query_only_what_the_exporter_exports() -> None:
-    exported = {name for family in FAMILIES for name in family.sample_names}
-    for dashboard in DASHBOARDS:
-        assert queried_metrics(dashboard) - exported == set(), dashboard.name
-
-
-def test_dashboards_let_the_data_source_be_chosen() -> None:
-    assert DASHBOARDS
-    for dashboard in DASHBOARDS:
-        document = json.loads(dashboard.read_text(encoding="utf-8"))
-        assert document["schemaVersion"] == 39
-        assert {variable["name"] for variable in document["templating"]["list"]} >= {"datasource", "run"}
-        for panel in document["panels"]:
-            assert panel["datasource"]["uid"] == "${datasource}", panel["title"]
 
 
 if __name__ == "__main__":
