@@ -7,12 +7,12 @@ STAMP := $(VENV)/.installed
 DEMO_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: help demo test lint types bench bench-seeds bench-rescue clean
+.PHONY: help demo test servers lint types bench bench-seeds bench-rescue clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train a small model three times: clean, with faults, with faults and sosa (2 minutes)"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests; as root it installs Prometheus and Alertmanager for them"
 	@echo "make lint    check style and formatting"
 	@echo "make types   check types"
 	@echo "make bench   run the benchmarks; make bench-seeds: the demo from ten seeds (20 minutes)"
@@ -32,8 +32,16 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@$(BIN)/sosa demo $(DEMO_ARGS)
 
-test: $(STAMP)
+test: $(STAMP) servers
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+# Alerts, dashboards and the exporter are tested against the real ones, which no package index of Python has.
+servers:
+	@missing=""; for each in prometheus prometheus-alertmanager; do command -v $$each >/dev/null || missing="$$missing $$each"; done; \
+	if [ -z "$$missing" ]; then exit 0; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get -qq update && apt-get -qq install --yes --no-install-recommends $$missing; \
+	else echo "Missing:$$missing. The tests that need them will fail; get them by: sudo apt-get install$$missing"; fi
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -50,7 +50,8 @@ class Buckets:
     def add(self, values: NDArray[np.float64] | Iterable[float]) -> Buckets:
         values = np.asarray(values if isinstance(values, np.ndarray) else list(values), dtype=np.float64)
         self._counts += np.bincount(np.searchsorted(self._edges, values), minlength=len(self._counts))
-        self._sum += float(values.sum())
+        # One after the other: a sum that came out lower when a recording is read again would look like a reset.
+        self._sum = float(np.add.accumulate(np.concatenate(([self._sum], values)))[-1])
         return self
 
     @property
@@ -135,8 +136,8 @@ class Counting:
 
 def _sent_losses(block: Block) -> NDArray[np.bool_]:
     """Where a loss and where a norm was sent, (steps, ranks, 2)."""
-    shape = (*block.values.shape[:2], 2)
-    return np.broadcast_to(block.sent[:, :, _LOSS : _GRAD_NORM + 1], shape)
+    sent = block.sent[:, :, _LOSS : _GRAD_NORM + 1]
+    return sent if len(sent) == len(block) else np.broadcast_to(sent, (len(block), *sent.shape[1:]))
 
 
 def lags(ranks: Iterable[RankView]) -> Histogram:

@@ -171,7 +171,13 @@ class Servers:
             "alerting": {
                 "alertmanagers": [{"static_configs": [{"targets": [self.alertmanager_url.removeprefix("http://")]}]}]
             },
-            "scrape_configs": [{"job_name": "sosa", "file_sd_configs": [{"files": [str(self._targets)]}]}],
+            "scrape_configs": [
+                {
+                    "job_name": "sosa",
+                    "honor_labels": True,  # so that a test can stand in for other hosts' exporters
+                    "file_sd_configs": [{"files": [str(self._targets)]}],
+                }
+            ],
         }
         (self._folder / "prometheus.yml").write_text(json.dumps(config))
 

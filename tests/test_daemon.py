@@ -455,6 +455,7 @@ def test_a_critical_incident_is_posted_once_also_over_a_restart(
     wait_until(lambda: hook.accepted, "the notification")
     assert hook.accepted[0]["text"].startswith("run: nan_loss of step 100 is now critical: ")
     wait_until(lambda: daemon.metric("sosa_notifications_total", outcome="sent") == 1, "the counter")
+    assert daemon.metric("sosa_detection_latency_seconds_count") >= 1
     daemon.kill()
     with DaemonProcess(home, bind=daemon.address) as daemon:
         feed(agents, rest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from prometheus_server import promtool
 from sosa_stream.daemon.run import RunSnapshot
 from sosa_stream.engine import Engine
 from sosa_stream.figures import Buckets
+from sosa_stream.metrics.__main__ import page
 from sosa_stream.metrics.catalogue import FAMILIES, LABELS
 from sosa_stream.metrics.collector import TOP_K, Snapshot, registry
 from sosa_stream.protocol.messages import Heartbeat, MetricFrame, Phase
@@ -158,6 +160,11 @@ def test_what_is_exposed_is_what_the_catalogue_says(snapshot: Snapshot) -> None:
         for name in family.sample_names:
             assert SURFACE[name] - {"le"} == set(family.labels)
     assert {label for labels in SURFACE.values() for label in labels} == set(LABELS)
+
+
+def test_the_reference_page_is_written_from_the_catalogue() -> None:
+    written = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert written == page(), "python -m sosa_stream.metrics > docs/metrics.md"
 
 
 def test_every_name_passes_promtool(snapshot: Snapshot) -> None:
