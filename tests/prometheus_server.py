@@ -107,9 +107,9 @@ class Servers:
         self._configure(rules)
         self._post(f"{self.url}/-/reload")
 
-    def notify(self, webhook: str) -> None:
-        """Have Alertmanager post alerts there, at once and again for each change."""
-        self._configure_alertmanager(webhook)
+    def notify(self, webhook: str, token: str = "") -> None:
+        """Have Alertmanager post alerts there, at once and again for each change; with a bearer token, if any."""
+        self._configure_alertmanager(webhook, token)
         self._post(f"{self.alertmanager_url}/-/reload")
 
     def query(self, expression: str) -> list[dict[str, Any]]:
@@ -181,8 +181,9 @@ class Servers:
         }
         (self._folder / "prometheus.yml").write_text(json.dumps(config))
 
-    def _configure_alertmanager(self, webhook: str) -> None:
-        hooks = [{"url": webhook, "send_resolved": True}] if webhook else []
+    def _configure_alertmanager(self, webhook: str, token: str = "") -> None:
+        authorization = {"http_config": {"authorization": {"credentials": token}}} if token else {}
+        hooks = [{"url": webhook, "send_resolved": True, **authorization}] if webhook else []
         config = {
             "route": {
                 "receiver": "webhook",

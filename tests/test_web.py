@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import ssl
 import threading
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from daemon_process import DaemonProcess, RingAgent, wait_until
+from prometheus_server import Servers
 from test_daemon import feed
 from web_client import Certificates, call
 
@@ -25,7 +27,7 @@ from sosa_stream.engine import Engine
 from sosa_stream.errors import ConfigError
 from sosa_stream.metrics.collector import Snapshot
 from sosa_stream.testing import AUTO_POLICY, NOW, SimulatedJob
-from sosa_stream.web import tokens
+from sosa_stream.web import connections, tokens
 from sosa_stream.web.answers import MAX_BODY_BYTES
 from sosa_stream.web.server import HttpServer
 from sosa_stream.web.tally import Tally
@@ -404,6 +406,49 @@ def test_what_is_no_message_of_its_sender_is_refused(daemon: DaemonProcess) -> N
     assert OTHER not in daemon.log()
 
 
+RULES = """
+groups:
+  - name: hot
+    rules:
+      - alert: GpuHot
+        expr: sosa_run_step >= 50
+        labels: {sosa_action: scale_lr, sosa_run: "{{ $labels.run }}"}
+        annotations: {sosa_param_factor: "0.5", summary: "at step {{ $value }}"}
+"""
+"""What somebody might write over any metric."""
+
+
+def test_a_rule_in_prometheus_reaches_the_ranks_as_a_command_where_auto_allows_it(
+    prometheus: Servers, tmp_path: Path
+) -> None:
+    (tmp_path / "rules.yml").write_text(RULES)
+    events = SimulatedJob(seed=1, batch=20, num_steps=200, policy=AUTO_POLICY).run().events
+    half = len(events) // 2
+    with (
+        DaemonProcess(tmp_path / "home", "--config", write_tokens(tmp_path)) as daemon,
+        RingAgent(daemon.address, source="a") as zero,
+        RingAgent(daemon.address, source="b", rank=1) as one,
+    ):
+        feed([zero, one], events[:half])
+        prometheus.notify(f"http://{daemon.http}/webhooks/alertmanager", OTHER)
+        prometheus.scrape(daemon.http)
+        prometheus.evaluate(tmp_path / "rules.yml")
+        commands = lambda: call(daemon.http, "/api/v1/runs/run/commands")[1]["commands"]  # noqa: E731
+        wait_until(commands, "the proposal", seconds=60)
+        feed([zero, one], events[half : half + 4])  # it goes ahead at the next step
+        wait_until(lambda: zero.pump() and zero.commands, "the command")
+        assert [action.as_dict() for action in zero.commands[0].actions] == [
+            {"action": "scale_lr", "params": {"factor": 0.5}}
+        ]
+        assert not zero.commands[0].approved, "so that every rank asks [auto] allow once more"
+        with contextlib.closing(open_store(tmp_path / "home")) as store:
+            ((who, answer),) = store.execute("SELECT who, answer FROM audit").fetchall()
+        assert who.startswith("alert GpuHot ")
+        assert answer == "its ranks apply it as soon as nothing else is under way"
+        prometheus.evaluate()
+        prometheus.notify("")
+
+
 # -- the server --------------------------------------------------------------------------------------------------------
 
 
@@ -456,6 +501,21 @@ def test_while_metrics_are_rendered_the_server_says_that_it_is_well(serve: Serve
     finally:
         go_on.set()
         scrape.join()
+
+
+def test_connections_that_ask_for_nothing_are_closed_and_bounded(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "FIRST_REQUEST_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 3)
+    http = serve().address
+    host, _, port = http.partition(":")
+    wait_until(lambda: call(http, "/healthz")[0] == 200, "the server")
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection((host, int(port)), timeout=20)) for _ in range(4)]
+        idle[0].sendall(b"GET /healthz HTTP/1.1\r\nHost:")  # and no more of it
+        for each in idle:
+            with contextlib.suppress(ConnectionResetError):
+                assert each.recv(1) == b""
+    assert call(http, "/healthz")[0] == 200
 
 
 def test_it_is_ready_while_the_daemons_loop_comes_round(serve: Serve) -> None:

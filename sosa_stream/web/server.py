@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STOP_SECONDS = 5.0
-MOST_CONNECTIONS = 512
-"""Beyond this many, 503: the daemon needs its file descriptors."""
 
 
 def check_http(settings: DaemonSettings) -> None:
@@ -118,6 +116,7 @@ class HttpServer:
             import uvicorn  # here, because this thread's 100 ms of imports need not delay the daemon
 
             from sosa_stream.web.app import make_app
+            from sosa_stream.web.connections import Connection
             from sosa_stream.web.door import Door
 
             door = Door(is_local=self._is_local, people=self._people, alerts=self._alerts)
@@ -130,7 +129,7 @@ class HttpServer:
                 proxy_headers=False,
                 lifespan="off",
                 ws="none",
-                limit_concurrency=MOST_CONNECTIONS,
+                http=Connection,
                 timeout_graceful_shutdown=1,
                 ssl_certfile=settings.http_cert or None,
                 ssl_keyfile=settings.http_key or None,
