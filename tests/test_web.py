@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import socket
 import ssl
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 from daemon_process import DaemonProcess, RingAgent, wait_until
 from prometheus_server import Servers
+from starlette.routing import Mount, Route
 from test_daemon import feed
 from web_client import Certificates, call
 
@@ -29,6 +31,8 @@ from sosa_stream.metrics.collector import Snapshot
 from sosa_stream.testing import AUTO_POLICY, NOW, SimulatedJob
 from sosa_stream.web import connections, tokens
 from sosa_stream.web.answers import MAX_BODY_BYTES
+from sosa_stream.web.app import make_app
+from sosa_stream.web.door import Door
 from sosa_stream.web.server import HttpServer
 from sosa_stream.web.tally import Tally
 from sosa_stream.web.tokens import Tokens
@@ -609,3 +613,18 @@ def test_every_token_is_compared_in_constant_time(tmp_path: Path, monkeypatch: p
     assert names == ["ann", "http", None, None, None]
     assert lengths == [(32, 32)] * 10, "none ends at the first that fits, and none tells a length"
     assert TOKEN not in repr(known)
+
+
+def test_every_route_and_every_key_is_in_the_manual(tmp_path: Path) -> None:
+    manual = (Path(__file__).resolve().parent.parent / "docs" / "api.md").read_text(encoding="utf-8")
+    app = make_app(Snapshot, tmp_path, Door(is_local=True, people=Tokens(), alerts=Tokens()), Tally())
+    words = set(re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", manual, flags=re.DOTALL)))
+    for route in app.routes:
+        if isinstance(route, Route):
+            assert f"GET {route.path}" in words
+        elif isinstance(route, Mount):
+            for inner in route.routes:
+                assert isinstance(inner, Route)
+                path = route.path + inner.path
+                assert {path, path.rpartition("/")[2]} & words, path
+    assert words >= SUMMARY | DETAILS | RANK
