@@ -13,7 +13,7 @@ from sosa_stream.grafana.dashboards.panels import (
     timeseries,
     worded,
 )
-from sosa_stream.grafana.dashboards.shared import RUN_HEALTH, RUN_HEALTH_EXPR, daemons
+from sosa_stream.grafana.dashboards.shared import NUM_OPEN_EXPR, RUN_HEALTH, RUN_HEALTH_EXPR, daemons
 
 
 def _num_runs(state: int) -> str:
@@ -85,7 +85,7 @@ RUNS = Row(
             "run",
             {
                 "health": (RUN_HEALTH_EXPR, worded(RUN_HEALTH)),
-                "open incidents": ('sum by (run) (sosa_incident_open{run=~"$run"})', {"noValue": "0"}),
+                "open incidents": (NUM_OPEN_EXPR, {"unit": "none"}),
                 "step": ('max by (run) (sosa_run_step{run=~"$run"})', {"unit": "none"}),
                 "steps a second": (
                     'sum by (run) (rate(sosa_run_steps_total{run=~"$run"}[$__rate_interval]))',

@@ -17,6 +17,7 @@ from sosa_stream.grafana.dashboards.panels import (
 )
 from sosa_stream.grafana.dashboards.shared import (
     NOTHING_OR_UNKNOWN,
+    NUM_OPEN_EXPR,
     RUN_HEALTH,
     RUN_HEALTH_EXPR,
     ranks_by_phase,
@@ -82,7 +83,7 @@ IS_IT_HEALTHY = Row(
         stat(
             "Open incidents",
             "Incidents that are open, of any severity.",
-            'sum by (run) (sosa_incident_open{run=~"$run"}) or max by (run) (sosa_run_info{run=~"$run"}) * 0',
+            NUM_OPEN_EXPR,
             {0: ("none", colors.HEALTHY)},
             above={1: colors.WARNING},
         ),

@@ -31,6 +31,8 @@ or
   )
 """.strip()
 """One of `RUN_HEALTH` for each run: the worst that is open, unless it has ended or nobody knows."""
+NUM_OPEN_EXPR = 'sum by (run) (sosa_incident_open{run=~"$run"}) or max by (run) (sosa_run_info{run=~"$run"}) * 0'
+"""A run without an open incident has no such series: its zero says that it is known."""
 
 NOTHING_OR_UNKNOWN = "nothing, or unknown: the first row says which"
 """Of a panel that is empty where all is well, and also where nobody knows."""
