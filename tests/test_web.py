@@ -208,7 +208,7 @@ def test_a_body_is_bounded_and_must_be_a_json_object(daemon: DaemonProcess) -> N
     chunks = iter([b" " * 65536] * (MAX_BODY_BYTES // 65536 + 1))
     answers = {
         413: [b" " * (MAX_BODY_BYTES + 1), chunks],
-        400: [b"", b"nonsense", b"[" * 100_000, b"[]", b'"text"', b"\xff"],
+        400: [b"", b"nonsense", b"[" * 100_000, b"[]", b'"text"', b"\xff", b'{"reason": "\\ud800"}'],
         422: [{"reason": 3}, {"reason": "x" * 2049}, {"who": "a\nb"}, {"who": "x" * 65}],
     }
     for wanted, bodies in answers.items():

@@ -50,6 +50,7 @@ async def read_json(request: Request) -> dict[str, Any]:
         raise HTTPException(408, f"the body has not come within {BODY_SECONDS:g} s") from None
     try:
         value = json.loads(body)
+        json.dumps(value, ensure_ascii=False).encode()  # JSON can say half a character, which no store takes
     except (ValueError, RecursionError):
         raise HTTPException(400, "the body is no JSON") from None
     if not isinstance(value, dict):

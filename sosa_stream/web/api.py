@@ -68,14 +68,15 @@ class Api:
         with opened_store(self._home) as store:
             query = "SELECT run, generation, step, last_seen FROM runs ORDER BY last_seen DESC LIMIT ?"
             rows = {row[0]: row[1:] for row in store.execute(query, (limit,))}
-            names = [*rows, *(name for name in served if name not in rows)][:limit]
-            return answer({"runs": [_summary(store, name, served.get(name), rows.get(name)) for name in names]})
+            counts = _counts(store)
+        names = [*rows, *(name for name in served if name not in rows)][:limit]
+        return answer({"runs": [_summary(name, served.get(name), rows.get(name), counts) for name in names]})
 
     def _run(self, request: Request) -> Response:
         name = request.path_params["run"]
         with opened_store(self._home) as store:
             run, row = self._find(store, name)
-            summary = _summary(store, name, run, row)
+            summary = _summary(name, run, row, _counts(store, name))
             states = store.execute("SELECT states FROM detectors WHERE run = ?", (name,)).fetchone()
         return answer(
             {**summary, **(_STORED if run is None else _details(run.view)), "detectors": _detectors(run, states)}
@@ -133,13 +134,21 @@ class Api:
         return run, row
 
 
-def _summary(store: sqlite3.Connection, name: str, run: RunSnapshot | None, row: Row | None) -> dict[str, Any]:
+def _counts(store: sqlite3.Connection, run: str | None = None) -> Counter[tuple[str, str]]:
+    """How many open incidents of each severity, and how many `proposed` commands, each run has."""
+    incidents = "SELECT run, json_extract(record, '$.severity'), count(*) FROM incidents WHERE state = 'open'"
+    commands = "SELECT run, state, count(*) FROM commands WHERE state = 'proposed'"
+    counts: Counter[tuple[str, str]] = Counter()
+    for query in (incidents, commands):
+        for name, what, count in store.execute(f"{query} AND (?1 IS NULL OR run = ?1) GROUP BY 1, 2", (run,)):
+            counts[name, what] = count
+    return counts
+
+
+def _summary(name: str, run: RunSnapshot | None, row: Row | None, counts: Counter[tuple[str, str]]) -> dict[str, Any]:
     """A run in few words; null is what is not known of one that the daemon serves no more."""
     generation, step, seen_at = row or ("", -1, None)
     view = None if run is None else run.view
-    opened = store.execute("SELECT record FROM incidents WHERE run = ? AND state = 'open'", (name,))
-    severities = Counter(json.loads(record)["severity"] for (record,) in opened)
-    waiting = "SELECT count(*) FROM commands WHERE run = ? AND state = 'proposed'"
     states = Counter(rank.state for rank in view.ranks) if view is not None else Counter()
     return {
         "run": name,
@@ -154,8 +163,8 @@ def _summary(store: sqlite3.Connection, name: str, run: RunSnapshot | None, row:
         "mode": None if view is None else view.mode,
         "paused_by": None if view is None else view.paused or None,
         "ranks": {state: states[state] for state in STATES_OF_RANKS},
-        "open_incidents": {str(severity): severities[str(severity)] for severity in reversed(Severity)},
-        "proposed_commands": store.execute(waiting, (name,)).fetchone()[0],
+        "open_incidents": {str(severity): counts[name, str(severity)] for severity in reversed(Severity)},
+        "proposed_commands": counts[name, "proposed"],
     }
 
 
