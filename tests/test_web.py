@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 from daemon_process import DaemonProcess, RingAgent, wait_until
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from prometheus_server import Servers
 from starlette.routing import Mount, Route
 from test_daemon import feed
@@ -68,11 +70,11 @@ def write_tokens(folder: Path) -> str:
     """The settings of a daemon that people and alerts may ask."""
     (folder / "people").write_text(f"# who may ask\nops {TOKEN}\n")
     (folder / "alerts").write_text(f"{OTHER}\n")
-    settings = folder / "sosa.toml"
-    settings.write_text(
+    file = folder / "sosa.toml"
+    file.write_text(
         f'[daemon]\nhttp_tokens = "{folder / "people"}"\nwebhook_tokens = "{folder / "alerts"}"\n', encoding="utf-8"
     )
-    return str(settings)
+    return str(file)
 
 
 @pytest.fixture(scope="module")
@@ -352,6 +354,7 @@ def test_what_an_alert_cannot_have_is_answered_with_202_and_audited_as_refused(d
         "lies outside": alert("E", factor="1e9"),
         "unknown parameter 'speed'": alert("F", factor="0.5", speed="1"),
         "takes a command back": alert("G", "revert", command="c"),
+        "unknown action 'x\\x1b[2J'": alert("H", "x\x1b[2J"),
     }
     for _ in range(2):
         status, taken = call(daemon.http, "/webhooks/alertmanager", alertmanager(*asked.values()), token=OTHER)
@@ -359,8 +362,8 @@ def test_what_an_alert_cannot_have_is_answered_with_202_and_audited_as_refused(d
         for sentence, result in zip(asked, taken["alerts"], strict=True):
             assert (result["outcome"], result["command"]) == ("refused", None)
             assert sentence in result["text"]
-    rows = [row for row in audit(daemon) if row[0] in {f"alert {rule} fp-{rule}" for rule in "ABCDEFG"}]
-    assert [row[2:4] for row in rows] == [("propose", 0)] * 7
+    rows = [row for row in audit(daemon) if row[0] in {f"alert {rule} fp-{rule}" for rule in "ABCDEFGH"}]
+    assert [row[2:4] for row in rows] == [("propose", 0)] * 8
 
 
 def test_what_is_asked_is_counted_by_what_came_of_it(daemon: DaemonProcess) -> None:
@@ -471,8 +474,8 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
             snapshot: Callable[[], Snapshot] = lambda: Snapshot(beat_at=time.monotonic()), **given: Any
         ) -> HttpServer:
             overrides = {"daemon.http": "127.0.0.1:0", **{f"daemon.{name}": value for name, value in given.items()}}
-            settings = load_settings(overrides=overrides).daemon
-            return stack.enter_context(HttpServer(settings, tmp_path / "home", snapshot, Tally()))
+            daemon_settings = load_settings(overrides=overrides).daemon
+            return stack.enter_context(HttpServer(daemon_settings, tmp_path / "home", snapshot, Tally()))
 
         yield start
 
@@ -628,3 +631,59 @@ def test_every_route_and_every_key_is_in_the_manual(tmp_path: Path) -> None:
                 path = route.path + inner.path
                 assert {path, path.rpartition("/")[2]} & words, path
     assert words >= SUMMARY | DETAILS | RANK
+
+
+Ask = Callable[[str, Any], tuple[int, Any]]
+
+
+@pytest.fixture
+def app(serve: Serve, tmp_path: Path) -> Ask:
+    write_tokens(tmp_path)
+    http = serve(http_tokens=str(tmp_path / "people"), webhook_tokens=str(tmp_path / "alerts")).address
+    return lambda path, body: call(http, path, body, token=TOKEN if path.startswith("/api") else OTHER)
+
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("firing")
+KEYS = st.sampled_from(
+    [
+        "version",
+        "alerts",
+        "status",
+        "labels",
+        "annotations",
+        "fingerprint",
+        "startsAt",
+        "truncatedAlerts",
+        "who",
+        "sosa_action",
+        "sosa_run",
+        "sosa_param_factor",
+        "alertname",
+        "command",
+        "action",
+        "params",
+        "incident",
+    ]
+)
+JSON = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=6))
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    body=st.dictionaries(KEYS, JSON, max_size=5),
+    alerts=st.lists(st.dictionaries(KEYS, JSON, max_size=6) | JSON, max_size=3),
+    labels=st.dictionaries(KEYS, LEAVES, max_size=4),
+    what=st.sampled_from(["approve", "undo", "fix", "pause", "resume", "ack"]),
+)
+def test_whatever_json_comes_it_is_answered_with_a_sentence_and_never_fails(
+    app: Ask, body: Any, alerts: Any, labels: Any, what: str
+) -> None:
+    whole = {"status": "firing", "fingerprint": "f", "startsAt": "s", "labels": labels, "annotations": labels}
+    for path, sent in (
+        ("/webhooks/alertmanager", {**body, "version": "4", "alerts": alerts}),
+        ("/webhooks/alertmanager", {"version": "4", "alerts": [whole]}),
+        (f"/api/v1/runs/gone/{what}", body),
+    ):
+        status, answer = app(path, sent)
+        assert status in {202, 400, 404, 413, 422}, (path, sent, answer)
+        assert status == 202 or set(answer) == {"error"}

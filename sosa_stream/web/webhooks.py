@@ -27,6 +27,7 @@ from sosa_stream.daemon.schema import opened_store
 from sosa_stream.decide.requests import Propose, Reply, words_of
 from sosa_stream.errors import RefusedError
 from sosa_stream.protocol.actions import ACTIONS, Action
+from sosa_stream.visible import visible
 from sosa_stream.web.answers import answer, read_json
 from sosa_stream.web.door import Door
 from sosa_stream.web.tally import Tally
@@ -69,7 +70,7 @@ class Alert:
 
     @property
     def rule(self) -> str:
-        return self.labels.get("alertname", "")[:MOST_CHARACTERS]
+        return visible(self.labels.get("alertname", "")[:MOST_CHARACTERS])
 
     @property
     def run(self) -> str:
@@ -82,7 +83,7 @@ class Alert:
 
     @property
     def who(self) -> str:
-        return f"alert {self.rule} {self.fingerprint}"
+        return f"alert {self.rule} {visible(self.fingerprint)}"
 
     def request(self) -> Propose:
         """What it asks for.
@@ -162,7 +163,7 @@ class Webhooks:
             details = {"action": alert.labels[ACTION_LABEL][:MOST_CHARACTERS], "rule": alert.rule, "alert": alert.key}
         if refusal is not None:
             self._tally.add("propose", "refused")
-            log.warning("%s asked run %s for what is not done: %s", alert.who, alert.run, refusal)
+            log.warning("%s asked run %r for what is not done: %s", alert.who, alert.run, visible(refusal))
         return put(store, alert.run, what, who, details, refusal)
 
 
