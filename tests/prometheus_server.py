@@ -112,6 +112,20 @@ class Servers:
         self._configure_alertmanager(webhook, token)
         self._post(f"{self.alertmanager_url}/-/reload")
 
+    def take(self, prometheus: Mapping[str, Any], alertmanager: Mapping[str, Any]) -> None:
+        """Run with these configurations instead, but scrape what `scrape` says, and send alerts to this Alertmanager.
+
+        Raises:
+            AssertionError: one of them is not taken.
+        """
+        jobs = [{**job, **self._targets_of_jobs} for job in prometheus["scrape_configs"]]
+        for job in jobs:
+            job.pop("static_configs", None)
+        self._write("prometheus.yml", {**prometheus, "scrape_configs": jobs, "alerting": self._alerting})
+        self._write("alertmanager.yml", alertmanager)
+        self._post(f"{self.url}/-/reload")
+        self._post(f"{self.alertmanager_url}/-/reload")
+
     def query(self, expression: str) -> list[dict[str, Any]]:
         """The samples of an instant query: ``metric`` (labels) and ``value`` (time, text).
 
@@ -163,23 +177,27 @@ class Servers:
         wait_until(is_ready, f"{name} to be ready", seconds=30)
 
     def _configure(self, rules: Iterable[Path]) -> None:
-        # JSON is YAML: no library for it is needed.
         pace = f"{SCRAPE_SECONDS}s"
         config = {
             "global": {"scrape_interval": pace, "scrape_timeout": pace, "evaluation_interval": pace},
             "rule_files": [str(path) for path in rules],
-            "alerting": {
-                "alertmanagers": [{"static_configs": [{"targets": [self.alertmanager_url.removeprefix("http://")]}]}]
-            },
-            "scrape_configs": [
-                {
-                    "job_name": "sosa",
-                    "honor_labels": True,  # so that a test can stand in for other hosts' exporters
-                    "file_sd_configs": [{"files": [str(self._targets)]}],
-                }
-            ],
+            "alerting": self._alerting,
+            # Labels are honoured so that a test can stand in for other hosts' exporters.
+            "scrape_configs": [{"job_name": "sosa", "honor_labels": True, **self._targets_of_jobs}],
         }
-        (self._folder / "prometheus.yml").write_text(json.dumps(config))
+        self._write("prometheus.yml", config)
+
+    @property
+    def _alerting(self) -> dict[str, Any]:
+        return {"alertmanagers": [{"static_configs": [{"targets": [self.alertmanager_url.removeprefix("http://")]}]}]}
+
+    @property
+    def _targets_of_jobs(self) -> dict[str, Any]:
+        return {"file_sd_configs": [{"files": [str(self._targets)]}]}
+
+    def _write(self, name: str, config: Mapping[str, Any]) -> None:
+        # JSON is YAML: no library for it is needed.
+        (self._folder / name).write_text(json.dumps(config))
 
     def _configure_alertmanager(self, webhook: str, token: str = "") -> None:
         authorization = {"http_config": {"authorization": {"credentials": token}}} if token else {}
@@ -194,7 +212,7 @@ class Servers:
             },
             "receivers": [{"name": "webhook", "webhook_configs": hooks}],
         }
-        (self._folder / "alertmanager.yml").write_text(json.dumps(config))
+        self._write("alertmanager.yml", config)
 
 
 def _free_port() -> int:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import ssl
 import threading
+import time
 from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,12 +21,14 @@ class WebhookServer:
 
     Attributes:
         posted: the JSON of every request, answered well or not, and ``accepted`` of those answered with 200.
+        times: when each was posted, in seconds since the epoch.
     """
 
     def __init__(
         self, answers: Iterable[int] = (), headers: dict[str, str] | None = None, certificate: Path | None = None
     ) -> None:
         self.posted: list[dict[str, Any]] = []
+        self.times: list[float] = []
         self.accepted: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.content_types: list[str] = []
@@ -38,6 +41,7 @@ class WebhookServer:
             def do_POST(self) -> None:
                 server.hold.wait(20)
                 value = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                server.times.append(time.time())
                 server.posted.append(value)
                 server.paths.append(self.path)
                 server.content_types.append(self.headers["Content-Type"])

@@ -10,13 +10,14 @@ from typing import Any
 
 from sosa_stream.alerting.alerts import Alert
 from sosa_stream.alerting.words import duration, filled, runbook
+from sosa_stream.detect.incidents import Severity
 
 DATASOURCE_UID = "sosa-prometheus"
 """Of the provisioned data source."""
 CONTACT_POINT = "sosa"
 FOLDER = "sosa"
 GROUP = "sosa"
-INTERVAL_SECONDS = 30
+INTERVAL_SECONDS = 10
 ABSENCE = "SosaDaemonAbsent"
 """The one alert that tells of missing data and of queries that fail, so that not all of them do."""
 EXPRESSION = "__expr__"
@@ -56,7 +57,7 @@ def rule(alert: Alert, *, runbooks: str, datasource: str = DATASOURCE_UID) -> di
         "notification_settings": {
             "receiver": CONTACT_POINT,
             "group_by": ["grafana_folder", "alertname", "run"],
-            "group_wait": "10s",
+            "group_wait": "1s" if alert.severity is Severity.CRITICAL else "10s",
             "group_interval": "1m",
             "repeat_interval": "4h",
         },

@@ -114,7 +114,8 @@ def main() -> None:
                 loss.backward()
                 optimizer.step()
             scheduler.step()
-            lines.write(json.dumps({"step": step, "pid": os.getpid(), "loss": repr(loss.item())}) + "\n")
+            line = {"step": step, "pid": os.getpid(), "loss": repr(loss.item()), "at": time.time()}
+            lines.write(json.dumps(line) + "\n")
             time.sleep(arguments.sleep)
             if step == CHECKPOINT_STEP and rank == 0 and arguments.kill_once is not None:
                 state = {"model": network, "optimizer": optimizer, "scheduler": scheduler}
