@@ -359,10 +359,10 @@ NEAR_MISSES = (
 )
 
 
-def promtool_file(rules: str, alerts: Mapping[str, Alert], runbooks: str) -> dict[str, Any]:
-    """The document that `promtool test rules` takes, of all cases and near misses."""
-    tests = [_test(case, alerts[case.alert], runbooks) for case in CASES]
-    tests += [_never(miss) for miss in NEAR_MISSES]
+def promtool_file(alert: Alert, rules: str, runbooks: str) -> dict[str, Any]:
+    """The document that `promtool test rules` takes, of an alert's cases and then its near misses."""
+    tests = [_test(case, alert, runbooks) for case in CASES if case.alert == alert.name]
+    tests += [_never(miss) for miss in NEAR_MISSES if miss.alert == alert.name]
     return {"rule_files": [rules], "evaluation_interval": "30s", "tests": tests}
 
 

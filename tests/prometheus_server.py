@@ -20,7 +20,12 @@ from typing import Any
 import pytest
 from daemon_process import wait_until
 
-PACKAGES = {"prometheus": "prometheus", "promtool": "prometheus", "prometheus-alertmanager": "prometheus-alertmanager"}
+PACKAGES = {
+    "prometheus": "prometheus",
+    "promtool": "prometheus",
+    "prometheus-alertmanager": "prometheus-alertmanager",
+    "amtool": "prometheus-alertmanager",
+}
 """The Debian package of each program."""
 SCRAPE_SECONDS = 1
 

@@ -146,7 +146,7 @@ ALERTS = (
     ),
     Alert(
         name="SosaRunSilent",
-        severity=Severity.CRITICAL,
+        severity=Severity.WARNING,  # a job that is cancelled looks like one that has died
         query=f"{_SILENCE}\n"
         f'and on (run) sum by (run) ({catalogue.RUN_RANKS.name}{{state!="ended"}}) > 0\n'
         f"and on (run) {_SILENCE} < {FRESH_SECONDS}",

@@ -11,7 +11,8 @@ from torchrun_job import Job
 from webhook_server import WebhookServer
 
 ALERT = "SosaRunCritical"
-FAULT = "nan_batch@60:rank=1"
+FAULT_STEP = 60
+FAULT = f"nan_batch@{FAULT_STEP}:rank=1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,7 @@ def notification(job: Job, webhook: WebhookServer) -> Notified:
                     return at, alert
         return None
 
+    job.wait_step(FAULT_STEP)
     waited = job.wait(found, f"a notification of {ALERT}")
     assert waited is not None
     at, alert = waited
