@@ -385,7 +385,7 @@ def test_only_a_proposed_command_that_there_is_can_be_approved(home: Path, capsy
 def test_approving_without_a_daemon_says_so_and_leaves_nothing_for_a_later_one(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sosa_stream.cli.control.ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr("sosa_stream.daemon.asking.ANSWER_SECONDS", 0.1)
     assert code_of("approve", "c1", "--home", str(home)) == 1
     assert "no daemon has answered" in capsys.readouterr().err
     assert open_requests(home) == 0
@@ -396,7 +396,7 @@ def test_an_approval_that_is_broken_off_leaves_nothing_either(home: Path, monkey
         assert open_requests(home) == 1
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sosa_stream.cli.control.time.sleep", ctrl_c)
+    monkeypatch.setattr("sosa_stream.daemon.asking.time.sleep", ctrl_c)
     assert code_of("approve", "c1", "--home", str(home)) == 130
     assert open_requests(home) == 0
 
