@@ -19,7 +19,13 @@ from sosa_stream.alerting import grafana
 from sosa_stream.alerting.__main__ import main
 from sosa_stream.alerting.alerts import ALERTS
 from sosa_stream.cli import parser
+from sosa_stream.daemon.webhook import Outcome
+from sosa_stream.decide.commands import CommandState, Verdict
+from sosa_stream.detect.detectors import BY_KIND, DetectorState
+from sosa_stream.detect.incidents import Severity
 from sosa_stream.metrics.catalogue import FAMILIES
+from sosa_stream.metrics.collector import RANK_STATES
+from sosa_stream.protocol.messages import Phase
 
 ROOT = Path(__file__).resolve().parent.parent
 RULES = ROOT / "deploy" / "prometheus" / "rules" / "sosa.yaml"
@@ -232,6 +238,28 @@ def test_alerts_ask_only_for_what_is_exported() -> None:
     exported = {name for family in FAMILIES for name in family.sample_names}
     for alert in ALERTS:
         assert set(re.findall(r"\bsosa_\w+", alert.query)) <= exported, alert.name
+
+
+CLOSED_SETS = {
+    ("sosa_run_ranks", "state"): set(RANK_STATES),
+    ("sosa_commands_total", "state"): set(CommandState),
+    ("sosa_commands_total", "verdict"): set(Verdict),
+    ("sosa_detector_state", "state"): set(DetectorState),
+    ("sosa_detector_state", "kind"): set(BY_KIND),
+    # Detectors of these two are to come.
+    ("sosa_incident_open", "kind"): {"straggler", "hang"},
+    ("sosa_incident_open", "severity"): set(map(str, Severity)),
+    ("sosa_run_ranks_in_phase", "phase"): set(Phase),
+    ("sosa_notifications_total", "outcome"): set(Outcome),
+}
+
+
+def test_alerts_match_only_values_that_labels_can_have() -> None:
+    """What the cases cannot show: they are written with the same words."""
+    for alert in ALERTS:
+        for family, matchers in re.findall(r"(sosa_\w+)\{([^}]*)\}", alert.query):
+            for label, values in re.findall(r'(\w+)[=!]~?"([^"]*)"', matchers):
+                assert set(values.split("|")) <= CLOSED_SETS[family, label], f"{alert.name}: {label}"
 
 
 def test_an_alert_is_of_a_run_or_a_daemon_and_never_of_a_rank() -> None:

@@ -26,7 +26,7 @@ DCGM_FI_DEV_GPU_UTIL{UUID="GPU-2",Hostname="other"} 90
 node_load1{instance="host:9100"} 7.5
 """
 WITHOUT_A_SAMPLE = {
-    *("sosa_annotations", "sosa_requests", "sosa_commands", "sosa_incident_open", "sosa_fix_budget_left"),
+    *("sosa_annotations", "sosa_requests", "sosa_incident_open", "sosa_fix_budget_left"),
     "sosa_run_amp_scale",
 }
 """Here nothing is annotated, asked for, repaired, open or scaled."""
