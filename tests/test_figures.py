@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sosa_stream.daemon.run import Run, RunSnapshot
+from sosa_stream.decide.commands import CommandState, Verdict
 from sosa_stream.detect.attendance import MOST_FRONTS, Front
+from sosa_stream.effects import CommandChanged, ShellEvent
 from sosa_stream.engine import Engine
 from sosa_stream.figures import MOST_WAITING, Figures, Histogram, offenders
 from sosa_stream.protocol.codec import encode
 from sosa_stream.protocol.messages import Heartbeat, MetricFrame, Phase
-from sosa_stream.testing import NOW, bye, feed, frame, header, hello
+from sosa_stream.testing import NOW, SimulatedJob, bye, feed, frame, header, hello
 
 
 def figures_of(*frames: MetricFrame) -> Figures:
@@ -197,3 +201,20 @@ def test_a_run_of_which_nothing_comes_in_is_shown_anew_and_written_once(tmp_path
     assert run.snapshot(NOW + 20).view.ranks[0].state == "lost"
     assert not run.changes.runs, "its row has not changed"
     run.close()
+
+
+def test_a_command_is_counted_once_for_each_state_that_it_comes_to(tmp_path: Path) -> None:
+    simulation = SimulatedJob(seed=0, num_steps=400, damage=lambda step, _: 3.0 if step > 250 else 0.0).run()
+    records = [effect.record for effect in simulation.effects if isinstance(effect, CommandChanged)]
+    assert (CommandState.APPLIED, Verdict.NO_EFFECT) in {(record.state, record.verdict) for record in records}
+    run = Run("run", tmp_path / "run.sosa", Engine("run"))
+    for i, event in enumerate(simulation.events):
+        assert not isinstance(event, ShellEvent)
+        run.offer(replace(event, header=replace(event.header, seq=i + 1, source="all")), b"", NOW + 0.01 * (i + 1))
+        run.commit()
+    shown = run.snapshot().commands
+    run.close()
+    by_state = Counter[str]()
+    for (state, _), count in shown.items():
+        by_state[state] += count
+    assert by_state == Counter(state for _, state in {(record.id, str(record.state)) for record in records})

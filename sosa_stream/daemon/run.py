@@ -19,6 +19,7 @@ from sosa_stream.daemon.notify import Criticals, Notification
 from sosa_stream.daemon.outcomes import DEFAULT_PROJECT, OutcomeRow, project_of
 from sosa_stream.daemon.schema import RECORDING_NAME, STORE_NAME
 from sosa_stream.daemon.store import Changes, RunRow
+from sosa_stream.decide.commands import FINAL_STATES
 from sosa_stream.decide.experience import Outcome
 from sosa_stream.decide.requests import Person, Reply, Request
 from sosa_stream.detect.incidents import IncidentState
@@ -248,7 +249,9 @@ class Run:
                     self.notifications += self._criticals.take(incident, self._now)
             case CommandChanged(record=record):
                 self.changes.commands[record.id] = record
-                self._reached.add((record.id, str(record.state), str(record.verdict or "none")))
+                # One that is being taken back has its verdict while it is still applied, and came there only once.
+                verdict = record.verdict if record.state in FINAL_STATES else None
+                self._reached.add((record.id, str(record.state), str(verdict or "none")))
             case OutcomeCounted():
                 row = OutcomeRow(project=self._project, run=self.name, at=self._now, counted=effect)
                 self.changes.outcomes[effect.id, row.at] = row
