@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +23,8 @@ from prometheus_server import Servers
 
 from sosa_stream.effects import Event
 from sosa_stream.grafana.dashboards import DASHBOARDS
-from sosa_stream.grafana.dashboards.model import Panel, Query
-from sosa_stream.grafana.dashboards.run import MARKERS
+from sosa_stream.grafana.dashboards.markers import MARKERS
+from sosa_stream.grafana.dashboards.model import Marker, Panel, Query
 from sosa_stream.grafana.dashboards.shared import RUN_HEALTH_EXPR
 from sosa_stream.protocol.codec import encode
 from sosa_stream.protocol.messages import Bye, Header, Heartbeat, MetricFrame, Phase
@@ -34,7 +35,7 @@ ODD_NAME = "llm.v2+lora (7b)"
 NAN_STEPS, JUMP_STEP, NUM_STEPS, BATCH = range(100, 108), 200, 300, 5
 STOPS = (50, 105, 130, 205, 235, NUM_STEPS)
 """Steps up to which the run goes before the next scrape: before, in and after each fault."""
-RATE_INTERVAL = "5s"
+RATE_INTERVAL = "10s"
 
 
 class Machine:
@@ -148,15 +149,19 @@ class Seen:
 
     def ask(self, query: Query, run: str = RUN) -> list[list[float]]:
         """The values of each series, as Grafana would ask for them."""
+        return [numbers for _, numbers in self.series(query, run)]
+
+    def series(self, query: Query, run: str = RUN) -> list[tuple[dict[str, str], list[float]]]:
+        """Likewise, each with its labels."""
         for rank in self.ranks:
             rank.beat()
         seconds = math.ceil(time.time() - self.start)
         expr = query.expr.replace("$__rate_interval", RATE_INTERVAL).replace("$__range", f"{seconds}s")
         expr = expr.replace("$run", escaped(run))
         if query.instant:
-            return [[float(series["value"][1])] for series in self.prometheus.query(expr)]
+            return [(each["metric"], [float(each["value"][1])]) for each in self.prometheus.query(expr)]
         answer = self.prometheus.query_range(expr, self.start, time.time(), 1)
-        return [[float(value) for _, value in series["values"]] for series in answer]
+        return [(each["metric"], [float(text) for _, text in each["values"]]) for each in answer]
 
 
 def escaped(name: str) -> str:
@@ -191,6 +196,8 @@ def seen(prometheus: Servers, tmp_path_factory: pytest.TempPathFactory) -> Itera
                 send(ranks, due)
                 shown = f'sosa_run_steps_total{{run="{RUN}"}}'
                 wait_until(lambda: value(prometheus, shown) == stop, f"{stop} steps in Prometheus")  # noqa: B023
+            ask = [sys.executable, "-m", "sosa_stream.cli", "pause", RUN, "--home", str(home)]
+            subprocess.run(ask, check=True, capture_output=True, timeout=30)
             for number, rank in enumerate(ranks):
                 rank.generation = "g2"
                 rank.put(hello(number, 2, policy=AUTO_POLICY))
@@ -239,7 +246,7 @@ def test_every_query_of_every_panel_has_an_answer(seen: Seen, panel: Panel, quer
 
 
 @pytest.mark.parametrize("marker", MARKERS, ids=lambda marker: marker.name)
-def test_incidents_fixes_verdicts_and_restarts_are_marked(seen: Seen, marker: Any) -> None:
+def test_incidents_fixes_verdicts_and_new_processes_are_marked(seen: Seen, marker: Marker) -> None:
     answer = seen.ask(Query(expr=marker.expr))
     assert any(number > 0 for series in answer for number in series)
 
@@ -250,6 +257,13 @@ def test_a_run_is_said_to_need_help_while_it_does_and_to_be_healthy_before(seen:
     assert 2.0 in states
 
 
+def test_what_people_ask_is_shown(seen: Seen) -> None:
+    (panel,) = [panel for panel in DASHBOARDS["daemon"].panels if panel.title == "Asked"]
+    assert sum(len(seen.ask(query)) for query in panel.queries) == 2  # nothing, and the pause
+    (repairs,) = [panel for panel in DASHBOARDS["run"].panels if panel.title == "Repairs"]
+    assert seen.ask(repairs.queries[0]) == [[3.0]]
+
+
 def test_a_run_with_any_name_is_found(seen: Seen) -> None:
     assert seen.ask(Query(expr='sosa_run_info{run=~"$run"}', instant=True), run=ODD_NAME) == [[1.0]]
     assert seen.ask(Query(expr='sosa_run_info{run=~"$run"}', instant=True), run="llm.v2") == []
@@ -258,11 +272,13 @@ def test_a_run_with_any_name_is_found(seen: Seen) -> None:
 def test_a_rank_that_is_behind_is_shown_with_what_its_own_machine_says(seen: Seen) -> None:
     panels = {panel.title: panel for panel in DASHBOARDS["ranks"].panels}
 
-    def newest(title: str) -> float:
-        (series,) = seen.ask(panels[title].queries[0])
-        return series[-1]
+    def newest(title: str, **of: str) -> float:
+        (numbers,) = [
+            numbers for labels, numbers in seen.series(panels[title].queries[0]) if labels.items() >= of.items()
+        ]
+        return numbers[-1]
 
-    assert newest("Temperature") == 87.0
-    assert newest("Clock") == 1080e6
-    assert newest("XID errors") == 79.0
-    assert newest("Load") == pytest.approx(12.5 / 4)
+    assert newest("Temperature", rank="1") == 87.0
+    assert newest("Clock", rank="1") == 1080e6
+    assert newest("XID errors", nodename="node-1") == 79.0
+    assert newest("Load", nodename="node-1") == pytest.approx(12.5 / 4)

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
+from sosa_stream.alerting.alerts import ALERTS
 from sosa_stream.decide.commands import CommandState, Verdict
 from sosa_stream.detect.incidents import Severity
 from sosa_stream.grafana.__main__ import files, main
 from sosa_stream.grafana.dashboards import DASHBOARDS, colors, documents
+from sosa_stream.grafana.dashboards.shared import SILENT_SECONDS
 from sosa_stream.metrics.catalogue import FAMILIES, LABELS, Type
 from sosa_stream.metrics.collector import RANK_STATES
 from sosa_stream.protocol.messages import Phase
@@ -230,6 +232,11 @@ def test_links_lead_to_the_other_dashboards_and_keep_the_run(name: str) -> None:
         keeps = name != "fleet" and "sosa-fleet" not in link["url"]
         assert link["includeVars"] == keeps
         assert keeps or link["url"].endswith("?${datasource:queryparam}")
+
+
+def test_a_run_is_called_silent_when_its_alert_fires() -> None:
+    (alert,) = [alert for alert in ALERTS if alert.name == "SosaRunSilent"]
+    assert alert.above == SILENT_SECONDS
 
 
 def test_a_run_of_the_fleet_leads_to_its_page() -> None:

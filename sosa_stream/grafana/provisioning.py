@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-DATASOURCE_UID = "sosa-prometheus"
+from sosa_stream.alerting.grafana import DATASOURCE_UID, FOLDER
+
 FOLDER_UID = "sosa"
 SCRAPE_INTERVAL = "5s"
 """What `deploy/prometheus` scrapes at; `$__rate_interval` is four times as long."""
@@ -31,7 +32,7 @@ apiVersion: 1
 providers:
   - name: sosa
     orgId: 1
-    folder: sosa
+    folder: {FOLDER}
     folderUid: {FOLDER_UID}
     type: file
     updateIntervalSeconds: 30

@@ -36,3 +36,4 @@ COMMAND_STATES = {
     "aborted": VERMILLION,
 }
 VERDICTS = {"helped": BLUE, "inconclusive": GREY, "no_effect": ORANGE, "harmed": VERMILLION, "not_applied": PURPLE}
+MEMORY = {"host max": BLUE, "host mean": SKY, "device max": VERMILLION, "device mean": ORANGE}

@@ -72,6 +72,7 @@ IS_IT_HEALTHY = Row(
             "count by (version) (sosa_build_info)",
             {},
             legend="{{version}}",
+            shows="name",
         ),
     ),
 )
@@ -82,10 +83,7 @@ INTAKE = Row(
         timeseries(
             "Messages",
             "Taken and recorded, a second, over all runs.",
-            Query(
-                expr="sum by (instance) (rate(sosa_frames_received_total[$__rate_interval]))",
-                legend="{{instance}}",
-            ),
+            Query("sum by (instance) (rate(sosa_frames_received_total[$__rate_interval]))", "{{instance}}"),
             unit="mps",
         ),
         timeseries(
@@ -93,8 +91,8 @@ INTAKE = Row(
             "Taken and recorded, dropped because they had come before, and lost for good.",
             *(
                 Query(
-                    expr=f'sum by (run) (rate({metric}{{run=~"$run"}}[$__rate_interval]))',
-                    legend=f"{what} · {{{{run}}}}",
+                    f'sum by (run) (rate({metric}{{run=~"$run"}}[$__rate_interval]))',
+                    f"{what} · {{{{run}}}}",
                     color=color,
                 )
                 for metric, what, color in (
@@ -109,8 +107,8 @@ INTAKE = Row(
             "Refused",
             "Messages and handshakes, by reason.",
             Query(
-                expr="sum by (reason) (increase(sosa_frames_rejected_total[$__rate_interval]))",
-                legend="{{reason}}",
+                "sum by (reason) (increase(sosa_frames_rejected_total[$__rate_interval]))",
+                "{{reason}}",
                 color=colors.ORANGE,
             ),
             style=STEPS,
@@ -131,9 +129,9 @@ INSIDE = Row(
             "Over this time range, estimated within the buckets of the histogram: incidents are rare.",
             *(
                 Query(
-                    expr=f"histogram_quantile({quantile}, sum by (instance, le) "
+                    f"histogram_quantile({quantile}, sum by (instance, le) "
                     "(increase(sosa_detection_latency_seconds_bucket[$__range])))",
-                    legend=f"{name} · {{{{instance}}}}",
+                    f"{name} · {{{{instance}}}}",
                     instant=True,
                 )
                 for quantile, name in ((0.5, "median"), (0.99, "99th"))
@@ -147,26 +145,22 @@ INSIDE = Row(
         timeseries(
             "Waiting",
             "Messages that are not recorded, and rows that are not in the store yet.",
-            Query(
-                expr="max by (instance) (sosa_ingest_queue_depth)", legend="messages · {{instance}}", color=colors.BLUE
-            ),
-            Query(
-                expr="max by (instance) (sosa_store_unwritten_rows)", legend="rows · {{instance}}", color=colors.ORANGE
-            ),
+            Query("max by (instance) (sosa_ingest_queue_depth)", "messages · {{instance}}", color=colors.BLUE),
+            Query("max by (instance) (sosa_store_unwritten_rows)", "rows · {{instance}}", color=colors.ORANGE),
         ),
         timeseries(
             "Told",
             "Notifications to webhooks and annotations for Grafana, by what became of them.",
             Query(
-                expr="sum by (outcome) (increase(sosa_notifications_total[$__rate_interval]))",
-                legend="notification {{outcome}}",
+                "sum by (outcome) (increase(sosa_notifications_total[$__rate_interval]))",
+                "notification {{outcome}}",
                 color=colors.BLUE,
             ),
             Query(
                 # A daemon that knows no Grafana has no such series; the zero is of what is known of it.
-                expr="sum by (outcome) (increase(sosa_annotations_total[$__rate_interval]))"
+                "sum by (outcome) (increase(sosa_annotations_total[$__rate_interval]))"
                 ' or label_replace(count(sosa_build_info) * 0, "outcome", "none", "", "")',
-                legend="annotation {{outcome}}",
+                "annotation {{outcome}}",
                 color=colors.GREY,
             ),
             style=STEPS,
@@ -175,9 +169,9 @@ INSIDE = Row(
             "Asked",
             "What people and alerts asked of runs, and what became of it.",
             Query(
-                expr="sum by (what, source, outcome) (increase(sosa_requests_total[$__rate_interval]))"
+                "sum by (what, source, outcome) (increase(sosa_requests_total[$__rate_interval]))"
                 ' or label_replace(count(sosa_build_info) * 0, "what", "nothing", "", "")',
-                legend="{{what}} {{source}} {{outcome}}",
+                "{{what}} {{source}} {{outcome}}",
             ),
             style=STEPS,
         ),
@@ -191,8 +185,8 @@ PROCESS = Row(
             "Memory",
             "Resident set of the daemon.",
             Query(
-                expr="max by (instance) (process_resident_memory_bytes and on (instance, job) sosa_build_info)",
-                legend="{{instance}}",
+                "max by (instance) (process_resident_memory_bytes and on (instance, job) sosa_build_info)",
+                "{{instance}}",
             ),
             unit="bytes",
         ),
@@ -200,19 +194,16 @@ PROCESS = Row(
             "Processor",
             "Share of one processor.",
             Query(
-                expr="max by (instance) (rate(process_cpu_seconds_total[$__rate_interval])"
+                "max by (instance) (rate(process_cpu_seconds_total[$__rate_interval])"
                 " and on (instance, job) sosa_build_info)",
-                legend="{{instance}}",
+                "{{instance}}",
             ),
             unit="percentunit",
         ),
         timeseries(
             "Scrapes",
             "How long Prometheus waits for the daemon's metrics.",
-            Query(
-                expr="max by (instance) (scrape_duration_seconds and on (instance, job) sosa_build_info)",
-                legend="{{instance}}",
-            ),
+            Query("max by (instance) (scrape_duration_seconds and on (instance, job) sosa_build_info)", "{{instance}}"),
             unit="s",
         ),
     ),

@@ -39,7 +39,7 @@ IS_IT_HEALTHY = Row(
         ),
         stat(
             "Silent",
-            "Runs of which nothing has come for a minute and which have not said goodbye: nobody knows how they are.",
+            "Runs that have neither been heard for two minutes nor said goodbye: nobody knows how they are.",
             _num_runs(3),
             {0: ("all heard", colors.HEALTHY)},
             above={1: colors.CRITICAL},
@@ -114,9 +114,9 @@ OVER_TIME = Row(
             "Incidents that are open, over all runs, by severity.",
             Query(
                 # A run without an incident has no such series: its zero says that it was looked at.
-                expr='sum by (severity) (sosa_incident_open{run=~"$run"})'
+                'sum by (severity) (sosa_incident_open{run=~"$run"})'
                 ' or label_replace(sum(sosa_run_info{run=~"$run"}) * 0, "severity", "none", "", "")',
-                legend="{{severity}}",
+                "{{severity}}",
             ),
             by_name={**colors.SEVERITIES, "none": colors.HEALTHY},
             style=STACKED,
@@ -124,25 +124,19 @@ OVER_TIME = Row(
         timeseries(
             "Speed",
             "Steps that all ranks have completed, a second.",
-            Query(
-                expr='sum by (run) (rate(sosa_run_steps_total{run=~"$run"}[$__rate_interval]))',
-                legend="{{run}}",
-            ),
+            Query('sum by (run) (rate(sosa_run_steps_total{run=~"$run"}[$__rate_interval]))', "{{run}}"),
             unit="ops",
         ),
         timeseries(
             "Since last heard",
             "How long ago anything last came from each run.",
-            Query(
-                expr='time() - max by (run) (sosa_run_last_event_timestamp_seconds{run=~"$run"})',
-                legend="{{run}}",
-            ),
+            Query('time() - max by (run) (sosa_run_last_event_timestamp_seconds{run=~"$run"})', "{{run}}"),
             unit="s",
         ),
         timeseries(
             "Ranks",
             "Ranks over all runs, by state: stale is silent for 5 seconds, lost for 15.",
-            Query(expr='sum by (state) (sosa_run_ranks{run=~"$run"})', legend="{{state}}"),
+            Query('sum by (state) (sosa_run_ranks{run=~"$run"})', "{{state}}"),
             by_name=colors.RANK_STATES,
             style=STACKED,
         ),
@@ -150,8 +144,8 @@ OVER_TIME = Row(
             "Fixes applied",
             "Fixes that all ranks of a run have applied, by run.",
             Query(
-                expr='sum by (run) (increase(sosa_commands_total{run=~"$run", state="applied"}[$__rate_interval]))',
-                legend="{{run}}",
+                'sum by (run) (increase(sosa_commands_total{run=~"$run", state="applied"}[$__rate_interval]))',
+                "{{run}}",
             ),
             style=STEPS,
         ),
@@ -159,9 +153,9 @@ OVER_TIME = Row(
             "Steps that came to nothing",
             "Share of steps whose update was kept from the weights.",
             Query(
-                expr='sum by (run) (rate(sosa_run_skipped_steps_total{run=~"$run"}[$__rate_interval]))'
+                'sum by (run) (rate(sosa_run_skipped_steps_total{run=~"$run"}[$__rate_interval]))'
                 ' / sum by (run) (rate(sosa_run_steps_total{run=~"$run"}[$__rate_interval]))',
-                legend="{{run}}",
+                "{{run}}",
             ),
             unit="percentunit",
         ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 Json = dict[str, Any]
@@ -16,7 +16,7 @@ NUM_COLUMNS = 24
 """Of Grafana's grid."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Query:
     """One expression of a panel.
 
@@ -29,6 +29,7 @@ class Query:
 
     expr: str
     legend: str = ""
+    _: KW_ONLY
     format: str = "time_series"
     instant: bool = False
     color: str = ""

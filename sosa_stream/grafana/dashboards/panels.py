@@ -21,22 +21,23 @@ def stat(
     unit: str = "short",
     legend: str = "{{run}}",
     above: Mapping[float, str] | None = None,
+    shows: str = "auto",
     width: int = 3,
 ) -> Panel:
     """What is the case now, in a word where there is one for the value, on a colour.
 
-    ``above`` gives the colour from each value on of what has no word.
+    ``above`` gives the colour from each value on of what has no word; ``shows`` is ``name`` where only that matters.
     """
     return Panel(
         type="stat",
         title=title,
         description=description,
         unit=unit,
-        queries=(Query(expr=expr, legend=legend, instant=True),),
+        queries=(Query(expr, legend, instant=True),),
         width=width,
         height=4,
         defaults={"decimals": 0, "mappings": mappings(words), "thresholds": thresholds(above or {}), "color": BY_VALUE},
-        options={"colorMode": "background", "graphMode": "none", "textMode": "auto", "reduceOptions": LAST},
+        options={"colorMode": "background", "graphMode": "none", "textMode": shows, "reduceOptions": LAST},
     )
 
 
@@ -86,7 +87,7 @@ def heatmap(title: str, description: str, expr: str, *, unit: str = "s", width: 
         title=title,
         description=description,
         unit=unit,
-        queries=(Query(expr=expr, legend="{{le}}", format="heatmap"),),
+        queries=(Query(expr, "{{le}}", format="heatmap"),),
         width=width,
         height=height,
         options={
@@ -193,7 +194,7 @@ def table(
         title=title,
         description=description,
         unit="short",
-        queries=tuple(Query(expr=expr, format="table", instant=True) for expr, _ in columns.values()),
+        queries=tuple(Query(expr, format="table", instant=True) for expr, _ in columns.values()),
         no_data=no_data,
         width=width,
         height=height,

@@ -7,6 +7,7 @@ many as `daemon.rank_series` says.
 from __future__ import annotations
 
 from sosa_stream.grafana.dashboards import colors
+from sosa_stream.grafana.dashboards.markers import MARKERS
 from sosa_stream.grafana.dashboards.model import Dashboard, Panel, Query, Row
 from sosa_stream.grafana.dashboards.panels import (
     STACKED,
@@ -58,12 +59,12 @@ def of_host(by_instance: str) -> str:
 
 
 def _gpu(title: str, description: str, expr: str, unit: str) -> Panel:
-    query = Query(expr=expr, legend="rank {{rank}} · {{run}}")
+    query = Query(expr, "rank {{rank}} · {{run}}")
     return timeseries(title, description, query, unit=unit, no_data=NOT_MEASURED)
 
 
 def _host(title: str, description: str, expr: str, unit: str) -> Panel:
-    query = Query(expr=expr, legend="{{nodename}} · {{run}}")
+    query = Query(expr, "{{nodename}} · {{run}}")
     return timeseries(title, description, query, unit=unit, no_data=NOT_MEASURED)
 
 
@@ -128,8 +129,8 @@ LAG = Row(
             "Worst ranks",
             "Lag or silence of the five ranks that are worst in it.",
             Query(
-                expr='max by (run, rank, hostname) (sosa_rank_offence_seconds{run=~"$run"})',
-                legend="rank {{rank}} on {{hostname}} · {{run}}",
+                'max by (run, rank, hostname) (sosa_rank_offence_seconds{run=~"$run"})',
+                "rank {{rank}} on {{hostname}} · {{run}}",
                 color=colors.VERMILLION,
             ),
             unit="s",
@@ -140,7 +141,7 @@ LAG = Row(
         timeseries(
             "Ranks",
             "By state: stale is silent for 5 seconds, lost for 15.",
-            Query(expr='sum by (run, state) (sosa_run_ranks{run=~"$run"})', legend="{{state}} · {{run}}"),
+            Query('sum by (run, state) (sosa_run_ranks{run=~"$run"})', "{{state}} · {{run}}"),
             by_name=colors.RANK_STATES,
             style=STACKED,
         ),
@@ -237,4 +238,5 @@ RANKS = Dashboard(
     title="Ranks",
     description="Who is behind, who is silent, and what the machines say about it.",
     rows=(IS_IT_HEALTHY, LAG, GPUS, HOSTS),
+    markers=MARKERS,
 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from sosa_stream.grafana.dashboards import colors
-from sosa_stream.grafana.dashboards.model import Dashboard, Marker, Query, Row
+from sosa_stream.grafana.dashboards.markers import MARKERS
+from sosa_stream.grafana.dashboards.model import Dashboard, Query, Row
 from sosa_stream.grafana.dashboards.panels import (
     BARS,
     LOGARITHMIC,
@@ -31,9 +32,7 @@ REPAIRS: dict[float, Word] = {
     3: ("paused", colors.WARNING),
 }
 SEVERITIES: dict[float, Word] = {
-    1: ("info", colors.NOTE),
-    2: ("warning", colors.WARNING),
-    3: ("critical", colors.CRITICAL),
+    i: (name, colors.SEVERITIES[name]) for i, name in enumerate(("info", "warning", "critical"), 1)
 }
 DETECTOR_STATES: dict[float, Word] = {
     0: ("watching", colors.HEALTHY),
@@ -42,41 +41,12 @@ DETECTOR_STATES: dict[float, Word] = {
     3: ("firing", colors.CRITICAL),
 }
 
-MARKERS = (
-    Marker(
-        name="Incident",
-        expr='sum by (run, kind, severity) (increase(sosa_incidents_total{run=~"$run"}[$__rate_interval])) > 0',
-        text="{{severity}}: {{kind}}",
-        color=colors.VERMILLION,
-    ),
-    Marker(
-        name="Fix applied",
-        expr='sum by (run) (increase(sosa_commands_total{run=~"$run", state="applied"}[$__rate_interval])) > 0',
-        text="on all ranks at one step",
-        color=colors.BLUE,
-    ),
-    Marker(
-        name="Verdict",
-        expr="sum by (run, verdict) "
-        '(increase(sosa_commands_total{run=~"$run", state=~"verified|reverted"}[$__rate_interval])) > 0',
-        text="{{verdict}}",
-        color=colors.PURPLE,
-    ),
-    Marker(
-        name="Restart",
-        expr="count by (run) (count by (run, generation) "
-        '(last_over_time(sosa_run_info{run=~"$run"}[$__rate_interval]))) > 1',
-        text="another generation: new processes",
-        color=colors.GREY,
-    ),
-)
-
 IS_IT_HEALTHY = Row(
     title="Is it healthy?",
     panels=(
         stat(
             "Health",
-            "The worst that is open: act now or lose the run, or look today. Silent: nothing has come for a minute.",
+            "The worst that is open: act now or lose the run, or look today. Silent: nothing has come for two minutes.",
             RUN_HEALTH_EXPR,
             RUN_HEALTH,
         ),
@@ -135,8 +105,8 @@ TRAINING = Row(
     panels=(
         timeseries(
             "Loss",
-            "Mean over ranks at the newest step. Marked: incidents, fixes, their verdicts, restarts.",
-            Query(expr='max by (run) (sosa_run_loss{run=~"$run"})', legend="loss · {{run}}"),
+            "Mean over ranks at the newest step. Marked: incidents, fixes, their verdicts, new processes.",
+            Query('max by (run) (sosa_run_loss{run=~"$run"})', "loss · {{run}}"),
             unit="none",
             width=12,
             height=10,
@@ -144,7 +114,7 @@ TRAINING = Row(
         timeseries(
             "Gradient norm",
             "Of all parameters at the newest step, unscaled, before our clipping. Logarithmic.",
-            Query(expr='max by (run) (sosa_run_gradient_norm{run=~"$run"})', legend="norm · {{run}}"),
+            Query('max by (run) (sosa_run_gradient_norm{run=~"$run"})', "norm · {{run}}"),
             unit="none",
             style=LOGARITHMIC,
             width=12,
@@ -153,15 +123,15 @@ TRAINING = Row(
         timeseries(
             "Learning rate",
             "Effective, of the first parameter group: what the schedule says, times the multiplier of fixes.",
-            Query(expr='max by (run) (sosa_run_learning_rate{run=~"$run"})', legend="rate · {{run}}"),
+            Query('max by (run) (sosa_run_learning_rate{run=~"$run"})', "rate · {{run}}"),
             unit="sci",
         ),
         timeseries(
             "Multiplier of the learning rate",
             "What fixes multiply the script's learning rate with; 1 without any.",
             Query(
-                expr='max by (run) (sosa_run_learning_rate_multiplier{run=~"$run"})',
-                legend="multiplier · {{run}}",
+                'max by (run) (sosa_run_learning_rate_multiplier{run=~"$run"})',
+                "multiplier · {{run}}",
                 color=colors.ORANGE,
             ),
             unit="none",
@@ -170,7 +140,7 @@ TRAINING = Row(
         timeseries(
             "Loss scale",
             "Of automatic mixed precision. Logarithmic.",
-            Query(expr='max by (run) (sosa_run_amp_scale{run=~"$run"})', legend="scale · {{run}}", color=colors.PURPLE),
+            Query('max by (run) (sosa_run_amp_scale{run=~"$run"})', "scale · {{run}}", color=colors.PURPLE),
             unit="none",
             style={**LOGARITHMIC, **STEPS},
             no_data="no mixed precision with a loss scale, or unknown",
@@ -185,10 +155,10 @@ INCIDENTS = Row(
             "What is open",
             "Each kind while an incident of it is open, with the worst severity.",
             Query(
-                expr='max by (run, kind) (sosa_incident_open{run=~"$run", severity="critical"} * 0 + 3'
+                'max by (run, kind) (sosa_incident_open{run=~"$run", severity="critical"} * 0 + 3'
                 ' or sosa_incident_open{run=~"$run", severity="warning"} * 0 + 2'
                 ' or sosa_incident_open{run=~"$run", severity="info"} * 0 + 1)',
-                legend="{{kind}} · {{run}}",
+                "{{kind}} · {{run}}",
             ),
             SEVERITIES,
             no_data=NOTHING_OR_UNKNOWN,
@@ -198,8 +168,8 @@ INCIDENTS = Row(
             "Commands",
             "Commands as they come to each state: proposed, held by all ranks, applied, verified or reverted.",
             Query(
-                expr='sum by (run, state) (increase(sosa_commands_total{run=~"$run"}[$__rate_interval])) > 0',
-                legend="{{state}} · {{run}}",
+                'sum by (run, state) (increase(sosa_commands_total{run=~"$run"}[$__rate_interval])) > 0',
+                "{{state}} · {{run}}",
             ),
             by_name=colors.COMMAND_STATES,
             style=BARS,
@@ -210,8 +180,8 @@ INCIDENTS = Row(
             "Incidents",
             "How many opened in this time range, by kind and severity.",
             Query(
-                expr='sum by (run, kind, severity) (increase(sosa_incidents_total{run=~"$run"}[$__range])) > 0',
-                legend="{{severity}} {{kind}} · {{run}}",
+                'sum by (run, kind, severity) (increase(sosa_incidents_total{run=~"$run"}[$__range])) > 0',
+                "{{severity}} {{kind}} · {{run}}",
                 instant=True,
             ),
             by_name=colors.SEVERITIES,
@@ -221,9 +191,8 @@ INCIDENTS = Row(
             "Verdicts",
             "What became of the fixes of this time range. Helped: back in band, and more than by itself.",
             Query(
-                expr="sum by (run, verdict) "
-                '(increase(sosa_commands_total{run=~"$run", verdict!="none"}[$__range])) > 0',
-                legend="{{verdict}} · {{run}}",
+                'sum by (run, verdict) (increase(sosa_commands_total{run=~"$run", verdict!="none"}[$__range])) > 0',
+                "{{verdict}} · {{run}}",
                 instant=True,
             ),
             by_name=colors.VERDICTS,
@@ -232,7 +201,7 @@ INCIDENTS = Row(
         timeseries(
             "Fixes in force",
             "Fixes that stand until they are taken back.",
-            Query(expr='max by (run) (sosa_fixes_in_force{run=~"$run"})', legend="in force · {{run}}"),
+            Query('max by (run) (sosa_fixes_in_force{run=~"$run"})', "in force · {{run}}"),
             style=STEPS,
         ),
     ),
@@ -251,9 +220,9 @@ TIME = Row(
             "Estimated within the buckets of the histogram.",
             *(
                 Query(
-                    expr=f"histogram_quantile({quantile}, sum by (run, le) "
+                    f"histogram_quantile({quantile}, sum by (run, le) "
                     '(rate(sosa_run_step_seconds_bucket{run=~"$run"}[$__rate_interval])))',
-                    legend=f"{name} · {{{{run}}}}",
+                    f"{name} · {{{{run}}}}",
                     color=color,
                 )
                 for quantile, name, color in ((0.5, "median", colors.BLUE), (0.99, "99%", colors.ORANGE))
@@ -265,19 +234,13 @@ TIME = Row(
         timeseries(
             "Throughput",
             "Steps that all ranks have completed, a second.",
-            Query(
-                expr='sum by (run) (rate(sosa_run_steps_total{run=~"$run"}[$__rate_interval]))',
-                legend="steps · {{run}}",
-            ),
+            Query('sum by (run) (rate(sosa_run_steps_total{run=~"$run"}[$__rate_interval]))', "steps · {{run}}"),
             unit="ops",
         ),
         timeseries(
             "Samples",
             "Samples in the batches of all ranks, a second, where batches show how many they hold.",
-            Query(
-                expr='sum by (run) (rate(sosa_run_samples_total{run=~"$run"}[$__rate_interval]))',
-                legend="samples · {{run}}",
-            ),
+            Query('sum by (run) (rate(sosa_run_samples_total{run=~"$run"}[$__rate_interval]))', "samples · {{run}}"),
             unit="ops",
             no_data="batches do not show how many samples they hold, or unknown",
         ),
@@ -285,13 +248,13 @@ TIME = Row(
             "Steps that came to nothing",
             "Steps that were not finite, and those whose update was kept from the weights.",
             Query(
-                expr='sum by (run) (increase(sosa_run_nonfinite_steps_total{run=~"$run"}[$__rate_interval]))',
-                legend="not finite · {{run}}",
+                'sum by (run) (increase(sosa_run_nonfinite_steps_total{run=~"$run"}[$__rate_interval]))',
+                "not finite · {{run}}",
                 color=colors.VERMILLION,
             ),
             Query(
-                expr='sum by (run) (increase(sosa_run_skipped_steps_total{run=~"$run"}[$__rate_interval]))',
-                legend="skipped · {{run}}",
+                'sum by (run) (increase(sosa_run_skipped_steps_total{run=~"$run"}[$__rate_interval]))',
+                "skipped · {{run}}",
                 color=colors.ORANGE,
             ),
             style=STEPS,
@@ -300,16 +263,8 @@ TIME = Row(
         timeseries(
             "Memory",
             "Of the training processes: resident on the host, and allocated by torch on the device.",
-            Query(
-                expr='max by (run, memory, stat) (sosa_run_memory_bytes{run=~"$run"})',
-                legend="{{memory}} {{stat}} · {{run}}",
-            ),
-            by_name={
-                "host max": colors.BLUE,
-                "host mean": colors.SKY,
-                "device max": colors.VERMILLION,
-                "device mean": colors.ORANGE,
-            },
+            Query('max by (run, memory, stat) (sosa_run_memory_bytes{run=~"$run"})', "{{memory}} {{stat}} · {{run}}"),
+            by_name=colors.MEMORY,
             unit="bytes",
             width=12,
         ),
@@ -323,11 +278,11 @@ DETECTORS = Row(
             "Detectors",
             "What each kind of fault is watched with: blind means that an input is missing, and is not healthy.",
             Query(
-                expr='max by (run, kind) (sosa_detector_state{run=~"$run", state="firing"} * 3'
+                'max by (run, kind) (sosa_detector_state{run=~"$run", state="firing"} * 3'
                 ' or sosa_detector_state{run=~"$run", state="blind"} * 2'
                 ' or sosa_detector_state{run=~"$run", state="warming"}'
                 ' or sosa_detector_state{run=~"$run", state="watching"} * 0)',
-                legend="{{kind}} · {{run}}",
+                "{{kind}} · {{run}}",
             ),
             DETECTOR_STATES,
             width=24,

@@ -8,8 +8,8 @@ from sosa_stream.grafana.dashboards import colors
 from sosa_stream.grafana.dashboards.model import Panel, Query
 from sosa_stream.grafana.dashboards.panels import STACKED, Word, stat, timeseries
 
-SILENT_SECONDS = 60
-"""A run of which nothing has come for so long, and which has not ended, is called silent."""
+SILENT_SECONDS = 120
+"""A run of which nothing has come for so long, and which has not ended, is called silent: as `SosaRunSilent` says."""
 RUN_HEALTH: Mapping[float, Word] = {
     0: ("healthy", colors.HEALTHY),
     1: ("look today", colors.WARNING),
@@ -54,7 +54,7 @@ def ranks_by_phase(width: int) -> Panel:
     return timeseries(
         "Ranks by phase",
         "What the training threads are in: in a hang, the one that is elsewhere is what the others wait for.",
-        Query(expr='sum by (run, phase) (sosa_run_ranks_in_phase{run=~"$run"})', legend="{{phase}} · {{run}}"),
+        Query('sum by (run, phase) (sosa_run_ranks_in_phase{run=~"$run"})', "{{phase}} · {{run}}"),
         by_name=colors.PHASES,
         style=STACKED,
         width=width,
