@@ -60,7 +60,7 @@ LABELS = {
     "phase": "`start`, `data`, `forward`, `backward`, `optimizer`, `eval`, `checkpoint` or `end`",
     "memory": "`host` (resident set of the process) or `device` (allocated by torch)",
     "stat": "`max` or `mean` over ranks",
-    "kind": "of the detector or incident, as in `sosa alarms`",
+    "kind": "of the detector or incident, as `sosa incidents` shows it",
     "severity": "`info`, `warning` or `critical`",
     "state": "of a rank: `live`, `stale` (silent for 5 s), `lost` (for 15 s), `ended`; of a command: `proposed` to"
     " `verified`, `reverted`, `rejected`, `expired`; of a detector: `warming`, `watching`, `blind`, `firing`",

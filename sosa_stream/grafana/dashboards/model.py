@@ -25,6 +25,8 @@ class Query:
         format: ``time_series``, ``table``, or ``heatmap`` (series by ``le``).
         instant: asked for the end of the time range only, so that what is not there any more does not seem to be.
         color: of its series; several get shades of it.
+        scraped: how often its series are scraped, where that is not what the data source says: `$__rate_interval` is
+            four times as long.
     """
 
     expr: str
@@ -33,6 +35,7 @@ class Query:
     format: str = "time_series"
     instant: bool = False
     color: str = ""
+    scraped: str = ""
 
     def document(self, ref: str) -> Json:
         return {
@@ -41,6 +44,7 @@ class Query:
             "expr": self.expr,
             "legendFormat": self.legend,
             "format": self.format,
+            "interval": self.scraped,
             "instant": self.instant,
             "range": not self.instant,
         }

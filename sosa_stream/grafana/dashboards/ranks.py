@@ -19,6 +19,8 @@ from sosa_stream.grafana.dashboards.panels import (
 from sosa_stream.grafana.dashboards.shared import ranks_by_phase, ranks_missing
 
 NO_ONE_OR_UNKNOWN = "no rank stands out, or unknown: the first row says which"
+OTHERS_SCRAPED = "30s"
+"""Others' exporters are seldom scraped as often as the daemon."""
 NOT_MEASURED = "no rank stands out, or Prometheus has nothing of its machine"
 
 _SHORT_NAME = "([A-Za-z][^.]*)[.].*|(.+)"
@@ -59,12 +61,12 @@ def of_host(by_instance: str) -> str:
 
 
 def _gpu(title: str, description: str, expr: str, unit: str) -> Panel:
-    query = Query(expr, "rank {{rank}} · {{run}}")
+    query = Query(expr, "rank {{rank}} · {{run}}", scraped=OTHERS_SCRAPED)
     return timeseries(title, description, query, unit=unit, no_data=NOT_MEASURED)
 
 
 def _host(title: str, description: str, expr: str, unit: str) -> Panel:
-    query = Query(expr, "{{nodename}} · {{run}}")
+    query = Query(expr, "{{nodename}} · {{run}}", scraped=OTHERS_SCRAPED)
     return timeseries(title, description, query, unit=unit, no_data=NOT_MEASURED)
 
 
