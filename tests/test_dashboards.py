@@ -13,8 +13,11 @@ import pytest
 import yaml
 
 from sosa_stream.alerting.alerts import ALERTS
+from sosa_stream.config import Mode
 from sosa_stream.decide.commands import CommandState, Verdict
+from sosa_stream.detect.detectors import DetectorState
 from sosa_stream.detect.incidents import Severity
+from sosa_stream.figures import LAG_BOUNDS
 from sosa_stream.grafana.__main__ import files, main
 from sosa_stream.grafana.dashboards import DASHBOARDS, colors, documents
 from sosa_stream.grafana.dashboards.shared import SILENT_SECONDS
@@ -143,6 +146,24 @@ def test_every_label_in_a_query_is_in_the_catalogue(name: str) -> None:
             bucket = {"le"} if metric.endswith("_bucket") else set()
             assert labels <= {*family.labels, *bucket}, text
     assert {"run", "le"} <= set(LABELS)
+
+
+@each
+def test_every_value_that_a_query_picks_is_one_that_the_label_can_have(name: str) -> None:
+    """A misspelt one would find nothing, and where a zero stands for nothing, that would look well."""
+    known: dict[str, set[str]] = {
+        "state": {*map(str, CommandState), *RANK_STATES, *map(str, DetectorState)},
+        "severity": set(map(str, Severity)),
+        "verdict": {*map(str, Verdict), "none"},
+        "mode": set(map(str, Mode)),
+        "le": {"15.0"},
+    }
+    for text in expressions_of(name):
+        for selected in re.findall(r"\bsosa_\w+\{([^}]*)\}", text):
+            for label, picked in re.findall(r'(\w+)\s*(?:=~|!~|!=|=)\s*"([^"]*)"', selected):
+                if label not in ("run", "gpu_uuid"):
+                    assert set(picked.split("|")) <= known[label], text
+    assert 15.0 in LAG_BOUNDS
 
 
 @each
