@@ -29,7 +29,7 @@ WITHOUT_A_SAMPLE = {
     *("sosa_annotations", "sosa_requests", "sosa_incident_open", "sosa_fix_budget_left"),
     "sosa_run_amp_scale",
 }
-"""Here nothing is annotated, asked for, repaired, open or scaled."""
+"""Here nothing is annotated, asked for, open, repaired by itself, or scaled."""
 
 
 @contextmanager
