@@ -28,7 +28,9 @@ CONFIG_VARIABLE = "SOSA_CONFIG"
 """Path of the ``sosa.toml`` that agents read."""
 
 ALIASES: Mapping[str, str] = {"SOSA_DAEMON": "SOSA_AGENT_DAEMON", "SOSA_NOTIFY": "SOSA_DAEMON_NOTIFY"}
-OTHER_VARIABLES = frozenset({CONFIG_VARIABLE, "SOSA_DISABLE"})
+TOKEN_VARIABLE = "SOSA_HTTP_TOKEN"
+"""What `sosa watch` and `sosa status` show to a daemon; a job has no use for it."""
+OTHER_VARIABLES = frozenset({CONFIG_VARIABLE, TOKEN_VARIABLE, "SOSA_DISABLE"})
 
 
 class Mode(StrEnum):

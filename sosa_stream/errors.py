@@ -63,6 +63,10 @@ class NoAnswerError(SosaError):
     """What was asked for has no answer: no daemon serves the run, or it is slow."""
 
 
+class UnreachableError(SosaError):
+    """No daemon answers where one was looked for, or not in our words."""
+
+
 class HalfAppliedError(SosaError):
     """A fix could be neither carried out nor taken back whole: this rank's state is no longer that of the others."""
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from sosa_stream.errors import MissingExtraError
 
-OPTIONAL = ("torch", "matplotlib")
+OPTIONAL = ("torch", "matplotlib", "textual")
 
 
 @contextmanager

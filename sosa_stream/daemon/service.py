@@ -25,6 +25,7 @@ from sosa_stream.daemon.run import TOO_MANY, UNRECORDABLE, EngineFactory, Run, r
 from sosa_stream.daemon.schema import read_details
 from sosa_stream.daemon.store import Asked, Changes, Store
 from sosa_stream.daemon.webhook import DEADLINE_SECONDS, Outcome, Webhook
+from sosa_stream.daemon.whereabouts import published
 from sosa_stream.decide.requests import Reply, read_request
 from sosa_stream.effects import JobGone, Timer
 from sosa_stream.errors import ConfigError, ProtocolError, RefusedError, SosaError, UsageError
@@ -146,7 +147,10 @@ class Daemon:
                 self._webhooks = [Webhook(url, self._store, self._on_complaint) for url in self._settings.daemon.notify]
                 await self._follow_mutes()
                 self._show()
-                with HttpServer(self._settings.daemon, self._home, lambda: self._snapshot, self._tally) as http:
+                with (
+                    HttpServer(self._settings.daemon, self._home, lambda: self._snapshot, self._tally) as http,
+                    published(self._home, http.url),
+                ):
                     ready = Ready(address=self._channel.address, http=http.address, pid=os.getpid())
                     log.info("metrics come in at %s, %s/metrics is served", ready.address, http.url)
                     self._on_ready(ready)

@@ -145,6 +145,20 @@ def _counts(store: sqlite3.Connection, run: str | None = None) -> Counter[tuple[
     return counts
 
 
+def stored_runs(store: sqlite3.Connection, limit: int = MOST_RUNS) -> list[dict[str, Any]]:
+    """Runs as a daemon shows those that it does not serve, last seen first."""
+    query = "SELECT run, generation, step, last_seen FROM runs ORDER BY last_seen DESC LIMIT ?"
+    counts = _counts(store)
+    return [_summary(row[0], None, row[1:], counts) for row in store.execute(query, (limit,)).fetchall()]
+
+
+def stored_run(store: sqlite3.Connection, name: str) -> dict[str, Any]:
+    """One of them, with its details: the store has few."""
+    row = store.execute("SELECT generation, step, last_seen FROM runs WHERE run = ?", (name,)).fetchone()
+    states = store.execute("SELECT states FROM detectors WHERE run = ?", (name,)).fetchone()
+    return {**_summary(name, None, row, _counts(store, name)), **_STORED, "detectors": _detectors(None, states)}
+
+
 def _summary(name: str, run: RunSnapshot | None, row: Row | None, counts: Counter[tuple[str, str]]) -> dict[str, Any]:
     """A run in few words; null is what is not known of one that the daemon serves no more."""
     generation, step, seen_at = row or ("", -1, None)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sosa_stream.errors import ConfigError
+from sosa_stream.errors import ConfigError, UsageError
 from sosa_stream.protocol.channels import is_loopback
 
 MIN_TOKEN_CHARACTERS = 16
@@ -64,6 +64,23 @@ class Tokens:
             if hmac.compare_digest(digest, given):
                 found = name
         return found if scheme.lower() == "bearer" else None
+
+
+def read_token(path: str) -> str:
+    """The first token of such a file, to come in with.
+
+    Raises:
+        UsageError: it cannot be read, or holds none. No token is in its words.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise UsageError(f"cannot read --token-file {path}: {reason}") from None
+    for line in map(str.strip, lines):
+        if match := None if line.startswith("#") else _LINE.fullmatch(line):
+            return match["token"]
+    raise UsageError(f"--token-file {path} holds no token; each line of it is TOKEN or NAME TOKEN")
 
 
 def _digest(token: str) -> bytes:
