@@ -31,6 +31,10 @@ ALIASES: Mapping[str, str] = {"SOSA_DAEMON": "SOSA_AGENT_DAEMON", "SOSA_NOTIFY":
 TOKEN_VARIABLE = "SOSA_HTTP_TOKEN"
 """What `sosa watch` and `sosa status` show to a daemon; a job has no use for it."""
 OTHER_VARIABLES = frozenset({CONFIG_VARIABLE, TOKEN_VARIABLE, "SOSA_DISABLE"})
+_SERVICE_LINK = re.compile(
+    r"SOSA_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+)
+"""What Kubernetes puts into every pod of a namespace that has a Service called ``sosa`` or ``sosa-…``."""
 
 
 class Mode(StrEnum):
@@ -555,10 +559,13 @@ def _from_toml(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
 def _from_env(env: Mapping[str, str], known: Mapping[str, Any]) -> dict[str, Any]:
     names = {_variable(name): name for name, hint in known.items() if not is_table(hint)}
     values: dict[str, Any] = {}
+    in_kubernetes = "KUBERNETES_SERVICE_HOST" in env
     for variable, text in env.items():
         target = ALIASES.get(variable, variable)
         if target in names:
             values[names[target]] = parse(variable, text, known[names[target]])
+        elif in_kubernetes and _SERVICE_LINK.fullmatch(variable):
+            continue
         elif variable.startswith(ENV_PREFIX) and variable not in OTHER_VARIABLES:
             everything = [*names, *ALIASES, *OTHER_VARIABLES]
             raise ConfigError(f"unknown variable {variable}; {suggestion(variable, everything)}")

@@ -133,6 +133,26 @@ def test_an_unknown_variable_is_named() -> None:
     assert load_settings(env={"PATH": "/bin", "SOSA_CONFIG": "x", "SOSA_DISABLE": "1"}) == load_settings()
 
 
+SERVICE_LINKS = {
+    "SOSA_SERVICE_HOST": "10.0.0.7",
+    "SOSA_DAEMON_SERVICE_HOST": "10.0.0.7",
+    "SOSA_DAEMON_SERVICE_PORT_METRICS": "7667",
+    "SOSA_DAEMON_PORT": "tcp://10.0.0.7:7667",
+    "SOSA_DAEMON_PORT_7667_TCP": "tcp://10.0.0.7:7667",
+    "SOSA_DAEMON_PORT_7667_TCP_ADDR": "10.0.0.7",
+}
+
+
+def test_a_service_of_kubernetes_called_sosa_leaves_no_training_of_its_namespace_unwatched() -> None:
+    assert load_settings(env={"KUBERNETES_SERVICE_HOST": "10.0.0.1", **SERVICE_LINKS}) == Settings()
+
+
+@pytest.mark.parametrize("variable", SERVICE_LINKS)
+def test_outside_kubernetes_such_a_variable_is_a_mistake_like_any_other(variable: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown variable {variable}"):
+        load_settings(env={variable: SERVICE_LINKS[variable]})
+
+
 def test_the_short_name_of_the_daemon_works() -> None:
     assert load_settings(env={"SOSA_DAEMON": "tcp://host:7667"}).agent.daemon == "tcp://host:7667"
 
