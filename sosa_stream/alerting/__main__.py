@@ -24,6 +24,10 @@ def documents(*, runbooks: str, datasource: str, contact_url: str) -> dict[str, 
     written = "Written by `python -m sosa_stream.alerting`: change sosa_stream/alerting/alerts.py instead."
     return {
         "deploy/prometheus/rules/sosa.yaml": (written, prometheus.rule_file(ALERTS, runbooks=runbooks)),
+        "deploy/kubernetes/monitoring/prometheusrule.yaml": (
+            written,
+            prometheus.custom_resource(ALERTS, runbooks=runbooks),
+        ),
         "grafana/provisioning/alerting/sosa.yaml": (
             written,
             grafana.rule_file(ALERTS, runbooks=runbooks, datasource=datasource),

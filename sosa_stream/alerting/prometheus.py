@@ -16,6 +16,16 @@ def rule_file(alerts: Iterable[Alert], *, runbooks: str) -> dict[str, Any]:
     return {"groups": [{"name": "sosa", "rules": [rule(alert, runbooks=runbooks) for alert in alerts]}]}
 
 
+def custom_resource(alerts: Iterable[Alert], *, runbooks: str) -> dict[str, Any]:
+    """The same as a PrometheusRule, for the operator in Kubernetes (0.66 or later)."""
+    return {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {"name": "sosa"},
+        "spec": rule_file(alerts, runbooks=runbooks),
+    }
+
+
 def rule(alert: Alert, *, runbooks: str) -> dict[str, Any]:
     """One alerting rule."""
     return {
