@@ -25,6 +25,8 @@ PACKAGES = {
     "promtool": "prometheus",
     "prometheus-alertmanager": "prometheus-alertmanager",
     "amtool": "prometheus-alertmanager",
+    "systemd-analyze": "systemd",
+    "openssl": "openssl",
 }
 """The Debian package of each program."""
 SCRAPE_SECONDS = 1

@@ -9,13 +9,19 @@ import ast
 import dataclasses
 import inspect
 import json
+import re
+import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+from prometheus_server import program
+
 from sosa_stream import config
+from sosa_stream.cli import parser
 from sosa_stream.config import Settings, load_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,6 +124,50 @@ def test_every_setting_is_in_the_settings_file() -> None:
     text = SETTINGS_FILE.read_text(encoding="utf-8")
     for dotted in config.variables().values():
         assert f"\n{dotted.rpartition('.')[2]} = " in text
+
+
+UNIT = ROOT / "deploy" / "sosa-daemon.service"
+
+
+def test_systemd_takes_the_unit_without_a_word(tmp_path: Path) -> None:
+    unit = tmp_path / UNIT.name
+    unit.write_text(UNIT.read_text(encoding="utf-8").replace("/opt/sosa/bin/sosa", sys.executable), encoding="utf-8")
+    command = [program("systemd-analyze"), "verify", "--man=no", str(unit)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_unit_leaves_little_to_whoever_breaks_into_the_daemon() -> None:
+    """systemd's own score, of 100: most services have about 90."""
+    command = [program("systemd-analyze"), "security", "--offline=yes", "--threshold=20", "--no-pager", str(UNIT)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_unit_starts_the_daemon_with_flags_that_there_are() -> None:
+    (command,) = re.findall(r"^ExecStart=/opt/sosa/bin/sosa (.+)$", UNIT.read_text(encoding="utf-8"), re.MULTILINE)
+    assert parser().parse_args(command.split()).home == Path("/var/lib/sosa")
+
+
+SCRIPTS = sorted(
+    path for path in (ROOT / "deploy").rglob("*") if path.is_file() and path.read_bytes().startswith(b"#!")
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_script_is_one_that_its_shell_can_read_and_shellcheck_says_nothing_of(script: Path) -> None:
+    shell = "sh" if script.read_text(encoding="utf-8").startswith("#!/bin/sh\n") else "bash"
+    assert script.stat().st_mode & 0o111
+    for command in (
+        [shell, "-n"],
+        [str(Path(sys.executable).parent / "shellcheck"), "--severity=style", "-e", "SC2329"],
+    ):
+        done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_there_are_scripts_to_check() -> None:
+    assert {"train.sbatch", "secrets.sh"} == {script.name for script in SCRIPTS}
 
 
 if __name__ == "__main__":
