@@ -12,7 +12,7 @@ TEST_ARGS ?=
 
 help:
 	@echo "make demo    train a small model three times: clean, with faults, with faults and sosa (2 minutes)"
-	@echo "make test    run the tests; as root it installs Prometheus and Alertmanager for them"
+	@echo "make test    run the tests; as root it installs Prometheus, Alertmanager and systemd for them"
 	@echo "make lint    check style and formatting"
 	@echo "make types   check types"
 	@echo "make bench   run the benchmarks; make bench-seeds: the demo from ten seeds (20 minutes)"
@@ -35,9 +35,10 @@ demo: $(STAMP)
 test: $(STAMP) servers
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
-# Alerts, dashboards and the exporter are tested against the real ones, which no package index of Python has.
+# Alerts, dashboards, the exporter and the unit are tested against the real ones, which no package index of Python has.
 servers:
-	@missing=""; for each in prometheus prometheus-alertmanager; do command -v $$each >/dev/null || missing="$$missing $$each"; done; \
+	@missing=""; for each in prometheus:prometheus prometheus-alertmanager:prometheus-alertmanager systemd-analyze:systemd openssl:openssl; do \
+		command -v $${each%:*} >/dev/null || missing="$$missing $${each#*:}"; done; \
 	if [ -z "$$missing" ]; then exit 0; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get -qq update; apt-get -qq install --yes --no-install-recommends $$missing || \
