@@ -120,7 +120,7 @@ def test_names_and_severities_are_frozen() -> None:
 def test_the_files_are_written_from_the_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--folder", str(tmp_path)]) == 0
     written = [Path(line).relative_to(tmp_path) for line in capsys.readouterr().out.splitlines()]
-    assert len(written) == 3
+    assert len(written) == 4
     for name in written:
         assert (ROOT / name).read_text(encoding="utf-8") == (tmp_path / name).read_text(encoding="utf-8"), name
 

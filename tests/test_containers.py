@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import stat
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,13 @@ def test_the_image_is_not_root_has_a_check_and_is_built_in_two_stages_from_what_
 def test_nothing_is_installed_into_the_image_but_the_package_itself_by_its_pins() -> None:
     """So no torch: that the daemon works without is shown in test_daemon_without_torch.py."""
     (install,) = re.findall(r"pip install ([^&]+)", " ".join(rest for _, rest in INSTRUCTIONS))
-    assert install.split() == ["--no-cache-dir", "--constraint", "constraints.txt", "."]
+    *flags, package = shlex.split(install)
+    assert flags == ["--no-cache-dir", "--constraint", "constraints.txt"]
+    extras = re.fullmatch(r"\.\[([\w,]+)\]", package)
+    assert extras is not None
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [each for extra in extras[1].split(",") for each in project["optional-dependencies"][extra]]
+    assert not [each for each in [*project["dependencies"], *wanted] if "torch" in each]
 
 
 def test_the_check_of_the_image_tells_a_daemon_that_answers_from_none(tmp_path: Path) -> None:
