@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
+from daemon_process import RingAgent, wait_until
+from prometheus_server import program
 
-from sosa_stream.cli import demo
+from sosa_stream.cli import demo, main
 from sosa_stream.decide.commands import FINAL_STATES
 from sosa_stream.demo.jobs import Job, JobFailedError, run_job
+from sosa_stream.demo.prometheus import left_behind
 from sosa_stream.demo.summary import RunResult, Summary
 from sosa_stream.errors import UsageError
 
@@ -183,6 +189,54 @@ def sosa_json(*arguments: str) -> list[Any]:
     command = [sys.executable, "-m", "sosa_stream.cli", *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     return [json.loads(line) for line in ended.stdout.splitlines()]
+
+
+def test_without_prometheus_the_flag_says_what_to_install_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["demo", "--prometheus", "--out", str(tmp_path / "demo")]) == 2
+    assert "apt-get install prometheus" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
+def test_prometheus_and_the_daemon_stay_behind_with_what_was_scraped_and_can_be_ended_as_is_told(
+    tmp_path: Path,
+) -> None:
+    with left_behind(tmp_path, program("prometheus")) as left, RingAgent(left.daemon) as agent:
+        agent.add_hello()
+        agent.add_frames(range(10))
+        wait_until(agent.pump, "an acknowledgement")
+        (pids,) = re.findall(r"kill ([\d ]+)$", left.told())
+
+        def steps() -> Any:
+            return json.loads(_get(f"{left.url}/api/v1/query?query=sosa_run_info"))["data"]["result"]
+
+        wait_until(steps, "a scrape")
+    try:
+        assert steps()
+        assert b"SosaRunCritical" in _get(f"{left.url}/api/v1/rules")
+        assert b"sosa_run_info" in _get(f"{left.http}/metrics")
+        with pytest.raises(UsageError, match="a daemon still works there"):
+            demo._make_empty(tmp_path)
+    finally:
+        ended = [os.kill(int(pid), signal.SIGTERM) or os.waitpid(int(pid), 0)[1] for pid in pids.split()]
+    assert [os.waitstatus_to_exitcode(status) for status in ended] == [0, 0]
+
+
+def _get(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=5) as response:
+        content: bytes = response.read()
+    return content
+
+
+def test_a_demo_that_fails_leaves_neither_behind(tmp_path: Path) -> None:
+    with pytest.raises(JobFailedError), left_behind(tmp_path, program("prometheus")) as left:
+        raise JobFailedError("a run failed")
+    for pid in left.pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 @pytest.mark.torchrun

@@ -6,11 +6,13 @@ import argparse
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from sosa_stream import extras
 from sosa_stream.cli.home import given_path
+from sosa_stream.daemon.whereabouts import served_urls
 from sosa_stream.errors import UsageError
 from sosa_stream.visible import shown
 
@@ -38,6 +40,11 @@ def add_parser(subparsers: Any) -> None:
         help="folder for the outcome; a former demo's is emptied (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument(
+        "--prometheus",
+        action="store_true",
+        help="leave a daemon and a Prometheus (which must be installed) running on the demo's data",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: %(default)s)")
     parser.set_defaults(func=run)
 
@@ -47,13 +54,15 @@ def run(arguments: argparse.Namespace) -> int:
     with extras.needed("agent,report", "the demo"):  # not at the top: the rest of the command line works without them
         import torch  # noqa: F401  # its trainings do: they are processes of their own
 
+        from sosa_stream.demo.prometheus import find_prometheus, left_behind
         from sosa_stream.demo.run import run_demo
     if not 0 <= arguments.seed <= MOST_SEED:
         raise UsageError(f"--seed must be a whole number from 0 to {MOST_SEED}, not {arguments.seed}")
     out = arguments.out.absolute()
+    program = find_prometheus() if arguments.prometheus else ""
     _make_empty(out)
-    with _Progress() as progress:
-        summary = run_demo(out, seed=arguments.seed, say=progress.say)
+    with left_behind(out, program) if program else nullcontext() as left, _Progress() as progress:
+        summary = run_demo(out, seed=arguments.seed, say=progress.say, daemon=left.daemon if left else "")
     if arguments.json:
         print(json.dumps(summary.as_dict()))
     else:
@@ -64,6 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         script = f"{_typed('torchrun')} --nproc-per-node 2 -m sosa_stream.agent YOUR_SCRIPT.py"
         print(f"Try next: {_typed('sosa')} incidents --home {shown(out)}, or {script}")
+    if left is not None:
+        print(left.told(), file=sys.stderr if arguments.json else sys.stdout)
     return 1 if broken else 0
 
 
@@ -85,6 +96,10 @@ def _make_empty(out: Path) -> None:
         if not out.is_dir():
             raise UsageError(f"--out {out} is no folder")
         content = list(out.iterdir())
+        if urls := served_urls(out):
+            raise UsageError(
+                f"--out {out}: a daemon still works there ({', '.join(urls)}); end it, or name another folder"
+            )
         if content and not (out / MARKER).is_file():
             raise UsageError(f"--out {out} holds something else than a former demo; name another folder")
         for path in content:

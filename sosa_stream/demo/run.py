@@ -31,8 +31,10 @@ Say = Callable[[str, int, str], None]
 """Told of progress: the run, how much of the whole demo is done in percent, and a few words."""
 
 
-def run_demo(out: Path, *, seed: int, say: Say) -> Summary:
+def run_demo(out: Path, *, seed: int, say: Say, daemon: str = "") -> Summary:
     """Train three times into the empty folder ``out``, draw the curves and write the summary.
+
+    ``daemon`` is the address of one whose home is ``out``; without it each run brings its own.
 
     Raises:
         JobFailedError: a job failed that must not, or was not recorded.
@@ -46,7 +48,7 @@ def run_demo(out: Path, *, seed: int, say: Say) -> Summary:
             say(name, round(100 * (number + step / steps) / len(RUNS)), f"step {step}/{steps}, loss {loss}")
 
         say(name, round(100 * number / len(RUNS)), f"starting {NUM_RANKS} ranks")
-        run_job(_job(out, name, seed), on_progress)
+        run_job(_job(out, name, seed, daemon), on_progress)
         results[name] = _result(folder, name)
     replays = [_replay(out, name) for name in RUNS]
     summary = Summary(
@@ -68,8 +70,10 @@ def _folder(out: Path, name: str) -> Path:
     return out / "training" / name
 
 
-def _job(out: Path, name: str, seed: int) -> Job:
+def _job(out: Path, name: str, seed: int, daemon: str) -> Job:
     settings = {"SOSA_HOME": str(out), "SOSA_RUN": name, "SOSA_MODE": str(Mode.OBSERVE)}
+    if daemon:
+        settings["SOSA_DAEMON"] = daemon
     if name == PROTECTED:
         settings["SOSA_MODE"] = str(Mode.AUTO)
         settings["SOSA_AUTO_ALLOW"] = ",".join(action for action in ACTIONS if action != "revert")

@@ -90,7 +90,8 @@ class Watch(App[None]):
     #ranks { max-height: 6; }
     Static { height: auto; }
     #message { height: 1; text-style: bold; }
-    #headline, #curve { height: 1; }
+    #headline { max-height: 2; }
+    #curve { height: 1; }
     ModalScreen { align: center middle; }
     #box { width: 90%; max-width: 110; max-height: 90%; height: auto; border: heavy $primary; padding: 0 1; }
     """
@@ -101,7 +102,7 @@ class Watch(App[None]):
         Binding("u", "ask('undo')", "undo fix"),
         Binding("p", "ask('pause')", "pause/resume"),
         Binding("tab", "app.focus_next", "next table"),
-        Binding("q", "quit", "quit"),
+        Binding("q,ctrl+c", "quit", "quit"),
     ]
 
     def __init__(self, daemons: Daemons, *, who: str, run: str | None = None, every_seconds: float = 1.0) -> None:
