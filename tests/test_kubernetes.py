@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import ssl
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -308,6 +310,11 @@ def test_the_daemon_of_the_manifests_lets_in_its_agents_and_prometheus_and_nobod
         assert call(http, "/api/v1/runs", tls=trusting)[0] == 401
         with socket.create_connection(("127.0.0.1", int(http.rpartition(":")[2])), timeout=20) as plain:
             trusting.wrap_socket(plain, server_hostname=endpoint()["tlsConfig"]["serverName"]).close()
+        seen = ["status", "--json", "--url", f"https://{http}", "--ca", str(folders["/etc/sosa/tls"] / "tls.crt")]
+        seen += ["--token-file", str(folders["/etc/sosa/tokens"] / "http_tokens")]
+        look = [sys.executable, "-m", "sosa_stream.cli", *seen]
+        done = subprocess.run(look, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, json.loads(done.stdout)["run"]) == (0, "run"), done.stderr
         _, token = (cluster / "sosa-tokens" / "http_tokens").read_text().split()
         assert call(http, "/api/v1/runs", token=token, tls=trusting)[0] == 200
         assert daemon.terminate() == 0
