@@ -149,6 +149,56 @@ def test_the_unit_starts_the_daemon_with_flags_that_there_are() -> None:
     assert parser().parse_args(command.split()).home == Path("/var/lib/sosa")
 
 
+FILTERED = """
+import ctypes, os, signal, sys, tempfile, threading
+
+REFUSE, ALLOW = 0x00050000 | 1, 0x7FFF0000  # SCMP_ACT_ERRNO(EPERM), SCMP_ACT_ALLOW
+library = ctypes.CDLL("libseccomp.so.2")
+library.seccomp_init.restype = ctypes.c_void_p
+context = ctypes.c_void_p(library.seccomp_init(REFUSE))
+for name in sys.argv[1].split():
+    number = library.seccomp_syscall_resolve_name(name.encode())
+    if number >= 0:  # else of another kind of machine
+        assert library.seccomp_rule_add(context, ALLOW, number, 0) == 0, name
+assert library.seccomp_load(context) == 0
+
+from sosa_stream import cli
+
+read_end, write_end = os.pipe()
+
+def stop_when_ready():
+    with os.fdopen(read_end) as file:
+        file.readline()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+threading.Thread(target=stop_when_ready).start()
+with tempfile.TemporaryDirectory() as home:
+    where = ["--home", home, "--bind", "tcp://127.0.0.1:0", "--http", "127.0.0.1:0", "--ready-fd", str(write_end)]
+    sys.exit(cli.main(["daemon", *where]))
+"""
+
+
+def calls_of(group: str) -> set[str]:
+    """The system calls of a group of systemd's, with those of the groups in it."""
+    command = [program("systemd-analyze"), "syscall-filter", "--no-pager", group]
+    lines = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split("\n")[1:]
+    names = {line.strip() for line in lines} - {""}
+    groups = {name for name in names if name.startswith("@")}
+    return {name for name in names - groups if not name.startswith("#")}.union(*map(calls_of, groups))
+
+
+def test_the_daemon_gets_along_with_the_system_calls_that_the_unit_leaves_it() -> None:
+    """ZeroMQ aborts a process whose threads it may not set up."""
+    unit = UNIT.read_text(encoding="utf-8")
+    filters = [words.split() for words in re.findall(r"^SystemCallFilter=(.*)$", unit, re.MULTILINE)]
+    assert [words[0][0] for words in filters] == ["@", "~"], "what is allowed, and what of it is not"
+    allowed, denied = (set().union(*(calls_of(word.lstrip("~")) for word in words)) for words in filters)
+    command = [sys.executable, "-c", FILTERED, " ".join(sorted(allowed - denied))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "ended with everything recorded" in done.stderr
+
+
 SCRIPTS = sorted(
     path for path in (ROOT / "deploy").rglob("*") if path.is_file() and path.read_bytes().startswith(b"#!")
 )
