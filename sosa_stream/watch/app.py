@@ -24,9 +24,10 @@ from textual.widgets.data_table import ColumnKey
 from sosa_stream.cli.incident_words import whole
 from sosa_stream.errors import SosaError, describe
 from sosa_stream.visible import visible
-from sosa_stream.watch import model
+from sosa_stream.watch import asks, model
+from sosa_stream.watch.asks import Ask
 from sosa_stream.watch.daemons import Daemons
-from sosa_stream.watch.model import Ask, Look, Table, Tone
+from sosa_stream.watch.model import Look, Table, Tone
 
 STYLES = {
     Tone.PLAIN: "",
@@ -89,7 +90,7 @@ class Watch(App[None]):
     #runs { height: auto; min-height: 2; max-height: 5; }
     #ranks { max-height: 6; }
     Static { height: auto; }
-    #message { height: 1; text-style: bold; }
+    #message { max-height: 2; text-style: bold; }
     #headline { max-height: 2; }
     #curve { height: 1; }
     ModalScreen { align: center middle; }
@@ -217,8 +218,8 @@ class Watch(App[None]):
     def _tell(self) -> None:
         words = self._said
         if self._lost:
-            since = f" (shown: as of {time.strftime('%H:%M:%S', time.localtime(self._looked_at))})"
-            words = f"{self._lost}{since if self._looked_at else ''}; trying again"
+            since = f"as of {time.strftime('%H:%M:%S', time.localtime(self._looked_at))}: " if self._looked_at else ""
+            words = f"{since}{self._lost}; trying again"
         self._write("message", visible(words))
 
     def say(self, words: str) -> None:
@@ -239,13 +240,13 @@ class Watch(App[None]):
 
     def action_ask(self, what: str) -> None:
         """Ask for it at once, or after a question; or say why it cannot be asked for."""
-        asks: dict[str, Callable[[], Ask | str]] = {
-            "acknowledge": lambda: model.acknowledging(self._look, self._key("incidents")),
-            "approve": lambda: model.approving(self._look, self._key("fixes")),
-            "undo": lambda: model.undoing(self._look, self._key("fixes")),
-            "pause": lambda: model.pausing(self._look),
+        keys: dict[str, Callable[[], Ask | str]] = {
+            "acknowledge": lambda: asks.acknowledging(self._look, self._key("incidents")),
+            "approve": lambda: asks.approving(self._look, self._key("fixes")),
+            "undo": lambda: asks.undoing(self._look, self._key("fixes")),
+            "pause": lambda: asks.pausing(self._look),
         }
-        asked = asks[what]()
+        asked = keys[what]()
         if isinstance(asked, str):
             self.say(asked)
         elif asked.question:

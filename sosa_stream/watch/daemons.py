@@ -16,7 +16,8 @@ from sosa_stream.daemon.marks import acknowledge, add_marks
 from sosa_stream.daemon.schema import opened_store
 from sosa_stream.decide.requests import Approve, Pause, Request, Resume, Undo
 from sosa_stream.errors import RefusedError, SosaError, UnreachableError, UsageError
-from sosa_stream.watch.model import Ask, Look, Record
+from sosa_stream.watch.asks import Ask
+from sosa_stream.watch.model import Look, Record
 
 READ_SECONDS = 3.0
 ASK_SECONDS = 15.0
