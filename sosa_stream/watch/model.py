@@ -119,7 +119,7 @@ def _ranks(look: Look, now: float) -> Iterator[Row]:
 
 RUNS = Table(
     headings=("RUN", "STATE", "STEP", "LOSS", "MODE", "INCIDENTS", "WAIT"),
-    widths=(None, 14, 9, 7, 7, 13, 4),
+    widths=(None, 14, 9, 9, 7, 13, 4),
     rows=_runs,
 )
 INCIDENTS = Table(
