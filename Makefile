@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
 	@echo "Installing torch, the largest part: a minute or more"
 	$(BIN)/python -m pip install --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[agent,replay,report,watch]' --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[agent,grafana,replay,report,watch]' --group dev
 	@touch $@
 
 demo: $(STAMP)

@@ -67,6 +67,14 @@ class UnreachableError(SosaError):
     """No daemon answers where one was looked for, or not in our words."""
 
 
+class GrafanaError(SosaError):
+    """Grafana did not do what it was asked. ``status`` is that of its answer, 0 without one that can be read."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
 class HalfAppliedError(SosaError):
     """A fix could be neither carried out nor taken back whole: this rank's state is no longer that of the others."""
 

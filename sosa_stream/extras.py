@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from sosa_stream.errors import MissingExtraError
 
-OPTIONAL = ("torch", "matplotlib", "textual")
+OPTIONAL = ("torch", "matplotlib", "textual", "grafana_api", "requests")
 
 
 @contextmanager

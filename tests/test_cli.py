@@ -110,6 +110,15 @@ def test_the_commands_and_flags_are_frozen() -> None:
             [*both, *("--fail-on", "--follow", "--format", "--join", "--json", "--map", "--pattern", "PATHS")]
         ),
         "report": sorted([*both, "--allow", "--home", "--json", "RUN"]),
+        "grafana": both,
+        "grafana push": sorted(
+            [
+                *both,
+                *("--contact-url", "--datasource", "--dry-run", "--overwrite", "--runbooks", "--token-file", "--url"),
+            ]
+        ),
+        "grafana check": sorted([*both, "--contact-url", "--datasource", "--runbooks", "--token-file", "--url"]),
+        "grafana annotate": sorted([*both, "--dry-run", "--home", "--token-file", "--url", "RUN"]),
         "keys": both,
         "keys new": sorted([*both, "FOLDER"]),
     }

@@ -17,12 +17,25 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from sosa_stream import __version__
-from sosa_stream.cli import alarms, control, daemon, demo, feedback, keys, policy, records, replay, report, watch
+from sosa_stream.cli import (
+    alarms,
+    control,
+    daemon,
+    demo,
+    feedback,
+    grafana,
+    keys,
+    policy,
+    records,
+    replay,
+    report,
+    watch,
+)
 from sosa_stream.errors import SosaError, UsageError
 
 __all__ = ["main"]
 
-COMMANDS = (demo, daemon, watch, records, control, alarms, feedback, policy, replay, report, keys)
+COMMANDS = (demo, daemon, watch, records, control, alarms, feedback, policy, replay, report, grafana, keys)
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,0 +1,225 @@
+"""`sosa grafana`, against a stand-in that behaves as Grafana's documentation says (tests/grafana_server.py)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from grafana_server import HANG_UP, NO_JSON, SILENT, TOKEN, GrafanaServer
+
+from sosa_stream.cli import main
+from sosa_stream.daemon.store import Changes, RunRow, Store
+from sosa_stream.decide.commands import CommandRecord, CommandState, Verdict
+from sosa_stream.errors import GrafanaError
+from sosa_stream.grafana import client
+from sosa_stream.grafana.client import Grafana
+from sosa_stream.protocol.actions import Action
+from sosa_stream.testing import NOW, incident
+
+Say = Callable[..., tuple[int, str, str]]
+RULE = "sosa-run-critical"
+
+
+@pytest.fixture
+def server() -> Iterator[GrafanaServer]:
+    with GrafanaServer() as running:
+        yield running
+
+
+@pytest.fixture
+def say(server: GrafanaServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Say:
+    """`sosa grafana …`: its exit code, output and errors, which never hold the token."""
+    monkeypatch.setenv("GRAFANA_URL", server.url)
+    monkeypatch.setenv("GRAFANA_TOKEN", TOKEN)
+
+    def ask(*arguments: object) -> tuple[int, str, str]:
+        code = main(["grafana", *map(str, arguments)])
+        shown = capsys.readouterr()
+        assert TOKEN not in shown.out + shown.err
+        return code, shown.out, shown.err
+
+    return ask
+
+
+def edit(server: GrafanaServer, uid: str) -> None:
+    """What a person does who saves a dashboard in the browser."""
+    dashboard = {**server.dashboards[uid], "title": "mine"}
+    assert server.save_dashboard({"dashboard": dashboard, "overwrite": False})[0] == 200
+
+
+def test_a_second_push_changes_nothing_and_says_so(server: GrafanaServer, say: Say) -> None:
+    code, out, _ = say("push")
+    assert code == 0, out
+    assert (len(server.dashboards), len(server.points), server.interval) == (4, 1, 10)
+    assert RULE in server.rules
+    server.written.clear()
+    assert say("push") == (0, "nothing changed: all is there\n", "")
+    assert server.written == []
+    assert say("check")[0] == 0
+
+
+def test_a_dry_run_shows_the_difference_and_writes_nothing(server: GrafanaServer, say: Say) -> None:
+    say("push")
+    server.rules[RULE]["for"] = "9m"
+    server.rules[RULE]["updated"] = "later"
+    server.written.clear()
+    code, out, _ = say("push", "--dry-run")
+    assert code == 0
+    assert '-  "for": "9m",' in out.splitlines()
+    assert '+  "for": "0s",' in out.splitlines()
+    assert out.endswith("1 would change\n")
+    assert server.written == []
+
+
+def test_check_says_what_differs_with_exit_code_1(server: GrafanaServer, say: Say) -> None:
+    say("push")
+    del server.rules[RULE]
+    code, out, _ = say("check")
+    assert code == 1
+    assert "Grafana 12.4.0, database ok" in out
+    assert f"alert rule {RULE}: missing" in out
+
+
+def test_what_a_person_has_changed_is_left_unless_overwrite_is_given(server: GrafanaServer, say: Say) -> None:
+    say("push")
+    uid = next(iter(server.dashboards))
+    edit(server, uid)
+    server.rules[RULE]["for"] = "9m"
+    code, out, _ = say("push")
+    assert code == 1
+    assert out.count("left: somebody else has changed it") == 2
+    assert server.dashboards[uid]["title"] == "mine"
+    assert say("push", "--overwrite")[0] == 0
+    assert server.dashboards[uid]["title"] != "mine"
+    assert server.rules[RULE]["for"] == "0s"
+
+
+def test_an_older_dashboard_of_ours_is_brought_up_to_date(server: GrafanaServer, say: Say) -> None:
+    say("push")
+    uid = next(iter(server.dashboards))
+    server.dashboards[uid]["title"] = "of an older version"
+    code, out, _ = say("push")
+    assert (code, out.splitlines()) == (0, [f"dashboard {uid}: updated", "1 changed"])
+
+
+@pytest.mark.parametrize("by_person", [False, True])
+def test_a_version_conflict_is_read_again_and_a_persons_change_kept(
+    server: GrafanaServer, say: Say, monkeypatch: pytest.MonkeyPatch, by_person: bool
+) -> None:
+    say("push")
+    uid = next(iter(server.dashboards))
+    server.dashboards[uid]["title"] = "of an older version"
+    save, raced = server.save_dashboard, []
+
+    def raced_save(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if not raced:
+            raced.append(True)
+            message = "" if by_person else "sosa grafana push"
+            save({"dashboard": {**server.dashboards[uid], "title": "raced"}, "overwrite": True, "message": message})
+        return save(body)
+
+    monkeypatch.setattr(server, "save_dashboard", raced_save)
+    code, out, _ = say("push")
+    assert (code, server.dashboards[uid]["title"] == "raced") == ((1, True) if by_person else (0, False)), out
+
+
+def test_a_contact_point_that_is_there_stays_and_its_url_is_not_shown_whole(server: GrafanaServer, say: Say) -> None:
+    server.points["x"] = {"uid": "x", "name": "sosa", "type": "email", "settings": {"addresses": "a@b"}}
+    assert say("push")[0] == 0
+    assert list(server.points) == ["x"]
+    _, out, _ = say("push", "--dry-run", "--contact-url", "https://hooks.example/secret")
+    assert "https://hooks.example/…" in out
+    assert "secret" not in out
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (401, "the token is wrong"),
+        (403, "the token may not do this"),
+        (404, "sub-path"),
+        (409, "provisioned by files"),
+        (412, "somebody else has changed it"),
+        (422, "version may be too old"),
+        (500, "Grafana itself fails"),
+        (HANG_UP, "closed the connection"),
+        (NO_JSON, "speaks no JSON"),
+        (SILENT, "no answer from Grafana within"),
+    ],
+)
+def test_whatever_grafana_says_is_a_clear_sentence(server: GrafanaServer, fault: int, words: str) -> None:
+    server.faults = [fault]
+    with Grafana(server.url, TOKEN, timeout_seconds=0.3) as grafana, pytest.raises(GrafanaError, match=words) as told:
+        grafana.ask("POST", "/folders", {"uid": "sosa", "title": "sosa"})
+    assert TOKEN not in str(told.value)
+
+
+def test_an_empty_answer_of_success_is_success(server: GrafanaServer) -> None:
+    server.points["x"] = {"uid": "x", "name": "sosa"}
+    with Grafana(server.url, TOKEN) as grafana:
+        assert grafana.ask("PUT", "/v1/provisioning/contact-points/x", {"name": "sosa"}) is None
+
+
+def test_a_wrong_token_and_a_missing_data_source_end_with_exit_code_1(
+    server: GrafanaServer, say: Say, tmp_path: Path
+) -> None:
+    (tmp_path / "token").write_text("wrong-one-of-enough-characters-for-anybody\n")
+    code, _, err = say("push", "--token-file", tmp_path / "token")
+    assert (code, server.written) == (1, [])
+    assert "status 401" in err
+    assert "no data source with uid 'nowhere'" in say("push", "--datasource", "nowhere")[2]
+
+
+@pytest.mark.parametrize("url", ["", "nonsense", "ftp://x", "http://u:secret@x", "http://x?a=secret", "http://x:99999"])
+def test_a_url_that_is_none_is_told_with_exit_code_2(say: Say, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFANA_URL", url)
+    code, _, err = say("check")
+    assert code == 2
+    assert "secret" not in err
+
+
+FIX = CommandRecord(
+    id="c1",
+    run="alpha",
+    generation="g",
+    incident="i1",
+    actions=(Action(action="clip_grad", params={"max_norm": 1.0}),),
+    confidence=0.5,
+    state=CommandState.APPLIED,
+    applied_step=5,
+    reason="because",
+)
+
+
+def test_incidents_and_fixes_are_annotated_once_and_kept_up_to_date(
+    server: GrafanaServer, say: Say, tmp_path: Path
+) -> None:
+    async def keep(command: CommandRecord) -> None:
+        async with Store(tmp_path) as store:
+            row = RunRow(run="alpha", generation="g", step=5, seen_at=NOW)
+            found = incident(run="alpha", ranks=(1,))
+            await store.write(Changes(runs={"alpha": row}, incidents={"i1": found}, commands={"c1": command}))
+
+    asyncio.run(keep(FIX))
+    assert say("annotate", "alpha", "--home", tmp_path, "--dry-run")[1].endswith("2 of 2 annotations would change\n")
+    assert server.annotations == {}
+    assert say("annotate", "alpha", "--home", tmp_path)[1].endswith("2 of 2 annotations changed\n")
+    assert say("annotate", "alpha", "--home", tmp_path)[1] == "0 of 2 annotations changed\n"
+    asyncio.run(keep(replace(FIX, state=CommandState.VERIFIED, verdict=Verdict.HELPED)))
+    assert say("annotate", "alpha", "--home", tmp_path)[1].endswith("1 of 2 annotations changed\n")
+    assert len(server.annotations) == 2
+    assert "helped" in server.annotations[2]["tags"]
+
+
+def test_the_adapter_is_the_only_place_that_knows_the_package() -> None:
+    root = Path(client.__file__).parents[1]
+    users = [
+        path.name
+        for path in root.rglob("*.py")
+        if "import grafana_api" in (text := path.read_text()) or "from grafana_api" in text
+    ]
+    assert users == ["client.py"]
