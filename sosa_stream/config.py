@@ -389,8 +389,14 @@ class DaemonSettings:
     """How often an unacknowledged command is published again."""
     notify: tuple[WebhookUrl, ...] = ()
     """Webhooks (Slack's or others') that are told of every critical incident when it opens or escalates, and closes."""
+    grafana_url: str = ""
+    """Grafana in which incidents and applied fixes are annotated as they happen; empty: none."""
+    grafana_token_file: str = ""
+    """File with the token of a service account in it, which may write annotations."""
 
     def __post_init__(self) -> None:
+        if self.grafana_url and not re.fullmatch(r"https?://[^/?#@\s]+(/[!-~]*)?", self.grafana_url):
+            raise ConfigError("daemon.grafana_url must be like https://grafana.example, without name and password")
         _at_least(0.01, 60, republish_seconds=self.republish_seconds)
         _at_least(0, 10_000, rank_series=self.rank_series)
         for url in self.notify:
@@ -509,7 +515,7 @@ def load_job_settings(
     try:
         return load_settings(path=path, env=env, overrides=overrides), ""
     except ConfigError as error:
-        without = {**(overrides or {}), "daemon.notify": ()}
+        without = {**(overrides or {}), "daemon.notify": (), "daemon.grafana_url": ""}
         return load_settings(path=path, env=env, overrides=without), str(error)
 
 

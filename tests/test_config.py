@@ -103,6 +103,8 @@ def test_every_variable_sets_its_setting(variable: str, name: str) -> None:
         text, expected = str(default + 1), default + 1
     elif name == "daemon.notify":
         text, expected = "http://a/b, https://c", ("http://a/b", "https://c")
+    elif name == "daemon.grafana_url":
+        text = expected = "https://a"
     elif name == "auto.quiet_hours":
         text, expected = "22:00-07:00, 12:00-13:30", ("22:00-07:00", "12:00-13:30")
     elif isinstance(default, tuple):

@@ -8,14 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from daemon_process import DaemonProcess, RingAgent, frame, wait_until
 from grafana_server import HANG_UP, NO_JSON, SILENT, TOKEN, GrafanaServer
 
 from sosa_stream.cli import main
 from sosa_stream.daemon.store import Changes, RunRow, Store
 from sosa_stream.decide.commands import CommandRecord, CommandState, Verdict
+from sosa_stream.detect.incidents import IncidentState
 from sosa_stream.errors import GrafanaError
-from sosa_stream.grafana import client
+from sosa_stream.grafana import annotations, client
+from sosa_stream.grafana.annotations import Annotator
 from sosa_stream.grafana.client import Grafana
 from sosa_stream.protocol.actions import Action
 from sosa_stream.testing import NOW, incident
@@ -213,6 +217,63 @@ def test_incidents_and_fixes_are_annotated_once_and_kept_up_to_date(
     assert say("annotate", "alpha", "--home", tmp_path)[1].endswith("1 of 2 annotations changed\n")
     assert len(server.annotations) == 2
     assert "helped" in server.annotations[2]["tags"]
+
+
+def test_what_happens_is_annotated_while_the_run_lives_and_tried_again(
+    server: GrafanaServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(annotations, "BATCH_SECONDS", 0.01)
+    monkeypatch.setattr(annotations, "FIRST_PAUSE_SECONDS", 0.01)
+    server.faults = [503, HANG_UP]
+    annotator = Annotator(server.url, TOKEN)
+    first = incident(run="alpha", ranks=(1,))
+    annotator.offer([first], [], NOW, is_new=True)
+    wait_until(lambda: server.annotations, "the first to be written")
+    server.faults = [422]
+    annotator.offer([replace(first, id="i2")], [FIX], NOW, is_new=True)  # one of them is refused
+    wait_until(lambda: sum(annotator.counts.values()) == 3, "the others to be settled")
+    annotator.offer([replace(first, state=IncidentState.RESOLVED, resolved_step=9)], [], NOW + 60, is_new=True)
+    annotator.offer([replace(first, id="of a replay")], [], NOW + 60, is_new=False)
+    annotator.close()
+    assert annotator.outcomes() == {"sent": 4, "failed": 1, "dropped": 0}
+    assert len(server.annotations) == 2
+    assert server.annotations[1]["timeEnd"] - server.annotations[1]["time"] == 60_000
+
+
+def test_annotations_in_excess_are_dropped_and_counted_and_nobody_waits(
+    server: GrafanaServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(annotations, "CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr(annotations, "MAX_WAITING", 3)
+    server.faults = [SILENT]
+    annotator = Annotator(server.url, TOKEN)
+    annotator.offer([replace(incident(run="alpha"), id=f"i{i}") for i in range(10)], [], NOW, is_new=True)
+    annotator.close()
+    assert annotator.outcomes()["dropped"] >= 7
+    server.hold.set()
+
+
+def test_a_daemon_annotates_and_counts_it(server: GrafanaServer, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text(TOKEN + "\n")
+    config = tmp_path / "sosa.toml"
+    config.write_text(f'[daemon]\ngrafana_url = "{server.url}"\ngrafana_token_file = "{token}"\n')
+    with (
+        DaemonProcess(tmp_path / "home", "--config", str(config)) as daemon,
+        RingAgent(daemon.address, source="s0") as first,
+        RingAgent(daemon.address, source="s1", rank=1) as second,
+    ):
+        for agent in (first, second):
+            agent.add_hello()
+            agent.add_frames(range(20))
+            for step in range(20, 24):
+                values = np.array([[float(step), np.nan]])
+                agent.add(lambda header, step=step, values=values: replace(frame(header, step), values=values))
+        wait_until(lambda: (first.pump(), second.pump()) and server.annotations, "an annotation", 8)
+        assert "nan_loss" in server.annotations[1]["tags"]
+        wait_until(lambda: daemon.metric("sosa_annotations_total", outcome="sent") >= 1, "its count")
+        assert daemon.terminate() == 0
+        assert TOKEN not in daemon.log()
 
 
 def test_the_adapter_is_the_only_place_that_knows_the_package() -> None:

@@ -30,6 +30,7 @@ from sosa_stream.decide.requests import Reply, read_request
 from sosa_stream.effects import JobGone, Timer
 from sosa_stream.errors import ConfigError, ProtocolError, RefusedError, SosaError, UsageError
 from sosa_stream.figures import Buckets
+from sosa_stream.grafana.annotations import Annotator, annotator_of
 from sosa_stream.metrics.collector import Snapshot
 from sosa_stream.protocol.body import Reject
 from sosa_stream.protocol.channels import DaemonChannel
@@ -128,6 +129,7 @@ class Daemon:
         self._mutes = Mutes()
         self._tally = Tally()
         self._webhooks: list[Webhook] = []
+        self._annotator: Annotator | None = None
         self._stop = asyncio.Event()
 
     async def serve(self) -> None:
@@ -145,6 +147,7 @@ class Daemon:
             ):
                 closing.callback(self._close_runs)
                 self._webhooks = [Webhook(url, self._store, self._on_complaint) for url in self._settings.daemon.notify]
+                self._annotator = annotator_of(self._settings.daemon)
                 await self._follow_mutes()
                 self._show()
                 with (
@@ -211,6 +214,8 @@ class Daemon:
         if self._writing is not None:
             await self._writing
         log.info("ended with everything recorded")
+        if self._annotator is not None:
+            await asyncio.to_thread(self._annotator.close)
         for webhook in self._webhooks:
             webhook.close()
 
@@ -291,6 +296,9 @@ class Daemon:
             except (UsageError, OSError) as error:
                 raise ProtocolError(UNRECORDABLE, str(error)) from None
             run.reconfigure(self._detect, time.time())
+            if run.changes:
+                run.snapshot()  # a run is in the store no later than its first incident
+                self._take_changes(run, is_new=False)
             self._runs[name] = run
             log.info("run %s: recorded in %s", name, recording)
         return run
@@ -324,8 +332,7 @@ class Daemon:
     async def _write_store(self) -> None:
         """Have what has changed written. A task of its own waits for a store that is locked, and the runs go on."""
         for run in self._runs.values():
-            self._unwritten.update(run.changes)
-            run.changes = Changes()
+            self._take_changes(run, is_new=True)
         if self._writing is None and self._unwritten:
             self._writing = asyncio.create_task(self._write_rows())
         if self._writing is not None and not self._store_is_slow:
@@ -333,6 +340,12 @@ class Daemon:
             self._store_is_slow = bool(pending)
             for task in done:
                 task.result()
+
+    def _take_changes(self, run: Run, *, is_new: bool) -> None:
+        changes, run.changes = run.changes, Changes()
+        self._unwritten.update(changes)
+        if self._annotator is not None:
+            self._annotator.offer(changes.incidents.values(), changes.commands.values(), time.time(), is_new=is_new)
 
     async def _write_rows(self) -> None:
         """Until nothing is left to be written, or it cannot be."""
@@ -441,6 +454,7 @@ class Daemon:
             runs=tuple(run.snapshot(listened_until) for run in self._runs.values()),
             rejected=dict(self._rejects.counts),
             notifications={str(outcome): sum(hook.counts[outcome] for hook in self._webhooks) for outcome in Outcome},
+            annotations=self._annotator.outcomes() if self._annotator is not None else {},
             requests=self._tally.counts,
             num_waiting=self._num_waiting,
             num_unwritten=len(self._unwritten) + self._num_being_written,

@@ -11,14 +11,16 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlencode
 
-from sosa_stream.errors import GrafanaError, describe
+from sosa_stream.config import DaemonSettings
+from sosa_stream.errors import ConfigError, GrafanaError, UsageError, describe
 from sosa_stream.grafana.client import AGAIN, Grafana
+from sosa_stream.web.tokens import read_token
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +125,12 @@ def write(grafana: Grafana, annotation: Annotation, *, dry_run: bool = False) ->
     return "updated"
 
 
+class Record(Protocol):
+    """An incident or a command."""
+
+    def as_dict(self) -> dict[str, Any]: ...
+
+
 class Annotator:
     """Writes annotations from a thread of its own: nobody waits for Grafana but `close`, for `CLOSE_SECONDS` at most.
 
@@ -140,12 +148,16 @@ class Annotator:
         self._thread = threading.Thread(target=self._run, name="sosa-annotations", daemon=True)
         self._thread.start()
 
-    def offer(
-        self, incidents: Iterator[Mapping[str, Any]], commands: Iterator[Mapping[str, Any]], at: float, *, is_new: bool
-    ) -> None:
-        """Take in public records that have changed at ``at``; of a replay with ``is_new`` false."""
-        made = [of_incident(record, at) for record in incidents]
-        made += [annotation for record in commands if (annotation := of_command(record, at)) is not None]
+    def outcomes(self) -> dict[str, int]:
+        """How many annotations came to what."""
+        return {str(outcome): self.counts[outcome] for outcome in Outcome}
+
+    def offer(self, incidents: Iterable[Record], commands: Iterable[Record], at: float, *, is_new: bool) -> None:
+        """Take in what has changed at ``at``; of a replay with ``is_new`` false."""
+        made = [of_incident(incident.as_dict(), at) for incident in incidents]
+        made += [one for command in commands if (one := of_command(command.as_dict(), at)) is not None]
+        if not made:
+            return
         with self._stirred:
             for annotation in made:
                 before = self._waiting.pop(annotation.id, None)
@@ -206,3 +218,21 @@ class Annotator:
                 self._warned = True
             self._closing.wait(pause)
             pause = min(2 * pause, MOST_PAUSE_SECONDS)
+
+
+def annotator_of(settings: DaemonSettings) -> Annotator | None:
+    """What the settings ask for, at work.
+
+    Raises:
+        ConfigError: the token cannot be read.
+        MissingExtraError: the extra ``grafana`` is not installed.
+    """
+    if not settings.grafana_url:
+        return None
+    if not settings.grafana_token_file:
+        raise ConfigError("daemon.grafana_url wants daemon.grafana_token_file, too")
+    try:
+        token = read_token(settings.grafana_token_file)
+    except UsageError as error:
+        raise ConfigError(f"daemon.grafana_token_file: {error}") from None
+    return Annotator(settings.grafana_url, token)
