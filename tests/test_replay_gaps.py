@@ -87,6 +87,11 @@ def test_a_learning_rate_that_is_nan_was_not_told() -> None:
     assert logged([{"loss": 2.0, "lr": 0.1}, {"loss": 2.0, "lr": NAN}])["lr"] == [0]
 
 
+def test_rows_that_lack_a_loss_hold_nothing_beside_one() -> None:
+    without: Rows = [{"val_loss": 1.0, "test_acc": NAN}]
+    assert logged(without, [{"loss": NAN, "test_acc": 1.0}])["loss"] == [1]
+
+
 CELLS = st.none() | st.just(NAN) | st.floats(0.5, 3.0)
 
 

@@ -62,8 +62,10 @@ class Gaps:
     def _evaluates(self, log: Log, guess: Guess) -> NDArray[np.bool_]:
         """Which rows are of evaluation."""
         evaluates = np.zeros(log.num_rows, dtype=np.bool_)
-        losses = [~np.isnan(log.columns[name].values) for name in guess.columns.get("loss", ()) if name in log.columns]
-        loss = np.logical_and.reduce(losses) if losses else evaluates
+        losses = guess.columns.get("loss", ())
+        loss = np.full(log.num_rows, bool(losses) and log.columns.keys() >= set(losses))
+        for name in losses if loss.any() else ():
+            loss &= ~np.isnan(log.columns[name].values)
         had_loss = _so_far(loss, self._had_loss)
         for name, column in log.columns.items():
             is_loss = name in guess.columns.get(EVAL_LOSS, ())
