@@ -1,10 +1,10 @@
 """A stand-in for Grafana on a port that the kernel chose, for no Grafana can be had where these tests run.
 
-Its paths, bodies and statuses are those of the pages of the Grafana documentation, HTTP API reference (v12.4,
-grafana.com/docs/grafana/latest/developer-resources/api-reference/http-api): Dashboard (412 with ``version-mismatch``,
-``name-exists``), Dashboard versions, Folder (409, 412), Data source (health by uid), Annotations (AND over ``tags``),
-Alerting provisioning (rules, rule groups, contact points, 202), Other (health). What it cannot vouch for is what those
-pages do not say.
+Its paths, bodies and statuses were written down from the pages of Grafana's documentation, HTTP API reference:
+Dashboard (412 with ``version-mismatch``, ``name-exists``), Dashboard versions, Folder (409, 412), Data source (health
+by uid), Annotations (AND over ``tags``), Alerting provisioning (rules, rule groups, contact points, 202), Other
+(health). It has never been compared with a Grafana: it cannot vouch for what those pages do not say, nor for any one
+version.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class GrafanaServer:
 
     Attributes:
         written: method and path of every request but GETs that was let in and not answered with a fault.
+        locked: those of them after which people cannot edit in Grafana what was provisioned.
         hold: cleared, requests that meet `SILENT` wait for it.
     """
 
@@ -42,6 +43,7 @@ class GrafanaServer:
         self.datasources = {"sosa-prometheus": {"uid": "sosa-prometheus", "type": "prometheus"}}
         self.faults: list[int] = []
         self.written: list[str] = []
+        self.locked: list[str] = []
         self.asked: list[str] = []
         self.hold = threading.Event()
         self._lock = threading.Lock()
@@ -68,6 +70,8 @@ class GrafanaServer:
                 with server._lock:
                     if writes:
                         server.written.append(f"{self.command} {self.path}")
+                        if "/provisioning/" in self.path and not self.headers.get("X-Disable-Provenance"):
+                            server.locked.append(server.written[-1])
                     status, value = server.handle(self.command, self.path, json.loads(body) if body else None)
                 return self._send(status, b"") if value is None else self._json(status, value)
 

@@ -60,6 +60,7 @@ def test_a_second_push_changes_nothing_and_says_so(server: GrafanaServer, say: S
     assert code == 0, out
     assert (len(server.dashboards), len(server.points), server.interval) == (4, 1, 10)
     assert RULE in server.rules
+    assert server.locked == [], "people can edit what was pushed"
     server.written.clear()
     assert say("push") == (0, "nothing changed: all is there\n", "")
     assert server.written == []
