@@ -20,7 +20,8 @@ from torch import nn
 from benchmarks.results_file import spread, write
 from sosa_stream.agent.core import Agent
 from sosa_stream.agent.step import gradients
-from sosa_stream.config import Mode, load_settings
+from sosa_stream.config import load_settings
+from sosa_stream.settings import Mode
 
 STEPS = 200
 ROUNDS = 15

@@ -31,10 +31,10 @@ from benchmarks.detection.live import CACHE, events, rows_of, source_hash
 from benchmarks.detection.score import HEALTHY, share
 from benchmarks.detection.series import Row, messages, watch
 from benchmarks.results_file import write
-from sosa_stream.config import DetectSettings, Sensitivity
 from sosa_stream.detect.incidents import Finding, Severity
 from sosa_stream.effects import Event
 from sosa_stream.engine import Engine
+from sosa_stream.settings import DetectSettings, Sensitivity
 
 LEAD_POINTS, LEAD_SHARE = 10, 0.25
 WINDOW_POINTS, HORIZONS = (8, 16, 32), (1, 4, 16)

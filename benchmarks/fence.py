@@ -26,8 +26,8 @@ from benchmarks.results_file import percentile, write
 from sosa_stream.agent.fence.fence import Fence
 from sosa_stream.agent.fence.notices import Aborted, Committed
 from sosa_stream.agent.fence.stores import TorchStore
-from sosa_stream.config import FenceSettings
 from sosa_stream.protocol.messages import Command
+from sosa_stream.settings import FenceSettings
 
 NUM_COMMANDS = 60
 IDLE_CALLS = 100_000

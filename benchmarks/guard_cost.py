@@ -21,7 +21,8 @@ from torch import nn
 from benchmarks.results_file import spread, write
 from sosa_stream.agent.core import Agent
 from sosa_stream.agent.step.guard import Guard
-from sosa_stream.config import GuardMode, Mode, load_settings
+from sosa_stream.config import load_settings
+from sosa_stream.settings import GuardMode, Mode
 
 STEPS = 30
 ROUNDS = 11

@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.results_file import write
-from sosa_stream.config import AutoSettings, Mode
 from sosa_stream.decide.choice import RUNG_PRICE, choose
 from sosa_stream.decide.commands import Verdict
 from sosa_stream.decide.experience import NONE, PRIOR_STRENGTH, Experience, Outcome
 from sosa_stream.decide.playbook import LADDERS, Situation
 from sosa_stream.decide.policy import GATE, RunPolicy
 from sosa_stream.detect.incidents import Group
+from sosa_stream.settings import AutoSettings, Mode
 from sosa_stream.testing import incident
 
 KIND = "exploding_gradient"

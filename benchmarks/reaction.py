@@ -24,9 +24,10 @@ from sosa_stream.agent.place import Identity
 from sosa_stream.agent.transport.courier import Courier, Progress
 from sosa_stream.agent.transport.outbox import KNOWN_COLUMNS, Outbox, Row, Wakeup
 from sosa_stream.agent.watch.scalars import Scalars
-from sosa_stream.config import FenceSettings, Mode, Settings, load_settings
+from sosa_stream.config import load_settings
 from sosa_stream.protocol.channels import AgentChannel
 from sosa_stream.protocol.messages import Command, Phase
+from sosa_stream.settings import FenceSettings, Mode, Settings
 
 TRIALS = 100
 HEALTHY_STEPS = 80

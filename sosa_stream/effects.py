@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sosa_stream.config import DetectSettings
 from sosa_stream.decide.commands import CommandRecord
 from sosa_stream.decide.experience import Outcome
 from sosa_stream.decide.requests import Request
 from sosa_stream.detect.incidents import Incident
 from sosa_stream.protocol.messages import AgentMessage, Command
+from sosa_stream.settings import DetectSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sosa_stream.config import DetectSettings, Mode
 from sosa_stream.decide.carry_over import CarryOver
 from sosa_stream.decide.commands import CommandRecord
 from sosa_stream.decide.dispatch import Dispatch
@@ -55,6 +54,7 @@ from sosa_stream.protocol.messages import (
     MetricFrame,
     Phase,
 )
+from sosa_stream.settings import DetectSettings, Mode
 
 ALWAYS_NUMBERS = frozenset({"loss", "grad_norm"})
 """Step columns in which NaN is a value that a rule must see; in others it says that there is none."""

@@ -26,11 +26,12 @@ from sosa_stream.agent.transport.link import LocalLink
 from sosa_stream.agent.transport.outbox import Outbox, Row, Wakeup
 from sosa_stream.agent.watch.baseline import InputBaseline
 from sosa_stream.agent.watch.taps import Taps
-from sosa_stream.config import AgentSettings, GuardMode, Mode, load_settings
+from sosa_stream.config import load_settings
 from sosa_stream.detect.incidents import Severity
 from sosa_stream.engine import Engine
 from sosa_stream.protocol.actions import Action
 from sosa_stream.protocol.messages import Ack, Command, Header
+from sosa_stream.settings import AgentSettings, GuardMode, Mode
 
 torch.set_num_threads(1)  # nets this small only lose by handing work over, most of all on a busy machine
 

@@ -28,9 +28,9 @@ from sosa_stream.agent.fence.notices import Aborted
 from sosa_stream.agent.fence.stop import InDoubt
 from sosa_stream.agent.fence.stores import RegisterStore, TorchStore
 from sosa_stream.agent.repair.actuator import Actuator, Moment, Undo
-from sosa_stream.config import FenceSettings
 from sosa_stream.protocol.actions import Action
 from sosa_stream.protocol.messages import Command
+from sosa_stream.settings import FenceSettings
 
 NUM_COMMANDS = 200
 DEADLINE_SECONDS = 240.0

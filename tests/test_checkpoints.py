@@ -25,7 +25,7 @@ from sosa_stream.agent.repair.checkpoints import NotWrittenError, latest
 from sosa_stream.agent.repair.contents import contents_of
 from sosa_stream.agent.repair.loading import CheckpointError, load_checkpoint
 from sosa_stream.agent.repair.saving import Checkpoints, SaveCheckpoint
-from sosa_stream.config import AgentSettings
+from sosa_stream.settings import AgentSettings
 
 
 class Counting:

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from sosa_stream.config import (
+from sosa_stream.config import load_settings, variables, with_absolute_paths
+from sosa_stream.errors import ConfigError
+from sosa_stream.settings import (
     AgentSettings,
     AutoSettings,
     DaemonSettings,
@@ -20,11 +22,7 @@ from sosa_stream.config import (
     Settings,
     SeverityName,
     detect_settings,
-    load_settings,
-    variables,
-    with_absolute_paths,
 )
-from sosa_stream.errors import ConfigError
 
 TABLES = {"auto.bounds", "detect.overrides", "detect.rules"}
 """Settings that only a file can say."""

@@ -15,11 +15,12 @@ from sosa_stream.agent.place import Identity
 from sosa_stream.agent.transport import courier as courier_module
 from sosa_stream.agent.transport.courier import Courier, Progress, may_apply
 from sosa_stream.agent.transport.outbox import Outbox, Wakeup
-from sosa_stream.config import Mode, Settings, load_settings
+from sosa_stream.config import load_settings
 from sosa_stream.errors import ProtocolError
 from sosa_stream.protocol.actions import Action
 from sosa_stream.protocol.codec import decode
 from sosa_stream.protocol.messages import Ack, AckState, Command, ControlMessage, Phase, Received
+from sosa_stream.settings import Mode, Settings
 from sosa_stream.testing import NOW
 
 SKIP = act("skip_step")

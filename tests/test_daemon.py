@@ -17,7 +17,6 @@ import pytest
 from daemon_process import DaemonProcess, RingAgent, frame, wait_until
 from webhook_server import WebhookServer
 
-from sosa_stream.config import DetectorOverride, DetectSettings
 from sosa_stream.daemon.schema import open_store
 from sosa_stream.detect.incidents import Severity
 from sosa_stream.effects import CommandChanged, Event, IncidentChanged, Learned, Publish, Reconfigured
@@ -28,6 +27,7 @@ from sosa_stream.protocol.codec import encode
 from sosa_stream.protocol.keys import load_agent_keys, new_keys
 from sosa_stream.protocol.messages import Ack, AckState, Command, Header, MetricFrame
 from sosa_stream.protocol.recording import decode_record, read_recording
+from sosa_stream.settings import DetectorOverride, DetectSettings
 from sosa_stream.testing import AUTO_POLICY, NOW, SimulatedJob
 
 

@@ -13,7 +13,6 @@ import pytest
 import yaml
 
 from sosa_stream.alerting.alerts import ALERTS
-from sosa_stream.config import Mode
 from sosa_stream.decide.commands import CommandState, Verdict
 from sosa_stream.detect.detectors import DetectorState
 from sosa_stream.detect.incidents import Severity
@@ -24,6 +23,7 @@ from sosa_stream.grafana.dashboards.shared import SILENT_SECONDS
 from sosa_stream.metrics.catalogue import FAMILIES, LABELS, Type
 from sosa_stream.metrics.collector import RANK_STATES
 from sosa_stream.protocol.messages import Phase
+from sosa_stream.settings import Mode
 
 ROOT = Path(__file__).resolve().parent.parent
 OF_OTHERS = {

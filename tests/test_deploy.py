@@ -22,7 +22,8 @@ from prometheus_server import program
 
 from sosa_stream import config
 from sosa_stream.cli import parser
-from sosa_stream.config import Settings, load_settings
+from sosa_stream.config import load_settings
+from sosa_stream.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS_FILE = ROOT / "deploy" / "sosa.toml"

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from sosa_stream.config import DetectSettings
 from sosa_stream.detect.detectors import ALL
 from sosa_stream.detect.incidents import Incident, Severity
 from sosa_stream.engine import Engine
 from sosa_stream.protocol.messages import ExceptionReport, MetricFrame, Phase
+from sosa_stream.settings import DetectSettings
 from sosa_stream.testing import NOW, SimulatedJob, feed, frame, header, hello, incidents_of
 
 N = 1200

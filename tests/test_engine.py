@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sosa_stream.config import DetectSettings
 from sosa_stream.decide.commands import FINAL_STATES, CommandRecord, CommandState, Verdict
 from sosa_stream.decide.experience import NONE
 from sosa_stream.decide.requests import Approve, Pause, Resume
@@ -28,6 +27,7 @@ from sosa_stream.protocol.columns import COLUMNS
 from sosa_stream.protocol.messages import Ack, AckState, Command, MetricFrame
 from sosa_stream.protocol.recording import Recorder
 from sosa_stream.replay import replay_recording
+from sosa_stream.settings import DetectSettings
 from sosa_stream.testing import (
     AUTO_POLICY,
     NO_SNAPSHOTS,

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from numpy.typing import ArrayLike
 
-from sosa_stream.config import DetectSettings, MetricRule
 from sosa_stream.daemon.schema import json_line
 from sosa_stream.detect.detectors import ALL, On
 from sosa_stream.detect.incidents import Incident
 from sosa_stream.engine import Engine
 from sosa_stream.protocol.messages import MetricFrame
+from sosa_stream.settings import DetectSettings, MetricRule
 from sosa_stream.testing import bye, feed, header, hello
 
 NUM = 640

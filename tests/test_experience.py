@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sosa_stream.config import AutoSettings, Mode
 from sosa_stream.decide.beta import quantile, share_below
 from sosa_stream.decide.choice import choose
 from sosa_stream.decide.commands import Verdict
@@ -18,6 +17,7 @@ from sosa_stream.decide.experience import MIN_COUNTED, NONE, PRIOR_STRENGTH, Exp
 from sosa_stream.decide.playbook import PRIORS, Situation
 from sosa_stream.decide.policy import GATE, RunPolicy
 from sosa_stream.detect.incidents import Group
+from sosa_stream.settings import AutoSettings, Mode
 from sosa_stream.testing import incident
 
 AUTO = RunPolicy(mode=Mode.AUTO, limits=AutoSettings(allow=("scale_lr", "clip_grad", "rollback", "stop")))

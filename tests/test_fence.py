@@ -15,8 +15,8 @@ from sosa_stream.agent.fence.notices import Aborted, Closed, Committed, Held, No
 from sosa_stream.agent.fence.operations import Check, CompareSet, Plant, Result, Set
 from sosa_stream.agent.fence.stop import InDoubt
 from sosa_stream.agent.fence.stores import MemoryStore, RegisterStore
-from sosa_stream.config import FenceSettings
 from sosa_stream.protocol.messages import Command
+from sosa_stream.settings import FenceSettings
 
 FAST = FenceSettings(lead_seconds=0.02, timeout_seconds=2.0, poll_seconds=0.001)
 

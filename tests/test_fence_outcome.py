@@ -15,8 +15,8 @@ from sosa_stream.agent.fence.operations import Check, CompareSet, Set
 from sosa_stream.agent.fence.outcome import Decision, Outcome
 from sosa_stream.agent.fence.stop import InDoubt
 from sosa_stream.agent.fence.stores import MemoryStore, RegisterStore
-from sosa_stream.config import FenceSettings
 from sosa_stream.protocol.messages import Command
+from sosa_stream.settings import FenceSettings
 
 QUICK = FenceSettings(lead_seconds=0.0, timeout_seconds=0.3, outcome_seconds=0.3, poll_seconds=0.001)
 PATIENT = FenceSettings(lead_seconds=0.05, timeout_seconds=20.0, outcome_seconds=20.0, poll_seconds=0.001)

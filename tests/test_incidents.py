@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from sosa_stream.config import DetectSettings
 from sosa_stream.detect.detectors import BY_KIND
 from sosa_stream.detect.incidents import Finding, Incident, IncidentState, Severity
 from sosa_stream.detect.outlook import CLEARS, WORSENS, WORST
 from sosa_stream.detect.tracker import Tracker, make_id
 from sosa_stream.detect.windows import RunWindows
+from sosa_stream.settings import DetectSettings
 
 HEALTHY_STEPS = BY_KIND["nan_loss"].quiet_points
 

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sosa_stream.config import AutoSettings, Mode
 from sosa_stream.decide.choice import choose
 from sosa_stream.decide.commands import FINAL_STATES, TRANSITIONS, CommandRecord, CommandState, Verdict
 from sosa_stream.decide.ledger import Entry, Ledger
@@ -20,6 +19,7 @@ from sosa_stream.detect.statistics import Level
 from sosa_stream.errors import ConfigError
 from sosa_stream.protocol.actions import ACTIONS, Action
 from sosa_stream.protocol.messages import Ack, AckState, KnobState
+from sosa_stream.settings import AutoSettings, Mode
 from sosa_stream.testing import header, incident
 
 AUTO = RunPolicy(mode=Mode.AUTO, limits=AutoSettings(allow=("scale_lr", "clip_grad", "rollback", "stop")))

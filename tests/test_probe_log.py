@@ -17,10 +17,11 @@ from sosa_stream.agent.core import Agent
 from sosa_stream.agent.transport.link import LocalLink
 from sosa_stream.agent.transport.outbox import Outbox, Row, Wakeup
 from sosa_stream.agent.watch.scalars import Scalars
-from sosa_stream.config import Mode, load_settings
+from sosa_stream.config import load_settings
 from sosa_stream.engine import Engine
 from sosa_stream.protocol.codec import decode
 from sosa_stream.protocol.messages import ExceptionReport, Header, MetricFrame, Phase
+from sosa_stream.settings import Mode
 from sosa_stream.testing import NOW, header, hello
 
 

@@ -21,9 +21,10 @@ from torch import nn
 from sosa_stream.agent.core import Agent
 from sosa_stream.agent.transport.link import LocalLink
 from sosa_stream.agent.watch.metrics import Libraries
-from sosa_stream.config import Mode, load_settings
+from sosa_stream.config import load_settings
 from sosa_stream.engine import Engine
 from sosa_stream.protocol.messages import AgentMessage, MetricFrame
+from sosa_stream.settings import Mode
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 

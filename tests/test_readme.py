@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from sosa_stream.cli import parser
-from sosa_stream.config import Settings, load_settings
+from sosa_stream.config import load_settings
 from sosa_stream.detect.detectors import ALL, BY_KIND
 from sosa_stream.engine import Engine
 from sosa_stream.protocol.messages import MetricFrame
+from sosa_stream.settings import Settings
 from sosa_stream.testing import feed, frame, header, hello
 
 README = Path(__file__).parent.parent / "README.md"

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sosa_stream.config import DetectorOverride, DetectSettings, MetricRule, Sensitivity, SeverityName
 from sosa_stream.decide.requests import Approve, Fix, Pause, Propose, Resume, Undo
 from sosa_stream.effects import JobGone, Reconfigured, ShellEvent, Timer
 from sosa_stream.errors import ProtocolError, SosaError, UsageError
@@ -18,6 +17,7 @@ from sosa_stream.protocol.codec import encode
 from sosa_stream.protocol.messages import Received
 from sosa_stream.protocol.recording import MAGIC, Recorder, decode_record, encode_shell_record, read_recording
 from sosa_stream.replay import replay_recording
+from sosa_stream.settings import DetectorOverride, DetectSettings, MetricRule, Sensitivity, SeverityName
 from sosa_stream.testing import NOW, frame, hello
 
 RECORDS = [(1.5, b"one"), (2.5, b"second"), (3.5, b"x" * 1000)]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from sosa_stream.cli import main
-from sosa_stream.config import DetectorOverride, DetectSettings, MetricRule, Sensitivity, SeverityName
 from sosa_stream.detect.incidents import Incident, IncidentState, Severity
 from sosa_stream.effects import Reconfigured
 from sosa_stream.engine import Engine
 from sosa_stream.protocol.messages import MetricFrame
+from sosa_stream.settings import DetectorOverride, DetectSettings, MetricRule, Sensitivity, SeverityName
 from sosa_stream.testing import NOW, bye, feed, frame, header, hello
 
 

@@ -15,7 +15,7 @@ from torch.optim import SGD, AdamW
 
 from sosa_stream.agent.repair.snapshots import FARTHER_STEPS, NoSnapshotError, Snapshot, SnapshotRing
 from sosa_stream.agent.repair.training_state import TrainingState
-from sosa_stream.config import AgentSettings
+from sosa_stream.settings import AgentSettings
 
 ONE = torch.tensor(1.0)
 

@@ -22,8 +22,8 @@ from sosa_stream.agent.splitting.batches import count_samples, cut, split
 from sosa_stream.agent.splitting.memory import breakdown, is_out_of_memory
 from sosa_stream.agent.splitting.micro_batches import RELAX_STEPS, Need
 from sosa_stream.agent.wrapper import SOSATrainingWrapper, wrap_training
-from sosa_stream.config import Mode
 from sosa_stream.errors import RefusedError, UsageError
+from sosa_stream.settings import Mode
 
 Wrap = Callable[..., SOSATrainingWrapper]
 

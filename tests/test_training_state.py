@@ -32,9 +32,10 @@ from sosa_stream.agent.core import Agent
 from sosa_stream.agent.repair import random_numbers
 from sosa_stream.agent.repair.registry import CONSTRUCTORS, Registry
 from sosa_stream.agent.transport.link import LocalLink
-from sosa_stream.config import Switch, load_settings
+from sosa_stream.config import load_settings
 from sosa_stream.engine import Engine
 from sosa_stream.errors import SosaError
+from sosa_stream.settings import Switch
 
 
 class Training:

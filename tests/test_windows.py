@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sosa_stream.config import DetectSettings
 from sosa_stream.detect.alignment import HORIZON_STEPS, Alignment, Row
 from sosa_stream.detect.channel import Channel
 from sosa_stream.detect.statistics import Band, Grain, Ring, center_and_scale
 from sosa_stream.detect.windows import LOSS, RunWindows
 from sosa_stream.protocol.messages import MetricFrame
+from sosa_stream.settings import DetectSettings
 from sosa_stream.testing import frame, header
 
 

@@ -20,8 +20,8 @@ from torch.optim import optimizer as torch_optimizer
 from sosa_stream.agent import process
 from sosa_stream.agent.repair.best import BestCheckpoint
 from sosa_stream.agent.wrapper import SOSATrainingWrapper, wrap_training
-from sosa_stream.config import Mode, Settings
 from sosa_stream.errors import ConfigError, SosaError, UsageError
+from sosa_stream.settings import Mode, Settings
 
 
 class Net(nn.Module):

@@ -19,12 +19,13 @@ from benchmarks.detection import parts
 from benchmarks.detection.series import Row
 from sosa_stream.agent import log
 from sosa_stream.agent.core import Agent
-from sosa_stream.config import Mode, load_settings
+from sosa_stream.config import load_settings
 from sosa_stream.effects import Event
 from sosa_stream.errors import ProtocolError
 from sosa_stream.protocol.codec import decode
 from sosa_stream.protocol.messages import ControlMessage, Heartbeat, MetricFrame, Received
 from sosa_stream.protocol.recording import Recorder, decode_record, read_recording
+from sosa_stream.settings import Mode
 
 if TYPE_CHECKING:
     from benchmarks.detection.tasks import Task

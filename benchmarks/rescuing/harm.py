@@ -20,9 +20,10 @@ from sosa_stream.agent import log
 from sosa_stream.agent.core import Agent
 from sosa_stream.agent.transport.link import LocalLink
 from sosa_stream.cli.feedback import wilson_interval
-from sosa_stream.config import Mode, load_settings
+from sosa_stream.config import load_settings
 from sosa_stream.decide.commands import CommandRecord
 from sosa_stream.engine import Engine
+from sosa_stream.settings import Mode
 
 SEEDS = (0, 1, 2)
 NUM_PROCESSES = 2

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rescuing.cases import NUM_STEPS, Case
-from sosa_stream.config import Mode, Settings, load_settings
+from sosa_stream.config import load_settings
+from sosa_stream.settings import Mode, Settings
 
 WORLD_SIZE = 2
 JOIN_SECONDS, RUN_SECONDS = 20.0, 120.0

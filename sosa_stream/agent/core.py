@@ -47,9 +47,9 @@ from sosa_stream.agent.transport.thread import AgentThread
 from sosa_stream.agent.watch.looks import Census
 from sosa_stream.agent.watch.metrics import Libraries, columns_of
 from sosa_stream.agent.watch.taps import Taps
-from sosa_stream.config import Mode, Settings, Switch
 from sosa_stream.protocol import messages
 from sosa_stream.protocol.messages import Layers, Phase
+from sosa_stream.settings import Mode, Settings, Switch
 
 EXIT_IN_DOUBT = 75
 """Exit code of a rank that cannot know what the others do; torch elastic then restarts them all."""

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sosa_stream.agent.timezone import utc_offsets
-from sosa_stream.config import CONFIG_VARIABLE, Settings, load_job_settings
+from sosa_stream.config import CONFIG_VARIABLE, load_job_settings
 from sosa_stream.errors import ConfigError
+from sosa_stream.settings import Settings
 
 
 def is_disabled(env: Mapping[str, str]) -> bool:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from sosa_stream.config import Settings
+from sosa_stream.settings import Settings
 
 LOOK_SECONDS = 1.0
 KILL_NAME = "kill"

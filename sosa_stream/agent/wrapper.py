@@ -38,10 +38,11 @@ from sosa_stream.agent.splitting.batches import ForwardFunction, loss_of
 from sosa_stream.agent.splitting.micro_batches import MicroBatches
 from sosa_stream.agent.transport.courier import policy
 from sosa_stream.agent.transport.link import LocalLink
-from sosa_stream.config import Mode, Settings, absolute, load_settings, with_absolute_paths
+from sosa_stream.config import absolute, load_settings, with_absolute_paths
 from sosa_stream.detect.detectors import BY_KIND
 from sosa_stream.engine import Engine
 from sosa_stream.errors import UsageError
+from sosa_stream.settings import Mode, Settings
 
 WRAPPER_ALLOW = ("skip_step", "split_batch", "clip_grad", "scale_lr", "rollback")
 """What ``auto_fix=True`` allows where neither the configuration nor ``SOSA_AUTO_ALLOW`` says otherwise."""

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sosa_stream.cli.home import given_path
-from sosa_stream.config import CONFIG_VARIABLE, Settings, load_job_settings, load_settings
+from sosa_stream.config import CONFIG_VARIABLE, load_job_settings, load_settings
 from sosa_stream.errors import UsageError
+from sosa_stream.settings import Settings
 
 if TYPE_CHECKING:
     from sosa_stream.daemon.service import Ready

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sosa_stream.cli.home import add_home, given_path
-from sosa_stream.config import CONFIG_VARIABLE, TOKEN_VARIABLE, Settings, load_settings
+from sosa_stream.config import CONFIG_VARIABLE, TOKEN_VARIABLE, load_settings
 from sosa_stream.errors import UsageError
+from sosa_stream.settings import Settings
 
 if TYPE_CHECKING:
     from sosa_stream.watch.daemons import Daemons

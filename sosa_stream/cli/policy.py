@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sosa_stream.cli.home import add_home, given_path, home_of, table, who
-from sosa_stream.config import CONFIG_VARIABLE, Settings, load_settings
+from sosa_stream.config import CONFIG_VARIABLE, load_settings
 from sosa_stream.daemon.outcomes import INSERT, SELECT
 from sosa_stream.daemon.schema import json_line, opened_store
 from sosa_stream.decide.choice import is_trusted
@@ -22,6 +22,7 @@ from sosa_stream.decide.experience import NONE, Experience, Outcome
 from sosa_stream.decide.playbook import LADDERS
 from sosa_stream.decide.policy import GATE
 from sosa_stream.errors import SosaError, UsageError
+from sosa_stream.settings import Settings
 
 FILE_VERSION = 1
 IMPORT_WEIGHT, MOST_IMPORT_WEIGHT = 0.3, 0.5

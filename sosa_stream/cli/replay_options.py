@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sosa_stream.config import CONFIG_VARIABLE, DetectSettings, load_settings
+from sosa_stream.config import CONFIG_VARIABLE, load_settings
 from sosa_stream.detect.detectors import BY_KIND
 from sosa_stream.detect.incidents import Incident, Severity
 from sosa_stream.errors import NoLossError, UsageError
 from sosa_stream.replay.feed import LogFeed
 from sosa_stream.replay.guess import parse_map
 from sosa_stream.replay.patterns import Family, family_of
+from sosa_stream.settings import DetectSettings
 from sosa_stream.visible import visible
 
 INCIDENTS_EXIT_CODE = 3

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
-from sosa_stream.config import DetectSettings
 from sosa_stream.daemon.announce import Announcer
 from sosa_stream.daemon.ingest import Intake, Ledger
 from sosa_stream.daemon.mutes import Mute
@@ -41,6 +40,7 @@ from sosa_stream.errors import ProtocolError
 from sosa_stream.protocol.body import Reject
 from sosa_stream.protocol.messages import AgentMessage, Command, ControlMessage, Hello
 from sosa_stream.protocol.recording import Recorder, decode_record, encode_shell_record, read_recording
+from sosa_stream.settings import DetectSettings
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sosa_stream.config import Settings
 from sosa_stream.daemon.mutes import Mutes
 from sosa_stream.daemon.outcomes import project_of
 from sosa_stream.daemon.parent import outlive
@@ -37,6 +36,7 @@ from sosa_stream.protocol.channels import DaemonChannel
 from sosa_stream.protocol.codec import decode, encode
 from sosa_stream.protocol.keys import DaemonKeys
 from sosa_stream.protocol.messages import AgentMessage, ControlMessage, Hello, Received
+from sosa_stream.settings import Settings
 from sosa_stream.web.server import HttpServer
 from sosa_stream.web.tally import Tally
 

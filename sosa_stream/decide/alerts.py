@@ -5,13 +5,13 @@ An alert is about no incident of ours: its fix is judged by the loss alone, and 
 
 from __future__ import annotations
 
-from sosa_stream.config import Mode
 from sosa_stream.decide.commands import CommandState
 from sosa_stream.decide.dispatch import Dispatch
 from sosa_stream.decide.policy import RunPolicy
 from sosa_stream.decide.requests import Propose, Reply
 from sosa_stream.detect.windows import RunWindows
 from sosa_stream.protocol.actions import Action
+from sosa_stream.settings import Mode
 
 BY_ALERT, BY_ALERT_PATIENCE_STEPS = "by_alert", 120
 CONFIDENCE = 1.0

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from sosa_stream.config import Mode
 from sosa_stream.decide.commands import CommandState
 from sosa_stream.decide.dispatch import Dispatch
 from sosa_stream.decide.policy import RunPolicy
 from sosa_stream.decide.standing import InForce
 from sosa_stream.detect.windows import RunWindows
+from sosa_stream.settings import Mode
 
 CARRIED_OVER = "standing"
 """Origin of a command that applies again what was in force in the generation before."""

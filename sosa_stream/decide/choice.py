@@ -11,11 +11,11 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sosa_stream.config import Mode
 from sosa_stream.decide.experience import MIN_COUNTED, NONE, Experience, Posterior
 from sosa_stream.decide.playbook import Fix, Situation, kind_of, ladder
 from sosa_stream.decide.policy import GATE, RunPolicy
 from sosa_stream.protocol.actions import Action
+from sosa_stream.settings import Mode
 
 RUNG_PRICE = 0.1
 """How much likelier to help a fix must be, for each rung that it stands above another, to be tried before it."""

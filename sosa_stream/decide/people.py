@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from sosa_stream.config import Mode
 from sosa_stream.decide.commands import CommandState
 from sosa_stream.decide.dispatch import Dispatch
 from sosa_stream.decide.ledger import KEEP_ALL, Entry
@@ -10,6 +9,7 @@ from sosa_stream.decide.repairs import Repairs
 from sosa_stream.decide.requests import Approve, Fix, Pause, Propose, Reply, Request, Resume, Undo
 from sosa_stream.detect.windows import RunWindows
 from sosa_stream.protocol.actions import Action
+from sosa_stream.settings import Mode
 
 BY_HAND, BY_HAND_PATIENCE_STEPS = "by_hand", 120
 NOT_BY_HAND = {

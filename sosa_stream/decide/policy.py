@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sosa_stream.config import AutoSettings, Mode, auto_settings
 from sosa_stream.decide.playbook import Situation
 from sosa_stream.decide.quiet_hours import QuietHours
 from sosa_stream.errors import ConfigError
 from sosa_stream.protocol.actions import Action
+from sosa_stream.settings import AutoSettings, Mode, auto_settings
 
 GATE = 0.5
 """Confidence below which a fix is proposed to a person and never applied by itself."""

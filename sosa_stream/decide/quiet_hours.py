@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sosa_stream.config import DAY_SECONDS, hours_of_day
 from sosa_stream.errors import ConfigError
+from sosa_stream.settings import DAY_SECONDS, hours_of_day
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

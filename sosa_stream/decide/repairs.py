@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sosa_stream.config import Mode
 from sosa_stream.decide.alerts import Alerts
 from sosa_stream.decide.choice import choose
 from sosa_stream.decide.commands import CommandState
@@ -19,6 +18,7 @@ from sosa_stream.detect.incidents import Severity
 from sosa_stream.detect.tracker import OpenIncident, Tracker, in_band
 from sosa_stream.detect.windows import RunWindows
 from sosa_stream.protocol.messages import KnobState
+from sosa_stream.settings import Mode
 
 RELEASE_LR, RELEASE_CONFIDENCE, RELEASE_PATIENCE_STEPS = "release_lr", 0.9, 60
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from sosa_stream.config import Mode
 from sosa_stream.demo.jobs import NUM_RANKS, Job, JobFailedError, run_job
 from sosa_stream.demo.summary import RunResult, Summary, describe_command, describe_incident
 from sosa_stream.errors import UsageError
@@ -21,6 +20,7 @@ from sosa_stream.faults import parse_faults
 from sosa_stream.protocol.actions import ACTIONS
 from sosa_stream.replay.recordings import Replay, replay_recording
 from sosa_stream.report.curves import Curve, Mark, draw_curves
+from sosa_stream.settings import Mode
 
 STEPS = 900
 # A scheduler that asks for a thousandfold learning rate and keeps asking; later one broken batch on one rank.

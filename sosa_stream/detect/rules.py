@@ -9,12 +9,12 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from sosa_stream.config import MetricRule
 from sosa_stream.detect.detectors import Detector, On
 from sosa_stream.detect.incidents import Finding, Group, Severity
 from sosa_stream.detect.logged import column_of
 from sosa_stream.detect.statistics import FLOAT_RESOLUTION, center_and_scale
 from sosa_stream.detect.windows import RunWindows
+from sosa_stream.settings import MetricRule
 
 MIN_BASELINE = 8
 """Values that ``jump`` needs before those that it judges."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sosa_stream.config import DetectSettings, Sensitivity
 from sosa_stream.detect.incidents import Finding, Severity
+from sosa_stream.settings import DetectSettings, Sensitivity
 
 FACTORS = {Sensitivity.LOW: 1.5, Sensitivity.NORMAL: 1.0, Sensitivity.HIGH: 0.7}
 """What the thresholds of robust scores are multiplied with."""

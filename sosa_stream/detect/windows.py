@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from sosa_stream.config import DetectSettings
 from sosa_stream.detect.alignment import AT, Block, Logged, Row
 from sosa_stream.detect.channel import Channel
 from sosa_stream.detect.course import Course
@@ -20,6 +19,7 @@ from sosa_stream.detect.sensitivity import strictness
 from sosa_stream.detect.statistics import Level, Ring
 from sosa_stream.protocol.columns import COLUMNS, EVAL_LOSS, SAMPLED_COLUMNS
 from sosa_stream.protocol.messages import ExceptionReport, Layers
+from sosa_stream.settings import DetectSettings
 
 TICK, LOSS, GRAD_NORM, LR, LR_MULTIPLIER = (AT[name] for name in ("tick", "loss", "grad_norm", "lr", "lr_multiplier"))
 STEP_SECONDS, SKIPPED, MODEL = (AT[name] for name in ("step_seconds", "skipped", "model"))

@@ -17,9 +17,9 @@ from enum import StrEnum
 from typing import Any, Protocol
 from urllib.parse import urlencode
 
-from sosa_stream.config import DaemonSettings
 from sosa_stream.errors import ConfigError, GrafanaError, UsageError, describe
 from sosa_stream.grafana.client import AGAIN, Grafana
+from sosa_stream.settings import DaemonSettings
 from sosa_stream.web.tokens import read_token
 
 log = logging.getLogger(__name__)

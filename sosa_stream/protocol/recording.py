@@ -17,7 +17,6 @@ from typing import Any, BinaryIO
 
 import msgpack
 
-from sosa_stream.config import detect_settings
 from sosa_stream.decide.experience import Outcome
 from sosa_stream.decide.requests import REQUESTS, Approve, Fix, Pause, Propose, Resume, Undo, read_request, words_of
 from sosa_stream.effects import Event, JobGone, Learned, Reconfigured, ShellEvent, Timer
@@ -25,6 +24,7 @@ from sosa_stream.errors import ConfigError, ProtocolError, RefusedError, SosaErr
 from sosa_stream.protocol.body import DEFAULT_LIMITS, Reject
 from sosa_stream.protocol.codec import decode
 from sosa_stream.protocol.messages import PROTOCOL_VERSION, ControlMessage
+from sosa_stream.settings import detect_settings
 
 MAGIC = b"SOSAREC1"
 RECORD_HEAD = struct.Struct("<Id")

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from sosa_stream.config import DetectSettings
 from sosa_stream.detect.incidents import Incident
 from sosa_stream.effects import Effect, IncidentChanged
 from sosa_stream.engine import Engine
@@ -21,6 +20,7 @@ from sosa_stream.replay.lapse import Lapse
 from sosa_stream.replay.log import Column, Log, joined
 from sosa_stream.replay.runs import is_newest_first
 from sosa_stream.replay.steps import Points, Stepper, Tally
+from sosa_stream.settings import DetectSettings
 
 MAX_FRAME_ROWS = 4096
 _PATIENCE_ROWS = 64

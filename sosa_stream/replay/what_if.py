@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sosa_stream.config import AutoSettings, Mode
 from sosa_stream.decide.commands import CommandRecord
 from sosa_stream.decide.requests import Request
 from sosa_stream.detect.incidents import Incident
@@ -20,6 +19,7 @@ from sosa_stream.errors import ConfigError, UsageError
 from sosa_stream.protocol.actions import ACTIONS, Action
 from sosa_stream.protocol.messages import Ack, AckState, Header, Hello
 from sosa_stream.protocol.recording import decode_record, read_recording
+from sosa_stream.settings import AutoSettings, Mode
 
 REVERSIBLE = ("skip_step", *(name for name, spec in ACTIONS.items() if not spec.irreversible and name != "revert"))
 """What is usually asked about: all that can be taken back, and the skip of an update, which changes nothing."""

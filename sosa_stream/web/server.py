@@ -11,10 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from sosa_stream.config import DaemonSettings
 from sosa_stream.errors import ConfigError
 from sosa_stream.metrics.collector import Snapshot
 from sosa_stream.protocol.channels import is_loopback
+from sosa_stream.settings import DaemonSettings
 from sosa_stream.web.tally import Tally
 from sosa_stream.web.tokens import Tokens
 

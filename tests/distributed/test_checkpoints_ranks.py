@@ -26,7 +26,7 @@ from sosa_stream.agent.repair.checkpoints import latest
 from sosa_stream.agent.repair.loading import load_checkpoint
 from sosa_stream.agent.repair.ranks import Ranks
 from sosa_stream.agent.repair.saving import Checkpoints, SaveCheckpoint
-from sosa_stream.config import AgentSettings
+from sosa_stream.settings import AgentSettings
 
 
 def watched(rank: int, folder: str) -> tuple[Watch, Checkpoints]:

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from two_ranks import TwoRanks
 
 from sosa_stream.agent.step.attribution import Attribution
-from sosa_stream.config import GuardMode
+from sosa_stream.settings import GuardMode
 
 NUM_STEPS, BAD_STEP = 6, 3
 OPTIMIZERS: dict[str, Any] = {

@@ -27,8 +27,8 @@ from sosa_stream.agent.fence.operations import Check, Operation, Plant, Result, 
 from sosa_stream.agent.fence.outcome import Outcome
 from sosa_stream.agent.fence.stop import PlantedStop
 from sosa_stream.agent.fence.stores import MemoryStore, RegisterStore
-from sosa_stream.config import FenceSettings
 from sosa_stream.protocol.messages import Command
+from sosa_stream.settings import FenceSettings
 
 IDLE_SETTLES_SECONDS = 5.0
 """How long a rank must stay idle beside ranks that step before a command is agreed on without it."""

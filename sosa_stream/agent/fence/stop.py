@@ -15,9 +15,9 @@ from typing import NoReturn
 
 from sosa_stream.agent.fence.agreement import IDLE
 from sosa_stream.agent.fence.outcome import Decision
-from sosa_stream.config import FenceSettings
 from sosa_stream.errors import SosaError
 from sosa_stream.protocol.messages import Command
+from sosa_stream.settings import FenceSettings
 
 STEP_SMOOTHING = 0.1
 LONGEST_STEP_RATIO = 10.0

@@ -18,8 +18,8 @@ from sosa_stream.agent.repair.optimizer_state import inner_optimizer
 from sosa_stream.agent.repair.snapshots import readable
 from sosa_stream.agent.repair.training_state import TrainingState
 from sosa_stream.agent.step.gradients import is_sharded, reduced_by_ddp
-from sosa_stream.config import AgentSettings
 from sosa_stream.errors import RefusedError, describe
+from sosa_stream.settings import AgentSettings
 
 
 class Spread(StrEnum):

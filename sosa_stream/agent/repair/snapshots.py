@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sosa_stream.agent.repair.copies import Copy, copies_in, finite_flags, size_of
-from sosa_stream.config import AgentSettings
 from sosa_stream.errors import SosaError
+from sosa_stream.settings import AgentSettings
 
 if TYPE_CHECKING:
     from sosa_stream.agent.repair.training_state import TrainingState

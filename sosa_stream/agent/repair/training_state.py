@@ -49,8 +49,8 @@ from sosa_stream.agent.repair.ranks import Ranks
 from sosa_stream.agent.repair.registry import Registry, copy_scale, follows_metric, restore_scale
 from sosa_stream.agent.repair.snapshots import NoSnapshotError, Snapshot
 from sosa_stream.agent.step.gradients import is_sharded, reduced_by_ddp, to_local
-from sosa_stream.config import Switch
 from sosa_stream.errors import SosaError
+from sosa_stream.settings import Switch
 
 
 class TrainingState:

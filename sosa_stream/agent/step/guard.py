@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from sosa_stream.agent.step.buffers import Buffers
 from sosa_stream.agent.step.gradients import with_gradients
-from sosa_stream.config import GuardMode
+from sosa_stream.settings import GuardMode
 
 MOST_SKIPS_TOLD = 10
 

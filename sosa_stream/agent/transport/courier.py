@@ -22,10 +22,10 @@ from sosa_stream.agent.place import Identity
 from sosa_stream.agent.timezone import utc_offsets
 from sosa_stream.agent.transport.link import Link
 from sosa_stream.agent.transport.outbox import Outbox
-from sosa_stream.config import Mode, Settings
 from sosa_stream.errors import CommandRefusedError, describe
 from sosa_stream.plain import plain
 from sosa_stream.protocol.messages import Ack, AckState, Announcement, Bye, Command, Header, Hello, Phase, Received
+from sosa_stream.settings import Mode, Settings
 
 HEARTBEAT_SECONDS = 1.0
 NOT_TAKEN_SECONDS = 5.0

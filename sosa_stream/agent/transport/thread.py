@@ -20,10 +20,11 @@ from sosa_stream.agent.transport.courier import Courier
 from sosa_stream.agent.transport.embedded import EmbeddedDaemon
 from sosa_stream.agent.transport.link import Link, LocalLink, TeeLink
 from sosa_stream.agent.transport.outbox import Wakeup
-from sosa_stream.config import Settings, absolute
+from sosa_stream.config import absolute
 from sosa_stream.errors import SosaError
 from sosa_stream.protocol.channels import AgentChannel
 from sosa_stream.protocol.keys import load_agent_keys
+from sosa_stream.settings import Settings
 from sosa_stream.visible import shown
 
 JOIN_SECONDS = 0.05
