@@ -33,7 +33,7 @@ demo: $(STAMP)
 	@$(BIN)/sosa demo $(DEMO_ARGS)
 
 test: $(STAMP) servers
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 $(TEST_ARGS)
 
 # Alerts, dashboards, the exporter and the unit are tested against the real ones, which no package index of Python has.
 servers:
