@@ -47,9 +47,14 @@ def ranks(run: str = "a", *, live: Value, lost: Value | None = None, ended: Valu
     return {f'sosa_run_ranks{{run="{run}", state="{state}", instance="d:1"}}': value for state, value in states.items()}
 
 
-def incident(kind: str, severity: str, value: Value, instance: str = "d:1") -> dict[str, Value]:
+def incident(
+    kind: str, severity: str, value: Value, instance: str = "d:1", *, heard_until: float = math.inf
+) -> dict[str, Value]:
     labels = f'run="a", kind="{kind}", severity="{severity}", instance="{instance}"'
-    return {f"sosa_incident_open{{{labels}}}": value}
+    return {
+        f"sosa_incident_open{{{labels}}}": value,
+        f'sosa_run_last_event_timestamp_seconds{{run="a", instance="{instance}"}}': beating(heard_until),
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +104,15 @@ CASES = (
         labels={**A, "kind": "nan_loss"},
     ),
     Case(
+        alert="SosaRunCritical",
+        # The run was killed at minute 10, which closes no incident.
+        series=incident("nan_loss", "critical", during(5), heard_until=10),
+        quiet=(4.5,),
+        fires=(5, 19.5, 24),
+        over=26,
+        labels={**A, "kind": "nan_loss"},
+    ),
+    Case(
         alert="SosaRunWarning",
         series=incident("loss_spike", "warning", during(5, 20)),
         quiet=(4, 9.5),
@@ -117,6 +131,20 @@ CASES = (
         quiet=(5, 19.5),
         fires=(20, 60),
         over=80,
+        labels=A,
+        texts={"value": "2"},
+    ),
+    Case(
+        alert="SosaFixFailing",
+        # Another run of that name, in a home of its own.
+        series={
+            COMMANDS.format("reverted", "harmed"): lambda minute: (
+                5 if minute < 10 else None if minute < 80 else min(2, (minute - 80) // 2)
+            )
+        },
+        quiet=(75, 83.5),
+        fires=(84, 140),
+        over=152,
         labels=A,
         texts={"value": "2"},
     ),
@@ -160,6 +188,19 @@ CASES = (
         quiet=(19, 40, 49),
         fires=(51, 70),
         over=77,
+        labels=A,
+    ),
+    Case(
+        alert="SosaRunStalled",
+        # One writes a checkpoint and does not come back.
+        series={
+            STEPS: counting(20),
+            'sosa_run_ranks_in_phase{run="a", phase="checkpoint", instance="d:1"}': during(20),
+            **LIVE,
+        },
+        quiet=(100, 200, 214),
+        fires=(217, 300),
+        over=math.inf,
         labels=A,
     ),
     Case(
@@ -339,6 +380,11 @@ NEAR_MISSES = (
         series={STEPS: counting(20), **ranks(live=during(0, 20, value=8), ended=during(20, value=8))},
     ),
     NearMiss(alert="SosaStraggler", why="only worth knowing", series=incident("straggler", "info", always(1))),
+    NearMiss(
+        alert="SosaFramesRejected",
+        why="one message, of a scanner",
+        series={'sosa_frames_rejected_total{reason="bad_handshake", instance="d:1"}': during(10)},
+    ),
     NearMiss(alert="SosaFramesLost", why="none", series={FRAMES_LOST: always(0)}),
     NearMiss(
         alert="SosaDaemonBlind",

@@ -31,6 +31,10 @@ INSTRUCTIONS = [
     for line in re.sub(r"\\\n", " ", re.sub(r"(?m)^#.*\n", "", (DOCKER / "Dockerfile").read_text("utf-8"))).splitlines()
     if line
 ]
+KEYS_OF_SERVICES = {
+    *("build", "cap_drop", "command", "depends_on", "entrypoint", "environment", "image", "network_mode", "ports"),
+    *("read_only", "restart", "security_opt", "stop_grace_period", "tmpfs", "volumes"),
+}
 PINNED = re.compile(r"[\w./-]+:v?[0-9]+\.[0-9]+[\w.-]*")
 
 
@@ -183,8 +187,14 @@ def test_the_secrets_that_are_made_let_the_daemon_of_the_compose_file_serve_aler
         assert daemon.terminate() == 0
 
 
-def test_compose_takes_the_file_where_it_is_installed(tmp_path: Path) -> None:
-    """Elsewhere what is tested rests on reading it alone."""
+def test_the_compose_file_is_written_in_words_that_compose_knows(tmp_path: Path) -> None:
+    """By a list of those that are used, from the Compose specification; and by compose itself where it is installed."""
+    used = {key for service in SERVICES.values() for key in service}
+    assert used <= KEYS_OF_SERVICES
+    assert {key for key in COMPOSE if not key.startswith("x-")} <= {"name", "services", "volumes"}
+    for service in SERVICES.values():
+        assert set(service.get("depends_on", ())) <= SERVICES.keys()
+        assert service["restart"] in ("no", "unless-stopped")
     if shutil.which("docker") is None:
         return
     variables = {**environment(tmp_path / "bin"), "GRAFANA_PASSWORD": "x"}

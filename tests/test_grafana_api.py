@@ -80,6 +80,14 @@ def test_a_dry_run_shows_the_difference_and_writes_nothing(server: GrafanaServer
     assert server.written == []
 
 
+def test_a_grafana_that_is_too_old_for_the_rules_is_told_and_left_alone(server: GrafanaServer, say: Say) -> None:
+    server.version = "11.6.1"
+    code, _, said = say("push")
+    assert code == 1
+    assert "Grafana 11.6.1 is too old" in said
+    assert server.written == []
+
+
 def test_check_says_what_differs_with_exit_code_1(server: GrafanaServer, say: Say) -> None:
     say("push")
     del server.rules[RULE]

@@ -153,6 +153,23 @@ def test_a_run_that_all_have_left_is_let_go_of_and_opened_again_by_its_next_mess
     with_daemon(tmp_path, act, engine_factory=engine_of, forget_seconds=0.2)
 
 
+def test_a_run_that_was_killed_is_let_go_of_in_the_end_and_may_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "TIMER_SECONDS", 0.01)
+
+    def act(daemon: Daemon, address: str) -> None:
+        with RingAgent(address, "killed", source="a") as killed:
+            killed.add_hello()
+            wait_until(killed.pump, "acknowledgement")
+            wait_until(lambda: not daemon._runs, "the end of its series")
+            killed.add_frames([0])
+            wait_until(killed.pump, "acknowledgement")
+            wait_until(lambda: not daemon._runs, "its end once more")
+
+    with_daemon(tmp_path, act, engine_factory=Engine, forget_lost_seconds=1.0)
+
+
 class DeafStore(Store):
     """Takes no answers: another process has locked it, or the daemon dies before it comes to that."""
 

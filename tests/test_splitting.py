@@ -477,7 +477,8 @@ def test_a_real_allocator_that_fails_in_mid_pass_finds_room_for_the_parts(tmp_pa
     assert "DefaultCPUAllocator: can't allocate memory" in done.stdout, "not a fault on purpose"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_that_is_too_small_finds_room_for_the_parts_and_says_what_held_it(wrap: Wrap) -> None:
     model = nn.Sequential(nn.Linear(6, 1 << 20), nn.Tanh(), nn.Linear(1 << 20, 1)).cuda()
     whole_batch = [tensor.cuda() for tensor in batch_at(0, 512)]

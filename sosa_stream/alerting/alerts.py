@@ -17,6 +17,8 @@ KINDS_OF_THEIR_OWN = ("straggler", "hang")
 LIVE = f'sum by (run) ({catalogue.RUN_RANKS.name}{{state=~"live|stale"}}) > 0'
 FRESH_SECONDS = 86_400
 """What has been true of a dead run for so long wakes nobody any more."""
+HEARD_SECONDS = 600
+"""What is open in a run that has been silent for longer is over with it: `SosaRunSilent` tells of that, once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,21 +72,24 @@ def _grown(counter: Family, over: str, matchers: str = "") -> str:
     """By how much a run's counter has grown.
 
     Not by ``increase``: it does not see a series that begins above 0, such as that of a verdict which is the first of
-    its kind, or of a run that lost messages while its daemon was away. Counts of runs outlive daemons.
+    its kind, or of a run that lost messages while its daemon was away. Counts of runs outlive daemons; one that is
+    lower than before has begun again, in another home.
     """
     labels = ", ".join(counter.labels)
     name = counter.sample_names[0] + (f"{{{matchers}}}" if matchers else "")
     now = f"sum by (run) (max by ({labels}) ({name}))"
     before = f"sum by (run) (max by ({labels}) (last_over_time({name}[1d] offset {over})))"
-    return f"{now}\n- (\n  {before}\n  or {now} * 0\n)"
+    return f"(\n  {now}\n  - {before}\n) >= 0\nor {now}"
 
 
 def _open(matchers: str) -> str:
-    return f"sum by (run, kind) ({catalogue.INCIDENT_OPEN.name}{{{matchers}}})"
+    found = f"sum by (run, kind) ({catalogue.INCIDENT_OPEN.name}{{{matchers}}})"
+    return f"{found}\nand on (run) {_SILENCE} < {HEARD_SECONDS}"
 
 
 _OWN = "|".join(KINDS_OF_THEIR_OWN)
 _SILENCE = f"time() - max by (run) ({catalogue.RUN_LAST_EVENT_TIMESTAMP_SECONDS.name})"
+_STEPS = catalogue.RUN_STEPS.sample_names[0]
 
 ALERTS = (
     Alert(
@@ -159,15 +164,19 @@ ALERTS = (
     Alert(
         name="SosaRunStalled",
         severity=Severity.CRITICAL,
-        query=f"sum by (run) (increase({catalogue.RUN_STEPS.sample_names[0]}[15m]))\n"
+        # Three hours are too long for any phase.
+        query=f"sum by (run) (increase({_STEPS}[15m]))\n"
         f"and on (run) {LIVE}\n"
-        f'unless on (run) sum by (run) ({catalogue.RUN_RANKS_IN_PHASE.name}{{phase=~"start|eval|checkpoint"}}) > 0',
+        f'unless on (run) sum by (run) ({catalogue.RUN_RANKS_IN_PHASE.name}{{phase=~"start|eval|checkpoint"}}) > 0\n'
+        f"or sum by (run) (increase({_STEPS}[3h]))\n"
+        f"and on (run) {LIVE}\n"
+        f"and on (run) {_STEPS} offset 3h",
         below=1,
         for_seconds=900,
         keep_firing_seconds=300,
         summary="{run}: no steps any more",
-        description="Run {run} has completed no step for half an hour. Its ranks are there, and none of them is"
-        " loading, evaluating or writing a checkpoint.",
+        description="Run {run} completes no step. Its ranks are there, and for a quarter of an hour at least none of"
+        " them was starting, evaluating or writing a checkpoint; or they have done so for three hours.",
     ),
     Alert(
         name="SosaRunPaused",
@@ -211,7 +220,7 @@ ALERTS = (
     Alert(
         name="SosaFramesRejected",
         severity=Severity.WARNING,
-        query=f"sum by (instance, reason) (increase({catalogue.FRAMES_REJECTED.sample_names[0]}[10m]))",
+        query=f"sum by (instance, reason) (increase({catalogue.FRAMES_REJECTED.sample_names[0]}[4m]))",
         above=0,
         for_seconds=300,
         keep_firing_seconds=300,
@@ -278,8 +287,8 @@ ALERTS = (
     Alert(
         name="SosaDaemonAbsent",
         severity=Severity.CRITICAL,
-        # Of what was a daemon within a day: is it up? Of no such thing: is there any? No name of a job is needed.
-        query=f"min by (job, instance) (up and on (job, instance) last_over_time({catalogue.BUILD_INFO.name}[1d]))\n"
+        # Of what was a daemon within a week: is it up? Of no such thing: is there any? No name of a job is needed.
+        query=f"min by (job, instance) (up and on (job, instance) last_over_time({catalogue.BUILD_INFO.name}[7d]))\n"
         f"or on () (absent({catalogue.BUILD_INFO.name}) - 1)",
         below=1,
         for_seconds=60,

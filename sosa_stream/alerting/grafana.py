@@ -1,4 +1,6 @@
-"""The alerts as Grafana-managed rules, of Grafana 11 or later: a document for file provisioning, and rules one by one.
+"""The alerts as Grafana-managed rules: a document for file provisioning, and rules one by one.
+
+Of Grafana 12 or later, for ``keepFiringFor``.
 
 Query A asks for the values, threshold C compares. Nothing here holds a ``$``: file provisioning would expand it.
 """

@@ -26,8 +26,8 @@ def add_parser(subparsers: Any) -> None:
     push_parser = commands.add_parser(
         "push",
         help="put dashboards, alert rules and their contact point there",
-        description="Puts them into a folder of their own. What is there already stays as it is; what somebody else "
-        "has changed is left, and said, unless --overwrite is given.",
+        description="Puts them into a folder of their own, and brings what it put there before up to date. What "
+        "somebody else has changed is left, and said, unless --overwrite is given.",
     )
     _add_server(push_parser)
     _add_content(push_parser)
@@ -132,10 +132,11 @@ def _check_datasource(arguments: argparse.Namespace, grafana: Grafana) -> str:
 
 
 def push(arguments: argparse.Namespace) -> int:
-    from sosa_stream.grafana.push import State, put, survey
+    from sosa_stream.grafana.push import State, check_version, put, survey
 
     code, num_changed, num_left = 0, 0, 0
     with grafana_of(arguments) as grafana:
+        check_version(grafana)
         _check_datasource(arguments, grafana)
         for found in survey(grafana, _wanted(arguments, grafana)):
             if arguments.dry_run:
@@ -163,12 +164,11 @@ def push(arguments: argparse.Namespace) -> int:
 
 
 def check(arguments: argparse.Namespace) -> int:
-    from sosa_stream.grafana.push import State, survey
+    from sosa_stream.grafana.push import State, check_version, survey
 
     num_different = 0
     with grafana_of(arguments) as grafana:
-        health = grafana.ask("GET", "/health") or {}
-        print(f"Grafana {health.get('version', 'of unknown version')}, database {health.get('database', 'unknown')}")
+        print(check_version(grafana))
         print(f"data source {arguments.datasource}: {_check_datasource(arguments, grafana)}")
         for found in survey(grafana, _wanted(arguments, grafana)):
             num_different += found.state is not State.SAME

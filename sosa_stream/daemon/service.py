@@ -54,6 +54,8 @@ STORE_SECONDS = 0.25
 TIMER_SECONDS = 1.0
 FORGET_SECONDS = 600.0
 """A run that all its processes have left is closed when nobody has been heard for this long."""
+FORGET_LOST_SECONDS = 90_000.0
+"""One that was killed says no goodbye. Alerts tell of it for a day."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +103,7 @@ class Daemon:
         on_complaint: Callable[[str], None] = lambda text: None,
         parent: int | None = None,
         forget_seconds: float = FORGET_SECONDS,
+        forget_lost_seconds: float = FORGET_LOST_SECONDS,
     ) -> None:
         self._settings = settings
         self._home = Path(settings.home)
@@ -113,6 +116,7 @@ class Daemon:
         self._on_complaint = on_complaint
         self._parent = parent
         self._forget_seconds = forget_seconds
+        self._forget_lost_seconds = forget_lost_seconds
         self._runs: dict[str, Run] = {}
         self._unwritten = Changes()
         self._is_orphan = False
@@ -383,7 +387,12 @@ class Daemon:
         if self._is_behind:  # a batch is being taken that may have messages of such a run
             return
         now = time.time()
-        over = [run for run in self._runs.values() if run.all_ended and now - run.heard_at > self._forget_seconds]
+        silent = {name: now - run.heard_at for name, run in self._runs.items()}
+        over = [
+            run
+            for name, run in self._runs.items()
+            if silent[name] > (self._forget_seconds if run.all_ended else self._forget_lost_seconds)
+        ]
         for run in over:
             run.snapshot()  # for its last row
             self._unwritten.update(run.changes)

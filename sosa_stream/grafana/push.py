@@ -22,6 +22,8 @@ MESSAGE = "sosa grafana push"
 """What the history of a dashboard says of a version that we saved."""
 RULES = "/v1/provisioning/alert-rules"
 POINTS = "/v1/provisioning/contact-points"
+OLDEST = 12
+"""The first major version that takes ``keep_firing_for`` [Grafana: What's new in 12.0]."""
 RULE_GROUP = f"/v1/provisioning/folder/{FOLDER_UID}/rule-groups/{GROUP}"
 
 
@@ -43,6 +45,24 @@ class Found:
     diff: str = ""
     wanted: Wanted | None = None
     version: int = 0
+
+
+def check_version(grafana: Grafana) -> str:
+    """What Grafana says that it is.
+
+    Raises:
+        GrafanaError: it is older than `OLDEST`, or says nothing.
+    """
+    health = grafana.ask("GET", "/health") or {}
+    version = str(health.get("version", "of unknown version"))
+    major = version.partition(".")[0]
+    if major.isdigit() and int(major) < OLDEST:
+        raise GrafanaError(
+            0,
+            f"Grafana {version} is too old: before {OLDEST} its alert rules cannot go on firing for a while, so that "
+            "a daemon's death would look like a recovery",
+        )
+    return f"Grafana {version}, database {health.get('database', 'unknown')}"
 
 
 def survey(grafana: Grafana, wanted: Iterable[Wanted]) -> Iterator[Found]:

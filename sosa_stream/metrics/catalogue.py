@@ -63,11 +63,12 @@ LABELS = {
     "kind": "of the detector or incident, as `sosa incidents` shows it",
     "severity": "`info`, `warning` or `critical`",
     "state": "of a rank: `live`, `stale` (silent for 5 s), `lost` (for 15 s), `ended`; of a command: `proposed` to"
-    " `verified`, `reverted`, `rejected`, `expired`; of a detector: `warming`, `watching`, `blind`, `firing`",
+    " `verified`, `reverted`, `rejected`, `expired`, `aborted`; of a detector: `warming`, `watching`, `blind`,"
+    " `firing`",
     "verdict": "`helped`, `no_effect`, `harmed`, `inconclusive`, `not_applied`, or `none` yet",
     "reason": "why a message was refused",
-    "what": "`approve`, `undo`, `pause`, `resume`, `fix`",
-    "source": "who asked: a person at the command line, `api`, `alertmanager`, `grafana`",
+    "what": "`approve`, `undo`, `pause`, `resume`, `fix`, `ack`; `propose`, of alerts; `other`: nothing that there is",
+    "source": "who asked: `person`, at the command line or by the API, or `alert`, by a webhook",
     "outcome": "what became of it",
     "le": "upper bound of a bucket",
 }
