@@ -20,6 +20,7 @@ import pytest
 
 from sosa_stream import __version__, cli
 from sosa_stream.cli import main
+from sosa_stream.cli.home import table
 from sosa_stream.daemon.schema import open_store
 from sosa_stream.daemon.store import Changes, RunRow, Store
 from sosa_stream.decide.commands import CommandRecord, CommandState
@@ -255,6 +256,10 @@ def test_version_and_help_end_with_0(capsys: pytest.CaptureFixture[str]) -> None
     assert code_of("--version") == 0
     assert capsys.readouterr().out == f"sosa {__version__}\n"
     assert code_of("--help") == 0
+
+
+def test_a_cell_of_a_table_breaks_no_line_and_moves_no_terminal() -> None:
+    assert table(("WHAT",), [("a\nb \x1b[31m",)]) == "WHAT\na\\nb \\x1b[31m"
 
 
 def test_incidents_are_a_table(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

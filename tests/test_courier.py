@@ -207,6 +207,15 @@ def acks_of(link: FakeLink) -> list[tuple[str, str]]:
     return [(ack.command, str(ack.state)) for ack in link.sent if isinstance(ack, Ack)]
 
 
+def test_the_folder_of_a_run_is_no_kill_file(tmp_path: Path) -> None:
+    courier, link, _, said = with_kill_file(tmp_path)
+    (tmp_path / "kill").mkdir()
+    link.arriving = [approved := command(SCALE)]
+    courier.pump()
+    assert acks_of(link) == []
+    assert (approved.approved, said) == (True, [])
+
+
 @pytest.mark.parametrize("where", ["kill", "run/kill", "elsewhere"])
 def test_while_the_kill_file_is_there_nothing_is_held_approved_or_not_but_what_takes_back(
     tmp_path: Path, where: str

@@ -592,7 +592,7 @@ def test_health_readiness_and_metrics_are_served(tmp_path: Path) -> None:
 def test_a_run_whose_name_is_no_folder_is_refused(tmp_path: Path) -> None:
     from sosa_stream.daemon.run import recording_path
 
-    for name in ("", ".", "..", "a/b", "/etc", "a\\b", ".hidden", "sosa.db", "sosa.db-wal", "a\0b"):
+    for name in ("", ".", "..", "a/b", "/etc", "a\\b", ".hidden", "sosa.db", "sosa.db-wal", "a\0b", "kill"):
         with pytest.raises(ProtocolError) as caught:
             recording_path(tmp_path, name)
         assert caught.value.reason == "bad_field"

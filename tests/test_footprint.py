@@ -7,8 +7,9 @@ import torch
 from agent_parts import Watch, batches, loss_of, toy, train, watched_live
 from torch.optim import SGD
 
-from sosa_stream.agent.environment import pod_name
+from sosa_stream.agent.environment import pod_name, run_name
 from sosa_stream.agent.footprint import footprint, resident_bytes
+from sosa_stream.config import load_settings
 
 
 def test_memory_and_samples_of_a_script_are_in_its_view() -> None:
@@ -68,3 +69,9 @@ def test_a_gpu_is_named_as_dcgm_names_it() -> None:
 )
 def test_a_pod_is_named_where_there_is_one(env: dict[str, str], pod: str) -> None:
     assert pod_name(env) == pod
+
+
+def test_no_run_is_called_as_the_file_that_stops_repairs() -> None:
+    named = run_name(load_settings(overrides={"run": "kill"}), {}, "train.py")
+    assert named.startswith("kill-")
+    assert run_name(load_settings(overrides={"run": "killer"}), {}, "train.py") == "killer"

@@ -31,6 +31,7 @@ RULE = "sosa-run-critical"
 @pytest.fixture
 def server() -> Iterator[GrafanaServer]:
     with GrafanaServer() as running:
+        running.points["mail"] = {"uid": "mail", "name": "sosa", "type": "email", "settings": {"addresses": "a@b"}}
         yield running
 
 
@@ -140,10 +141,28 @@ def test_a_version_conflict_is_read_again_and_a_persons_change_kept(
     assert (code, server.dashboards[uid]["title"] == "raced") == ((1, True) if by_person else (0, False)), out
 
 
+@pytest.mark.parametrize("command", [("push",), ("push", "--dry-run"), ("check",)])
+def test_alerts_that_would_be_told_to_nobody_are_not_made(
+    server: GrafanaServer, say: Say, command: tuple[str, ...]
+) -> None:
+    server.points.clear()
+    code, _, said = say(*command)
+    assert code == 1
+    assert "--contact-url" in said
+    assert server.written == []
+
+
+def test_the_webhook_that_is_named_is_told_from_now_on(server: GrafanaServer, say: Say) -> None:
+    server.points.clear()
+    for url in ("https://hooks.example/one", "https://hooks.example/two"):
+        assert say("push", "--contact-url", url)[0] == 0
+        assert [point["settings"]["url"] for point in server.points.values()] == [url]
+    assert say("push", "--contact-url", "notaurl")[0] == 2
+
+
 def test_a_contact_point_that_is_there_stays_and_its_url_is_not_shown_whole(server: GrafanaServer, say: Say) -> None:
-    server.points["x"] = {"uid": "x", "name": "sosa", "type": "email", "settings": {"addresses": "a@b"}}
     assert say("push")[0] == 0
-    assert list(server.points) == ["x"]
+    assert list(server.points) == ["mail"]
     _, out, _ = say("push", "--dry-run", "--contact-url", "https://hooks.example/secret")
     assert "https://hooks.example/…" in out
     assert "secret" not in out

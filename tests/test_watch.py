@@ -379,6 +379,19 @@ def test_a_dumb_terminal_gets_lines_without_escapes_and_ctrl_c_ends_it(sick: Sic
     assert b"Traceback" not in text
 
 
+def test_where_nobody_reads_the_lines_any_more_it_ends_and_a_run_that_is_not_there_is_told(sick: Sick) -> None:
+    command = [sys.executable, "-m", "sosa_stream.cli", "watch", "nosuch", "--home", str(sick.home), "--every", "0.1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        try:
+            while "no run 'nosuch' here" not in (line := process.stdout.readline()):
+                assert line, "it has ended"
+            process.stdout.close()
+            assert process.wait(DEADLINE_SECONDS) == 0
+        finally:
+            process.kill()
+
+
 def test_on_a_real_terminal_without_colours_it_draws_and_q_ends_it_with_0(sick: Sick) -> None:
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "sosa_stream.cli", "watch", "--home", str(sick.home), "--every", "0.1"]

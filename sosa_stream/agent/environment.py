@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sosa_stream.agent.kill_file import KILL_NAME
 from sosa_stream.agent.timezone import utc_offsets
 from sosa_stream.config import CONFIG_VARIABLE, load_job_settings
 from sosa_stream.errors import ConfigError
@@ -61,4 +62,5 @@ def run_name(settings: Settings, env: Mapping[str, str], script: str) -> str:
     else:
         name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     safe = re.sub(r"[^\w.-]+", "-", name).strip(".-")[:60]
-    return safe if safe == name else f"{safe or 'run'}-{hashlib.blake2b(name.encode(), digest_size=3).hexdigest()}"
+    is_free = safe == name and name != KILL_NAME
+    return safe if is_free else f"{safe or 'run'}-{hashlib.blake2b(name.encode(), digest_size=3).hexdigest()}"

@@ -35,7 +35,7 @@ class KillFile:
 
     def refusal(self) -> str:
         """Why nothing is to be applied now, as of this moment, or nothing."""
-        found = next((path for path in self._paths if os.path.lexists(path)), None)
+        found = next((path for path in self._paths if os.path.lexists(path) and not os.path.isdir(path)), None)
         if (found is None) != (self._found is None):
             when = time.strftime("%H:%M:%S")
             if found is not None:

@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from sosa_stream.cli.home import add_home, given_path, home_of
 from sosa_stream.errors import GrafanaError, SosaError, UsageError
@@ -69,10 +70,22 @@ def _add_content(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--datasource", metavar="UID", default="sosa-prometheus", help="of Prometheus, in Grafana")
     parser.add_argument(
         "--contact-url",
+        type=_webhook,
         metavar="URL",
-        help="webhook that the contact point sosa tells (default: one is made only where none is there)",
+        help="webhook that the contact point sosa is to tell (default: the one that is there stays as it is)",
     )
     parser.add_argument("--runbooks", metavar="URL", default="docs/runbooks", help="where people find docs/runbooks")
+
+
+def _webhook(text: str) -> str:
+    try:
+        parts = urlsplit(text)
+        is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and text.isprintable() and " " not in text
+    except ValueError:
+        is_one = False
+    if not is_one:
+        raise argparse.ArgumentTypeError("must look like https://hooks.example/path")
+    return text
 
 
 def grafana_of(arguments: argparse.Namespace) -> Grafana:
@@ -100,13 +113,15 @@ def grafana_of(arguments: argparse.Namespace) -> Grafana:
 
 
 def _wanted(arguments: argparse.Namespace, grafana: Grafana) -> Iterator[Wanted]:
-    from sosa_stream.alerting.__main__ import CONTACT_URL
     from sosa_stream.grafana.push import has_contact_point
     from sosa_stream.grafana.wanted import wanted
 
     url = arguments.contact_url
     if url is None and not has_contact_point(grafana):
-        url = CONTACT_URL
+        raise SosaError(
+            "Grafana has no contact point called sosa, so the alerts would be told to nobody: name a webhook with "
+            "--contact-url URL, or make a contact point of that name there, of any kind"
+        )
     return wanted(datasource=arguments.datasource, contact_url=url, runbooks=arguments.runbooks)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from sosa_stream.config import CONFIG_VARIABLE, load_settings
 from sosa_stream.errors import UsageError
-from sosa_stream.visible import shown
+from sosa_stream.visible import shown, visible
 
 
 def add_home(parser: argparse.ArgumentParser) -> None:
@@ -77,8 +77,8 @@ def local_time(at: float) -> str:
 
 
 def table(headings: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    """Columns padded to their widest cell; numbers as they are."""
-    cells = [tuple("-" if cell is None else str(cell) for cell in row) for row in [headings, *rows]]
+    """Columns padded to their widest cell; numbers as they are, and nothing that a terminal would act on."""
+    cells = [tuple("-" if cell is None else visible(str(cell)) for cell in row) for row in [headings, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(headings))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     return "\n".join(lines)

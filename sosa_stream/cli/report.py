@@ -164,7 +164,8 @@ def _command(record: Mapping[str, Any]) -> Iterator[str]:
         record["origin"], f" ({record['reason']})"
     )
     left = ", taken back" if record["state"] == "reverted" else ""
-    yield f"    {record['id']}  {_actions(record)}: {when}{by}{left}; {VERDICTS[record['verdict']]}"
+    verdict = VERDICTS[record["verdict"]] if applied or record["verdict"] else VERDICTS["not_applied"]
+    yield f"    {record['id']}  {_actions(record)}: {when}{by}{left}; {verdict}"
     if record["detail"]:
         yield f"      {record['detail']}"
     if record["why"]:

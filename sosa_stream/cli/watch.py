@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import shutil
 import sys
 import time
@@ -86,7 +87,19 @@ def _print_on(daemons: Daemons, run: str | None, every: float) -> None:
         for line in lines:
             print(line, flush=True)
             printed_at = time.monotonic()
-        time.sleep(every)
+        _wait(every)
+
+
+def _wait(seconds: float) -> None:
+    """Sleep for as long as somebody reads what is printed.
+
+    Raises:
+        BrokenPipeError: nobody does any more, as after `sosa watch | head`.
+    """
+    reader = select.poll()
+    reader.register(sys.stdout, 0)  # closed at its other end: all that is told of what asks for nothing
+    if reader.poll(1000 * seconds):
+        raise BrokenPipeError
 
 
 def _width() -> int:

@@ -74,7 +74,13 @@ def recording_path(home: Path, run: str) -> Path:
     Raises:
         ProtocolError: the run's name cannot be that of a folder in ``home``.
     """
-    if not run or run.startswith((".", STORE_NAME)) or any(sign in run for sign in "/\\:\0") or not run.isprintable():
+    if (
+        not run
+        or run == "kill"
+        or run.startswith((".", STORE_NAME))
+        or any(sign in run for sign in "/\\:\0")
+        or not run.isprintable()
+    ):
         raise ProtocolError(Reject.BAD_FIELD, f"run {run!r} cannot be the name of a folder")
     return home / run / RECORDING_NAME
 

@@ -144,7 +144,8 @@ def _look(grafana: Grafana, one: Wanted) -> Found:
     diff = one.diff(there)
     if not diff:
         return Found(name=str(one), state=State.SAME, wanted=one)
-    is_ours = one.what is What.DASHBOARD and _is_saved_by_us(grafana, one.uid)
+    # A contact point is wanted only where somebody has named its URL just now.
+    is_ours = one.what is What.CONTACT_POINT or (one.what is What.DASHBOARD and _is_saved_by_us(grafana, one.uid))
     version = there.get("version", 0)
     return Found(
         name=str(one), state=State.OLD if is_ours else State.THEIRS, diff=diff, wanted=one, version=int(version or 0)

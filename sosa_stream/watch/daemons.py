@@ -137,7 +137,7 @@ class Daemons:
             runs = self.runs()
             chosen = [one for one in runs if one[0]["run"] == name] or runs[: name is None]
             if not chosen:
-                return Look(runs=[run for run, _ in runs])
+                return Look(runs=[run for run, _ in runs], asked=name or "")
             run, daemon = chosen[0]
             path = path_of(run["run"])
             ranks = daemon.get(f"{path}/ranks?limit={MOST_RECORDS}")

@@ -51,6 +51,8 @@ class Look:
 
     runs: Sequence[Record] = ()
     run: Record | None = None
+    asked: str = ""
+    """The run that was asked for, where it is not there."""
     ranks: Sequence[Record] = ()
     num_ranks: int = 0
     incidents: Sequence[Record] = ()
@@ -141,7 +143,7 @@ def headline(look: Look) -> str:
     """The chosen run in one line."""
     run = look.run
     if run is None:
-        return "no run yet"
+        return f"no run {look.asked!r} here, so far" if look.asked else "no run yet"
     known = {
         "step": str(run["step"]),
         "loss": number(run["loss"]),
@@ -176,7 +178,9 @@ def curve(look: Look, width: int) -> str:
 def page(look: Look, now: float, width: int) -> str:
     """All of a look as text, for terminals that only print, and for one look."""
     parts = [text_of(RUNS, look, now, width)]
-    if look.run is not None:
+    if look.run is None:
+        parts += [headline(look)] if look.asked else []
+    else:
         parts += [f"{headline(look)}\n{curve(look, width)}"]
         shown = ((INCIDENTS, look.incidents), (FIXES, look.commands), (RANKS, look.ranks))
         parts += [text_of(table, look, now, width) for table, records in shown if records]
