@@ -190,6 +190,19 @@ def test_whatever_grafana_says_is_a_clear_sentence(server: GrafanaServer, fault:
     assert TOKEN not in str(told.value)
 
 
+@pytest.mark.parametrize("command", [("push",), ("check",), ("annotate", "alpha")], ids=lambda command: command[0])
+@pytest.mark.parametrize("answer", [[1, 2], "hello", {"uid": [], "version": {}}], ids=str)
+def test_json_of_somebody_else_is_a_clear_sentence(
+    server: GrafanaServer, say: Say, tmp_path: Path, command: tuple[str, ...], answer: object
+) -> None:
+    keep(tmp_path, FIX)
+    server.handle = lambda *asked: (200, answer)  # type: ignore[method-assign]
+    at_home = ("--home", tmp_path) if command[0] == "annotate" else ()
+    code, _, said = say(*command, *at_home)
+    assert code == 1
+    assert len(said.splitlines()) == 1
+
+
 def test_an_empty_answer_of_success_is_success(server: GrafanaServer) -> None:
     server.points["x"] = {"uid": "x", "name": "sosa"}
     with Grafana(server.url, TOKEN) as grafana:
@@ -227,21 +240,27 @@ FIX = CommandRecord(
 )
 
 
-def test_incidents_and_fixes_are_annotated_once_and_kept_up_to_date(
-    server: GrafanaServer, say: Say, tmp_path: Path
-) -> None:
-    async def keep(command: CommandRecord) -> None:
-        async with Store(tmp_path) as store:
+def keep(home: Path, command: CommandRecord) -> None:
+    """A store with an incident of run `alpha` and its fix."""
+
+    async def write() -> None:
+        async with Store(home) as store:
             row = RunRow(run="alpha", generation="g", step=5, seen_at=NOW)
             found = incident(run="alpha", ranks=(1,))
             await store.write(Changes(runs={"alpha": row}, incidents={"i1": found}, commands={"c1": command}))
 
-    asyncio.run(keep(FIX))
+    asyncio.run(write())
+
+
+def test_incidents_and_fixes_are_annotated_once_and_kept_up_to_date(
+    server: GrafanaServer, say: Say, tmp_path: Path
+) -> None:
+    keep(tmp_path, FIX)
     assert say("annotate", "alpha", "--home", tmp_path, "--dry-run")[1].endswith("2 of 2 annotations would change\n")
     assert server.annotations == {}
     assert say("annotate", "alpha", "--home", tmp_path)[1].endswith("2 of 2 annotations changed\n")
     assert say("annotate", "alpha", "--home", tmp_path)[1] == "0 of 2 annotations changed\n"
-    asyncio.run(keep(replace(FIX, state=CommandState.VERIFIED, verdict=Verdict.HELPED)))
+    keep(tmp_path, replace(FIX, state=CommandState.VERIFIED, verdict=Verdict.HELPED))
     assert say("annotate", "alpha", "--home", tmp_path)[1].endswith("1 of 2 annotations changed\n")
     assert len(server.annotations) == 2
     assert "helped" in server.annotations[2]["tags"]

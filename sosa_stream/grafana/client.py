@@ -10,7 +10,7 @@ import re
 from typing import Any
 from urllib.parse import urlsplit
 
-from sosa_stream.errors import ConfigError, GrafanaError
+from sosa_stream.errors import ConfigError, GrafanaError, describe
 from sosa_stream.extras import needed
 
 TIMEOUT_SECONDS = 10.0
@@ -54,6 +54,8 @@ def check_url(url: str, what: str) -> str:
 class Grafana:
     """A server and the token that lets us in, which is shown nowhere. Use as a context manager.
 
+    What fails inside of that because an answer is of another shape is a `GrafanaError` too.
+
     Raises:
         MissingExtraError: the extra ``grafana`` is not installed.
         ConfigError: the URL is none.
@@ -77,8 +79,11 @@ class Grafana:
     def __enter__(self) -> Grafana:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._api.s.close()
+        if isinstance(error, (AttributeError, KeyError, TypeError)):
+            words = f"what answers speaks JSON, but not as Grafana does ({describe(error)}): is that its URL?"
+            raise GrafanaError(0, words) from error
 
     def find(self, path: str) -> Any:
         """What is at ``path``, or None where there is nothing.
