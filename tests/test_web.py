@@ -348,7 +348,7 @@ def test_two_senders_of_one_alert_at_the_same_time_ask_once(daemon: DaemonProces
 
 def test_what_an_alert_cannot_have_is_answered_with_202_and_audited_as_refused(daemon: DaemonProcess) -> None:
     asked = {
-        "no run 'gone' is served here": alert("A", run="gone", factor="0.5"),
+        "there is no run 'gone'": alert("A", run="gone", factor="0.5"),
         "unknown action 'format_disk'": alert("B", "format_disk"),
         "missing parameter factor": alert("C"),
         "sosa_param_factor must be float, not 'half'": alert("D", factor="half"),
@@ -490,6 +490,21 @@ def test_webhooks_and_changes_are_off_unless_tokens_are_named(serve: Serve) -> N
     status, refused = call(http, "/api/v1/runs/run/pause", {}, token=TOKEN)
     assert status == 403
     assert "daemon.http_tokens" in refused["error"]
+
+
+def test_an_alert_for_a_run_that_is_not_served_at_the_moment_is_to_be_told_again_and_others_are_decided(
+    serve: Serve, tmp_path: Path
+) -> None:
+    write_tokens(tmp_path)
+    http = serve(webhook_tokens=str(tmp_path / "alerts")).address
+    with contextlib.closing(open_store(tmp_path / "home", read_only=False)) as store:
+        store.execute("INSERT INTO runs VALUES ('known', 'g', 7, 1.0, 2.0)")
+        message = alertmanager(alert("A", run="known", factor="0.5"), alert("B", run="gone", factor="0.5"))
+        status, refused = call(http, "/webhooks/alertmanager", message, token=OTHER)
+        assert status == 503
+        assert "not served at the moment: 'known'" in refused["error"]
+        rows = store.execute("SELECT run, answer FROM audit").fetchall()
+        assert rows == [("gone", "there is no run 'gone'")], "nothing keeps it from being decided later"
 
 
 def test_while_metrics_are_rendered_the_server_says_that_it_is_well(serve: Serve) -> None:
