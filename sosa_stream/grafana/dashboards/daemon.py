@@ -5,6 +5,7 @@ from __future__ import annotations
 from sosa_stream.grafana.dashboards import colors
 from sosa_stream.grafana.dashboards.model import Dashboard, Query, Row
 from sosa_stream.grafana.dashboards.panels import (
+    FROM_ZERO,
     STEPS,
     bars,
     heatmap,
@@ -111,7 +112,7 @@ INTAKE = Row(
                 "{{reason}}",
                 color=colors.ORANGE,
             ),
-            style=STEPS,
+            style={**STEPS, **FROM_ZERO},
         ),
     ),
 )
@@ -163,7 +164,7 @@ INSIDE = Row(
                 "annotation {{outcome}}",
                 color=colors.GREY,
             ),
-            style=STEPS,
+            style={**STEPS, **FROM_ZERO},
         ),
         timeseries(
             "Asked",
@@ -173,7 +174,7 @@ INSIDE = Row(
                 ' or label_replace(count(sosa_build_info) * 0, "what", "nothing", "", "")',
                 "{{what}} {{source}} {{outcome}}",
             ),
-            style=STEPS,
+            style={**STEPS, **FROM_ZERO},
         ),
     ),
 )

@@ -76,7 +76,16 @@ def timeseries(
 
 STEPS = {"lineInterpolation": "stepAfter"}
 LOGARITHMIC = {"scaleDistribution": {"type": "log", "log": 10}}
+
+
+def symmetric(linear_below: float) -> Mapping[str, Any]:
+    """Logarithmic in both directions and straight near 0: a loss of 2 beside one of 20,000, and one below 0."""
+    return {"scaleDistribution": {"type": "symlog", "log": 10, "linearThreshold": linear_below}}
+
+
 STACKED = {"stacking": {"mode": "normal", "group": "A"}, "fillOpacity": 60, "lineInterpolation": "stepAfter"}
+FROM_ZERO = {"axisSoftMin": 0, "axisSoftMax": 1}
+"""Of what is zero as a rule: its axis would end at 100."""
 BARS = {"drawStyle": "bars", "stacking": {"mode": "normal", "group": "A"}, "fillOpacity": 80}
 
 
@@ -154,7 +163,11 @@ def bars(
         no_data=no_data,
         width=width,
         height=height,
-        defaults={"min": 0, "color": {"mode": "fixed", "fixedColor": colors.GREY}},
+        defaults={
+            "min": 0,
+            "color": {"mode": "fixed", "fixedColor": colors.GREY},
+            **({"decimals": 0} if unit == "short" else {}),  # `increase` makes 1.01 of one
+        },
         overrides=_fixed(by_name or {}),
         options={
             "displayMode": "basic",

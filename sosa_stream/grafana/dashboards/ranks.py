@@ -111,8 +111,10 @@ IS_IT_HEALTHY = Row(
         stat(
             "Speed",
             "Steps that all ranks have completed, a second: at 0 the run stands.",
-            'sum by (run) (rate(sosa_run_steps_total{run=~"$run"}[$__rate_interval]))',
-            {0: ("stands", colors.WARNING)},
+            'sum by (run) (rate(sosa_run_steps_total{run=~"$run"}[$__rate_interval]))'
+            ' and on (run) sum by (run) (sosa_run_ranks{run=~"$run", state=~"live|stale"}) > 0'
+            ' or max by (run) (sosa_run_info{run=~"$run"}) * 0 - 1',
+            {-1: ("no ranks", colors.UNKNOWN), 0: ("stands", colors.WARNING)},
             unit="ops",
             width=4,
         ),

@@ -13,6 +13,7 @@ from sosa_stream.grafana.dashboards.panels import (
     bars,
     heatmap,
     stat,
+    symmetric,
     timeline,
     timeseries,
 )
@@ -28,7 +29,7 @@ from sosa_stream.grafana.dashboards.shared import (
 REPAIRS: dict[float, Word] = {
     0: ("observes only", colors.UNKNOWN),
     1: ("suggests", colors.NOTE),
-    2: ("repairs", colors.HEALTHY),
+    2: ("auto", colors.HEALTHY),
     3: ("paused", colors.WARNING),
 }
 SEVERITIES: dict[float, Word] = {
@@ -105,9 +106,11 @@ TRAINING = Row(
     panels=(
         timeseries(
             "Loss",
-            "Mean over ranks at the newest step. Marked: incidents, fixes, their verdicts, new processes.",
+            "Mean over ranks at the newest step. Marked: incidents, fixes, their verdicts, new processes. Beyond 1"
+            " logarithmic.",
             Query('max by (run) (sosa_run_loss{run=~"$run"})', "loss · {{run}}"),
             unit="none",
+            style=symmetric(1.0),
             width=12,
             height=10,
         ),
@@ -122,20 +125,21 @@ TRAINING = Row(
         ),
         timeseries(
             "Learning rate",
-            "Effective, of the first parameter group: what the schedule says, times the multiplier of fixes.",
+            "Effective, of the first parameter group: the schedule's times the multiplier of fixes. Logarithmic.",
             Query('max by (run) (sosa_run_learning_rate{run=~"$run"})', "rate · {{run}}"),
             unit="sci",
+            style=symmetric(1e-6),
         ),
         timeseries(
             "Multiplier of the learning rate",
-            "What fixes multiply the script's learning rate with; 1 without any.",
+            "What fixes multiply the script's learning rate with; 1 without any. Logarithmic.",
             Query(
                 'max by (run) (sosa_run_learning_rate_multiplier{run=~"$run"})',
                 "multiplier · {{run}}",
                 color=colors.ORANGE,
             ),
-            unit="none",
-            style=STEPS,
+            unit="sci",
+            style={**symmetric(1e-3), **STEPS},
         ),
         timeseries(
             "Loss scale",
