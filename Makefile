@@ -6,8 +6,9 @@ STAMP := $(VENV)/.installed
 # For example: make demo DEMO_ARGS="--seed 1", make test TEST_ARGS="tests/test_faults.py"
 DEMO_ARGS ?=
 TEST_ARGS ?=
+PROMETHEUS ?= http://127.0.0.1:9090
 
-.PHONY: help demo test servers lint types bench bench-seeds bench-rescue clean
+.PHONY: help demo test servers lint types pictures bench bench-seeds bench-rescue clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +16,7 @@ help:
 	@echo "make test    run the tests; as root it installs Prometheus, Alertmanager and systemd for them"
 	@echo "make lint    check style and formatting"
 	@echo "make types   check types"
+	@echo "make pictures  draw the dashboards and sosa watch again, after make demo DEMO_ARGS=--prometheus"
 	@echo "make bench   run the benchmarks; make bench-seeds: the demo from ten seeds (20 minutes)"
 	@echo "make bench-rescue  what is rescued of 68 sick trainings, and what others rescue (2 hours, resumable)"
 	@echo "make clean   remove what the targets above made"
@@ -51,6 +53,11 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+# After make demo DEMO_ARGS=--prometheus, while that Prometheus runs. Needs npm and chromium, and says so.
+pictures: $(STAMP)
+	$(BIN)/python grafana/pictures/pictures.py $(PROMETHEUS)
+	$(BIN)/python docs/images/watch.py sosa-demo docs/images/watch.svg
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
