@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import re
 import socket
@@ -347,7 +348,7 @@ def test_two_senders_of_one_alert_at_the_same_time_ask_once(daemon: DaemonProces
 
 def test_what_an_alert_cannot_have_is_answered_with_202_and_audited_as_refused(daemon: DaemonProcess) -> None:
     asked = {
-        "no run 'gone' is served here": alert("A", run="gone", factor="0.5"),
+        "there is no run 'gone'": alert("A", run="gone", factor="0.5"),
         "unknown action 'format_disk'": alert("B", "format_disk"),
         "missing parameter factor": alert("C"),
         "sosa_param_factor must be float, not 'half'": alert("D", factor="half"),
@@ -491,6 +492,21 @@ def test_webhooks_and_changes_are_off_unless_tokens_are_named(serve: Serve) -> N
     assert "daemon.http_tokens" in refused["error"]
 
 
+def test_an_alert_for_a_run_that_is_not_served_at_the_moment_is_to_be_told_again_and_others_are_decided(
+    serve: Serve, tmp_path: Path
+) -> None:
+    write_tokens(tmp_path)
+    http = serve(webhook_tokens=str(tmp_path / "alerts")).address
+    with contextlib.closing(open_store(tmp_path / "home", read_only=False)) as store:
+        store.execute("INSERT INTO runs VALUES ('known', 'g', 7, 1.0, 2.0)")
+        message = alertmanager(alert("A", run="known", factor="0.5"), alert("B", run="gone", factor="0.5"))
+        status, refused = call(http, "/webhooks/alertmanager", message, token=OTHER)
+        assert status == 503
+        assert "not served at the moment: 'known'" in refused["error"]
+        rows = store.execute("SELECT run, answer FROM audit").fetchall()
+        assert rows == [("gone", "there is no run 'gone'")], "nothing keeps it from being decided later"
+
+
 def test_while_metrics_are_rendered_the_server_says_that_it_is_well(serve: Serve) -> None:
     entered, go_on = threading.Event(), threading.Event()
 
@@ -510,19 +526,99 @@ def test_while_metrics_are_rendered_the_server_says_that_it_is_well(serve: Serve
         scrape.join()
 
 
+def connect(stack: contextlib.ExitStack, http: str) -> socket.socket:
+    host, _, port = http.partition(":")
+    return stack.enter_context(socket.create_connection((host, int(port)), timeout=20))
+
+
+def wait_for_end(connection: socket.socket) -> None:
+    with contextlib.suppress(ConnectionResetError):
+        while connection.recv(65536):
+            pass
+
+
 def test_connections_that_ask_for_nothing_are_closed_and_bounded(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "FIRST_REQUEST_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "REQUEST_SECONDS", 0.5)
     monkeypatch.setattr(connections, "MOST_CONNECTIONS", 3)
     http = serve().address
-    host, _, port = http.partition(":")
     wait_until(lambda: call(http, "/healthz")[0] == 200, "the server")
     with contextlib.ExitStack() as stack:
-        idle = [stack.enter_context(socket.create_connection((host, int(port)), timeout=20)) for _ in range(4)]
+        idle = [connect(stack, http) for _ in range(4)]
         idle[0].sendall(b"GET /healthz HTTP/1.1\r\nHost:")  # and no more of it
         for each in idle:
-            with contextlib.suppress(ConnectionResetError):
-                assert each.recv(1) == b""
+            wait_for_end(each)
     assert call(http, "/healthz")[0] == 200
+
+
+def test_every_request_of_a_connection_has_its_time_and_not_the_first_alone(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "REQUEST_SECONDS", 0.5)
+    http = serve().address
+    whole = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    late_body = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        for first, second in ((whole, b"GET /healthz HTTP/1.1\r\nX: "), (late_body, b"some")):
+            connection = connect(stack, http)
+            connection.sendall(first)
+            assert connection.recv(9) == b"HTTP/1.1 "
+            connection.sendall(second)  # and no more of it
+            wait_for_end(connection)
+
+
+def test_an_answer_that_nobody_takes_does_not_keep_its_connection(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "ANSWER_SECONDS", 0.5)
+    go_on = threading.Event()
+
+    def stuck() -> Snapshot:
+        assert go_on.wait(20)
+        return Snapshot()
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(go_on.set)
+        connection = connect(stack, serve(stuck).address)
+        connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        wait_for_end(connection)
+
+
+def test_connections_that_never_shake_hands_leave_descriptors_for_all_else(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "HANDSHAKE_SECONDS", 0.5)
+    monkeypatch.setattr(connections.resource, "getrlimit", lambda which: (12, 12))  # of which a quarter is ours
+    ours = Certificates(tmp_path)
+    cert, key = map(str, ours.sign("server"))
+    http = serve(http_cert=cert, http_key=key).address
+    known = ssl.create_default_context(cafile=ours.ca)
+    assert call(http, "/healthz", tls=known) == (200, "ok\n")
+    with contextlib.ExitStack() as stack:
+        bare = [connect(stack, http) for _ in range(8)]
+        for each in bare[::-1]:  # the last are closed at once, the first when their time is over
+            wait_for_end(each)
+        assert call(http, "/healthz", tls=known) == (200, "ok\n")
+
+
+def test_without_a_descriptor_it_waits_for_one_and_says_so_once(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(connections, "RETRY_SECONDS", 0.01)
+    http = serve().address
+    wait_until(lambda: call(http, "/healthz")[0] == 200, "the server")
+    accept, missing = socket.socket.accept, [OSError(errno.EMFILE, "Too many open files")] * 3
+
+    def accept_in_the_end(listening: socket.socket) -> tuple[socket.socket, Any]:
+        if missing:
+            raise missing.pop()
+        return accept(listening)
+
+    monkeypatch.setattr(socket.socket, "accept", accept_in_the_end)
+    assert call(http, "/healthz")[0] == 200
+    assert missing == []
+    assert [record.getMessage() for record in caplog.records if record.levelname != "INFO"] == [
+        "no connection can be taken: Too many open files; tried again each 0.01 s"
+    ]
 
 
 def test_it_is_ready_while_the_daemons_loop_comes_round(serve: Serve) -> None:

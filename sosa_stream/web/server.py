@@ -116,7 +116,7 @@ class HttpServer:
             import uvicorn  # here, because this thread's 100 ms of imports need not delay the daemon
 
             from sosa_stream.web.app import make_app
-            from sosa_stream.web.connections import Connection
+            from sosa_stream.web.connections import Server
             from sosa_stream.web.door import Door
 
             door = Door(is_local=self._is_local, people=self._people, alerts=self._alerts)
@@ -129,14 +129,13 @@ class HttpServer:
                 proxy_headers=False,
                 lifespan="off",
                 ws="none",
-                http=Connection,
                 timeout_graceful_shutdown=1,
                 ssl_certfile=settings.http_cert or None,
                 ssl_keyfile=settings.http_key or None,
                 ssl_ca_certs=settings.http_client_ca or None,
                 ssl_cert_reqs=ssl.CERT_REQUIRED if settings.http_client_ca else ssl.CERT_NONE,
             )
-            self._server = uvicorn.Server(config)
+            self._server = Server(config)
             if not self._stopping:
                 self._server.run(sockets=[self._socket])
         except Exception:

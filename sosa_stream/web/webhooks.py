@@ -2,7 +2,8 @@
 
 The labels ``sosa_action`` and ``sosa_run``, and annotations ``sosa_param_<name>``, say what is proposed. What an alert
 asks for is decided once: when it is told again, with the same fingerprint and start, the answer of then is given again.
-Answers are 202 whatever was decided, for both senders repeat what is answered with 5xx, and drop the rest.
+Answers are 202 whatever was decided, for both senders repeat what is answered with 5xx, and drop the rest. 503 is for
+what may still be decided: the daemon has not answered in time, or serves a run of its store not yet, or no more.
 
 Payloads: Alertmanager's ``webhook_config`` (version 4); Grafana, "Configure the webhook notifier" (version 1).
 """
@@ -141,13 +142,17 @@ class Webhooks:
             store.execute("BEGIN IMMEDIATE")  # so that of two that say the same, at the same time, one asks
             rows = [self._row(store, alert) for alert in alerts]
             store.execute("COMMIT")
-            replies = answers(store, set(rows))
-        if len(replies) < len(set(rows)):
+            asked = {row for row in rows if row is not None}
+            replies = answers(store, asked)
+        if None in rows:
+            absent = sorted({alert.run for alert, row in zip(alerts, rows, strict=True) if row is None})
+            raise HTTPException(503, f"not served at the moment: {', '.join(map(repr, absent))}; tell it again")
+        if len(replies) < len(asked):
             raise HTTPException(503, "the daemon has not answered in time; what it has not taken up is withdrawn")
-        return [_result(alert, replies[row]) for alert, row in zip(alerts, rows, strict=True)]
+        return [_result(alert, replies[row]) for alert, row in zip(alerts, rows, strict=True) if row is not None]
 
-    def _row(self, store: sqlite3.Connection, alert: Alert) -> int:
-        """The row in which an alert asks, or has asked."""
+    def _row(self, store: sqlite3.Connection, alert: Alert) -> int | None:
+        """The row in which an alert asks, or has asked; None for a run that a restarted daemon has yet to hear of."""
         query = (
             "SELECT id FROM audit WHERE what = 'propose' AND run = ? AND answer IS NOT ? AND json_valid(details) "
             "AND json_extract(details, '$.alert') = ?"
@@ -157,7 +162,11 @@ class Webhooks:
             return row
         try:
             what, who, details = words_of(alert.request())
-            refusal = None if self._serves(alert.run) else f"no run {alert.run!r} is served here"
+            refusal = None
+            if not self._serves(alert.run):
+                if store.execute("SELECT 1 FROM runs WHERE run = ?", (alert.run,)).fetchone():
+                    return None
+                refusal = f"there is no run {alert.run!r}"
         except RefusedError as error:
             what, who, refusal = "propose", alert.who, str(error)
             details = {"action": alert.labels[ACTION_LABEL][:MOST_CHARACTERS], "rule": alert.rule, "alert": alert.key}
