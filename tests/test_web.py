@@ -39,6 +39,7 @@ from sosa_stream.web.door import Door
 from sosa_stream.web.server import HttpServer
 from sosa_stream.web.tally import Tally
 from sosa_stream.web.tokens import Tokens
+from sosa_stream.web.webhooks import KNOWN
 
 TOKEN, OTHER = "0123456789abcdef-people", "fedcba9876543210-alerts"
 SUMMARY = {
@@ -505,6 +506,23 @@ def test_an_alert_for_a_run_that_is_not_served_at_the_moment_is_to_be_told_again
         assert "not served at the moment: 'known'" in refused["error"]
         rows = store.execute("SELECT run, answer FROM audit").fetchall()
         assert rows == [("gone", "there is no run 'gone'")], "nothing keeps it from being decided later"
+
+
+def test_what_an_alert_was_answered_is_looked_up_and_not_searched_for_in_older_stores_too(tmp_path: Path) -> None:
+    async def open_and_close() -> None:
+        async with Store(tmp_path):
+            pass
+
+    asyncio.run(open_and_close())
+    with contextlib.closing(open_store(tmp_path, read_only=False)) as store:
+        insert = "INSERT INTO audit (at, who, run, what, details) VALUES (1.0, 'ann', 'run', 'propose', ?)"
+        store.execute("DROP INDEX audit_alerts")
+        store.executemany(insert, [("no JSON",), (b"\xff",), ('{"alert": 3}',), ("[]",)])
+        asyncio.run(open_and_close())
+        store.executemany(insert, [("no JSON",), (b"\xff",), ('{"alert": "fp s"}',)])
+        plan = " ".join(row[3] for row in store.execute(f"EXPLAIN QUERY PLAN {KNOWN}", ("fp s", "run", "")))
+        assert "USING INDEX audit_alerts" in plan
+        assert store.execute(KNOWN, ("fp s", "run", "")).fetchall() == [(7,)]
 
 
 def test_while_metrics_are_rendered_the_server_says_that_it_is_well(serve: Serve) -> None:

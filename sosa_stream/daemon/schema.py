@@ -41,6 +41,8 @@ CREATE TABLE IF NOT EXISTS audit (
     details TEXT NOT NULL DEFAULT '{{}}', answered_at REAL, done INTEGER, command TEXT NOT NULL DEFAULT '', answer TEXT
 );
 CREATE INDEX IF NOT EXISTS audit_open ON audit (id) WHERE answered_at IS NULL;
+CREATE INDEX IF NOT EXISTS audit_alerts ON audit (json_extract(details, '$.alert'))
+WHERE what = 'propose' AND json_valid(details);
 CREATE TRIGGER IF NOT EXISTS audit_is_kept BEFORE DELETE ON audit
 BEGIN SELECT RAISE(ABORT, 'the audit is append only'); END;
 CREATE TRIGGER IF NOT EXISTS audit_is_answered_once BEFORE UPDATE ON audit

@@ -41,6 +41,11 @@ MOST_ALERTS = 100
 """Alerts of one body that may ask for something."""
 MOST_CHARACTERS = 256
 """Of what an alert says of itself, as far as it is kept."""
+KNOWN = (
+    "SELECT id FROM audit WHERE what = 'propose' AND json_valid(details) AND json_extract(details, '$.alert') = ? "
+    "AND run = ? AND answer IS NOT ?"
+)
+"""In the words of the index ``audit_alerts``, without which each alert would read the whole audit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,11 +158,7 @@ class Webhooks:
 
     def _row(self, store: sqlite3.Connection, alert: Alert) -> int | None:
         """The row in which an alert asks, or has asked; None for a run that a restarted daemon has yet to hear of."""
-        query = (
-            "SELECT id FROM audit WHERE what = 'propose' AND run = ? AND answer IS NOT ? AND json_valid(details) "
-            "AND json_extract(details, '$.alert') = ?"
-        )
-        if known := store.execute(query, (alert.run, WITHDRAWN, alert.key)).fetchone():
+        if known := store.execute(KNOWN, (alert.key, alert.run, WITHDRAWN)).fetchone():
             row: int = known[0]
             return row
         try:
