@@ -29,10 +29,10 @@ from sosa_stream.daemon.schema import open_store
 from sosa_stream.daemon.store import Store
 from sosa_stream.effects import CommandChanged
 from sosa_stream.engine import Engine
-from sosa_stream.errors import ConfigError
+from sosa_stream.errors import ConfigError, SosaError
 from sosa_stream.metrics.collector import Snapshot
 from sosa_stream.testing import AUTO_POLICY, NOW, SimulatedJob
-from sosa_stream.web import connections, tokens
+from sosa_stream.web import asks, connections, tokens, turns, webhooks
 from sosa_stream.web.answers import MAX_BODY_BYTES
 from sosa_stream.web.app import make_app
 from sosa_stream.web.door import Door
@@ -553,6 +553,38 @@ def wait_for_end(connection: socket.socket) -> None:
     with contextlib.suppress(ConnectionResetError):
         while connection.recv(65536):
             pass
+
+
+@pytest.mark.parametrize("path", ["/api/v1/runs/run/pause", "/webhooks/alertmanager"])
+def test_what_writes_waits_without_the_threads_that_scrapes_need_and_not_for_long(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def locked(*args: Any) -> Any:
+        entered.set()
+        assert go_on.wait(20)
+        raise SosaError("the store is locked")
+
+    monkeypatch.setattr(asks, "ask", locked)
+    monkeypatch.setattr(webhooks, "answers", locked)
+    monkeypatch.setattr(turns, "MOST_AT_ONCE", 1)
+    monkeypatch.setattr(turns, "TURN_SECONDS", 0.01)
+    write_tokens(tmp_path)
+    http = serve(http_tokens=str(tmp_path / "people"), webhook_tokens=str(tmp_path / "alerts")).address
+    with contextlib.closing(open_store(tmp_path / "home", read_only=False)) as store:
+        store.execute("INSERT INTO runs VALUES ('run', 'g', 7, 1.0, 2.0)")
+    message = alertmanager(alert(run="gone", factor="0.5")) if path.startswith("/webhooks") else {}
+    post = lambda: call(http, path, message, token=OTHER if path.startswith("/webhooks") else TOKEN)  # noqa: E731
+    first = threading.Thread(target=post)
+    first.start()
+    try:
+        assert entered.wait(20)
+        assert post() == (503, {"error": "too many wait for the store or the daemon already; ask again"})
+        assert call(http, "/metrics")[0] == 200
+    finally:
+        go_on.set()
+        first.join()
 
 
 def test_connections_that_ask_for_nothing_are_closed_and_bounded(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

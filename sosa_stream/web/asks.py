@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,6 +20,7 @@ from sosa_stream.errors import NoAnswerError, RefusedError
 from sosa_stream.protocol.actions import Action
 from sosa_stream.web.answers import answer, read_json, text_of
 from sosa_stream.web.door import Door
+from sosa_stream.web.turns import Turns
 
 MOST_WHO_CHARACTERS = 64
 
@@ -32,6 +32,7 @@ class Asks:
         self._door = door
         self._home = home
         self._check_run = check_run
+        self._turns = Turns()
 
     @property
     def routes(self) -> list[Route]:
@@ -48,7 +49,7 @@ class Asks:
                 asked = read(body, who)
             except RefusedError as error:
                 raise HTTPException(422, str(error)) from None
-            return await run_in_threadpool(self._ask, request, asked)
+            return await self._turns.run(self._ask, request, asked)
 
         return endpoint
 
@@ -74,7 +75,7 @@ class Asks:
     async def _ack(self, request: Request) -> Response:
         body, who = await self._body(request)
         incident, note = text_of(body, "incident"), text_of(body, "note", default="")
-        return await run_in_threadpool(self._acknowledge, request, incident, who, note)
+        return await self._turns.run(self._acknowledge, request, incident, who, note)
 
     def _acknowledge(self, request: Request, incident: str, who: str, note: str) -> Response:
         run = self._check_run(request)

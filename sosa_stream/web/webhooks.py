@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -32,6 +31,7 @@ from sosa_stream.visible import visible
 from sosa_stream.web.answers import answer, read_json
 from sosa_stream.web.door import Door
 from sosa_stream.web.tally import Tally
+from sosa_stream.web.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +120,7 @@ class Webhooks:
         self._home = home
         self._serves = serves
         self._tally = tally
+        self._turns = Turns()
 
     @property
     def routes(self) -> list[Route]:
@@ -137,7 +138,7 @@ class Webhooks:
                 raise HTTPException(413, f"more than {MOST_ALERTS} alerts ask for something; group them by {RUN_LABEL}")
             if body.get("truncatedAlerts"):
                 log.warning("%s has left out %s alerts of a group", sender, body["truncatedAlerts"])
-            results = await run_in_threadpool(self._propose, asking) if asking else []
+            results = await self._turns.run(self._propose, asking) if asking else []
             return answer({"alerts": results, "ignored": len(alerts) - len(asking)}, 202)
 
         return endpoint
