@@ -25,6 +25,7 @@ from sosa_stream.agent.repair.checkpoints import NotWrittenError, latest
 from sosa_stream.agent.repair.contents import contents_of
 from sosa_stream.agent.repair.loading import CheckpointError, load_checkpoint
 from sosa_stream.agent.repair.saving import Checkpoints, SaveCheckpoint
+from sosa_stream.errors import RefusedError
 from sosa_stream.settings import AgentSettings
 
 
@@ -217,10 +218,11 @@ def test_half_precision_is_half_the_size(tmp_path: Path) -> None:
     assert sizes[True] < 0.65 * sizes[False]
 
 
-def test_a_name_that_is_no_folders_is_refused(training: Training) -> None:
-    for name in ("../../etc", "a/b", ".hidden", "a b"):
-        assert "cannot be a folder's name" in training.save.refusal({"name": name}, 0)
-    assert training.save.refusal({"name": "before-fix"}, 0) == ""
+def test_a_name_that_is_no_folders_is_refused_before_it_comes_to_a_rank() -> None:
+    for name in ("../../etc", "a/b", ".hidden", "a b", "a\n", "\u00fc", "x" * 65):
+        with pytest.raises(RefusedError, match=r"can be no folder's name|must be a short string"):
+            act("save_checkpoint", name=name)
+    act("save_checkpoint", name="before-fix")
 
 
 def test_what_torch_would_not_read_back_as_values_is_left_out_and_named(training: Training) -> None:

@@ -243,6 +243,7 @@ def test_what_cannot_be_done_is_refused_in_a_sentence(daemon: DaemonProcess) -> 
         ("fix", {"action": "scale_lr", "params": {"factor": 1e9}}, 422, "lies outside"),
         ("fix", {"action": "scale_lr", "params": [1]}, 422, "JSON object"),
         ("fix", {"action": "scale_lr", "params": {"factor": "0.5"}}, 422, "must be float"),
+        ("fix", {"action": "save_checkpoint", "params": {"name": "../../evil"}}, 422, "can be no folder's name"),
         ("fix", {"action": "revert", "params": {"command": "c"}}, 409, "takes a command back"),
         ("approve", {}, 422, "command must be"),
         ("approve", {"command": "c-none"}, 409, "does not know command c-none"),

@@ -7,6 +7,7 @@ and an agent will not apply it.
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,11 +25,14 @@ class Param:
     low: float = -math.inf
     high: float = math.inf
     required: bool = True
+    names_folder: bool = False
 
     def check(self, action: str, name: str, value: object) -> None:
         if self.type is str:
             if not isinstance(value, str) or not 0 < len(value) <= 128 or not value.isprintable():
                 raise RefusedError(f"{action}: {name} must be a short string, not {value!r}")
+            if self.names_folder and not re.fullmatch(r"[A-Za-z0-9][\w-]{0,63}", value, re.ASCII):
+                raise RefusedError(f"{action}: {name}={value!r} can be no folder's name (letters, digits, _ and -)")
             return
         if (
             isinstance(value, bool)
@@ -88,7 +92,7 @@ ACTIONS: Mapping[str, ActionSpec] = MappingProxyType(
         # Set a knob that the script has registered, within the knob's own bounds.
         "set_knob": ActionSpec(params={"name": Param(type=str), "value": Param(type=float)}, stands=True),
         # Write a checkpoint to disk, named ``<name>_<step>``, or ``last``.
-        "save_checkpoint": ActionSpec(params={"name": Param(type=str, required=False)}),
+        "save_checkpoint": ActionSpec(params={"name": Param(type=str, required=False, names_folder=True)}),
         # Write this rank's stacks, memory and fixes in force to a file.
         "dump_diagnostics": ActionSpec(params={}),
         # End training on all ranks at one step.

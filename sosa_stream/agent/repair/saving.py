@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -183,10 +182,7 @@ class SaveCheckpoint(Actuator):
         self._unnamed: Unnamed | None = None
 
     def refusal(self, params: Mapping[str, Any], step: int) -> str:
-        if not self._allowed:
-            return "this run writes no checkpoints (agent.checkpoints)"
-        name = params.get("name", "last")
-        return "" if re.fullmatch(r"[A-Za-z0-9][\w-]{0,63}", name, re.ASCII) else f"{name!r} cannot be a folder's name"
+        return "" if self._allowed else "this run writes no checkpoints (agent.checkpoints)"
 
     def apply(self, params: Mapping[str, Any], at: Moment) -> tuple[Undo, str]:
         if why := self.refusal(params, at.step):
