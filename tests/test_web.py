@@ -184,6 +184,11 @@ def test_what_is_not_there_is_said_in_a_sentence(daemon: DaemonProcess) -> None:
     assert call(daemon.http, "/api/v1/runs/nobody/pause", {}, token=TOKEN)[0] == 404
 
 
+def test_a_path_with_a_slash_more_is_not_there(daemon: DaemonProcess) -> None:
+    for path in ("/api/v1/", "/api/v1/runs/", "/api/v1/runs/run/", "/metrics/"):
+        assert call(daemon.http, path)[0] == 404, path
+
+
 # -- who is let in -----------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import BaseRoute, Mount, Route
+from starlette.routing import BaseRoute, Mount, Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sosa_stream.errors import SosaError
@@ -45,14 +45,16 @@ def make_app(snapshot: Callable[[], Snapshot], home: Path, door: Door, tally: Ta
     webhooks = Webhooks(door, home, api.serves, tally)
     routes: list[BaseRoute] = [
         *_own(snapshot, registry(snapshot)),
-        Mount("/api/v1", routes=[*api.routes, *asks.routes]),
-        Mount("/webhooks", routes=webhooks.routes),
+        Mount("/api/v1", Router([*api.routes, *asks.routes], redirect_slashes=False)),
+        Mount("/webhooks", Router(webhooks.routes, redirect_slashes=False)),
     ]
-    return Starlette(
+    app = Starlette(
         routes=routes,
         middleware=[Middleware(LocalNames)] if door.is_local else [],
         exception_handlers={HTTPException: partial(_told, tally), SosaError: _unable, Exception: _failed},
     )
+    app.router.redirect_slashes = False  # what is not in the manual is not there
+    return app
 
 
 def _own(snapshot: Callable[[], Snapshot], metrics_registry: CollectorRegistry) -> list[Route]:
