@@ -29,9 +29,10 @@ from sosa_stream.daemon.schema import open_store
 from sosa_stream.daemon.store import Store
 from sosa_stream.effects import CommandChanged
 from sosa_stream.engine import Engine
-from sosa_stream.errors import ConfigError, SosaError
+from sosa_stream.errors import ConfigError, SosaError, UnreachableError
 from sosa_stream.metrics.collector import Snapshot
 from sosa_stream.testing import AUTO_POLICY, NOW, SimulatedJob
+from sosa_stream.watch.daemons import Daemon
 from sosa_stream.web import asks, connections, tokens, turns, webhooks
 from sosa_stream.web.answers import MAX_BODY_BYTES
 from sosa_stream.web.app import make_app
@@ -727,6 +728,26 @@ def test_with_tls_it_shows_its_certificate_and_asks_clients_for_theirs(serve: Se
         call(address, "/healthz", tls=ssl.create_default_context(cafile=theirs.ca))
     with pytest.raises((ConnectionError, OSError)):
         call(address, "/healthz")
+
+
+def test_what_asks_a_daemon_is_told_what_its_tls_may_lack(serve: Serve, tmp_path: Path) -> None:
+    ours, theirs = Certificates(tmp_path), Certificates(tmp_path, "other")
+    cert, key = map(str, ours.sign("server"))
+    with_tls = serve(http_cert=cert, http_key=key, http_client_ca=str(ours.ca))
+    without = serve()
+    known, bare, strange = (ssl.create_default_context(cafile=ours.ca) for _ in range(3))
+    known.load_cert_chain(*ours.sign("client"))
+    strange.load_cert_chain(*theirs.sign("stranger"))
+    assert call(with_tls.address, "/healthz", tls=known)[0] == call(without.address, "/healthz")[0] == 200
+    wanted: list[tuple[str, ssl.SSLContext, str]] = [
+        (with_tls.url, bare, "which --cert names"),
+        (with_tls.url, strange, "which --cert names"),
+        (f"http://{with_tls.address}", bare, "begins with https://"),
+        (f"https://{without.address}", bare, "begins with http://"),
+    ]
+    for url, context, hint in wanted:
+        with pytest.raises(UnreachableError, match=hint):
+            Daemon(url=url, tls=context).get("/runs")
 
 
 @pytest.mark.parametrize(

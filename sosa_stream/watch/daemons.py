@@ -53,7 +53,7 @@ class Daemon:
             raise UnreachableError(f"{self.url}: {error.verify_message}; --ca names who has signed it") from None
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise UnreachableError(f"no daemon answers at {self.url}: {reason}") from None
+            raise UnreachableError(f"no daemon answers at {self.url}: {reason}{self._hint(error)}") from None
         finally:
             connection.close()
         try:
@@ -66,6 +66,17 @@ class Daemon:
         if status in (401, 403):
             said += "; --token-file or SOSA_HTTP_TOKEN brings one" if not self.token else ""
         raise RefusedError(said)
+
+    def _hint(self, error: Exception) -> str:
+        """What a server that breaks off does not say: which side wants TLS, or a certificate."""
+        if isinstance(error, ssl.SSLError) and error.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
+            return "; without daemon.http_cert its address begins with http://"
+        breaks_off = isinstance(error, ConnectionError | ssl.SSLError | http.client.BadStatusLine)
+        if not breaks_off or isinstance(error, ConnectionRefusedError):
+            return ""
+        if self.url.startswith("https:"):
+            return "; with daemon.http_client_ca it wants a certificate that this has signed, which --cert names"
+        return "; with daemon.http_cert its address begins with https://"
 
     def _connection(self, seconds: float) -> http.client.HTTPConnection:
         parts = urlsplit(self.url)
