@@ -49,6 +49,26 @@ def promtool(*arguments: str | Path, stdin: str | None = None) -> subprocess.Com
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=60, check=False)
 
 
+def ask(url: str, what: str, parameters: Mapping[str, object]) -> dict[str, Any]:
+    """What a Prometheus answers.
+
+    Raises:
+        AssertionError: it refuses; it says why.
+    """
+    data = urllib.parse.urlencode(parameters).encode() or None
+    try:
+        with urllib.request.urlopen(f"{url}/api/v1/{what}", data, timeout=10) as response:
+            answer: dict[str, Any] = json.load(response)
+    except urllib.error.HTTPError as error:
+        raise AssertionError(f"{what} {parameters}: {error.read().decode()}") from None
+    return answer
+
+
+def filled_in(expr: str, run: str, seconds: int) -> str:
+    """A dashboard's query as Grafana asks it, of a time range so long."""
+    return expr.replace("$__rate_interval", "10s").replace("$__range", f"{seconds}s").replace("$run", run)
+
+
 class Servers:
     """Prometheus, which scrapes `scrape`'s targets each second, and Alertmanager, which tells a webhook. A context.
 
@@ -151,13 +171,7 @@ class Servers:
         return list(self._ask("alerts", {})["data"]["alerts"])
 
     def _ask(self, what: str, parameters: Mapping[str, object]) -> dict[str, Any]:
-        data = urllib.parse.urlencode(parameters).encode() or None
-        try:
-            with urllib.request.urlopen(f"{self.url}/api/v1/{what}", data, timeout=10) as response:
-                answer: dict[str, Any] = json.load(response)
-        except urllib.error.HTTPError as error:
-            raise AssertionError(f"{what} {parameters}: {error.read().decode()}") from None
-        return answer
+        return ask(self.url, what, parameters)
 
     def _post(self, url: str) -> None:
         try:

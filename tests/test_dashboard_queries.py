@@ -19,7 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 from daemon_process import DaemonProcess, RingAgent, wait_until
-from prometheus_server import Servers
+from prometheus_server import Servers, filled_in
 
 from sosa_stream.effects import Event
 from sosa_stream.grafana.dashboards import DASHBOARDS
@@ -35,7 +35,6 @@ ODD_NAME = "llm.v2+lora (7b)"
 NAN_STEPS, JUMP_STEP, NUM_STEPS, BATCH = range(100, 108), 200, 300, 5
 STOPS = (50, 105, 130, 205, 235, NUM_STEPS)
 """Steps up to which the run goes before the next scrape: before, in and after each fault."""
-RATE_INTERVAL = "10s"
 
 
 class Machine:
@@ -156,8 +155,7 @@ class Seen:
         for rank in self.ranks:
             rank.beat()
         seconds = math.ceil(time.time() - self.start)
-        expr = query.expr.replace("$__rate_interval", RATE_INTERVAL).replace("$__range", f"{seconds}s")
-        expr = expr.replace("$run", escaped(run))
+        expr = filled_in(query.expr, escaped(run), seconds)
         if query.instant:
             return [(each["metric"], [float(each["value"][1])]) for each in self.prometheus.query(expr)]
         answer = self.prometheus.query_range(expr, self.start, time.time(), 1)

@@ -9,13 +9,14 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 from daemon_process import RingAgent, wait_until
-from prometheus_server import program
+from prometheus_server import ask, filled_in, program
 
 from sosa_stream.cli import demo, main
 from sosa_stream.decide.commands import FINAL_STATES
@@ -23,6 +24,7 @@ from sosa_stream.demo.jobs import Job, JobFailedError, run_job
 from sosa_stream.demo.prometheus import left_behind
 from sosa_stream.demo.summary import RunResult, Summary
 from sosa_stream.errors import UsageError
+from sosa_stream.grafana.dashboards import DASHBOARDS
 
 pytest.importorskip("matplotlib")
 
@@ -239,11 +241,35 @@ def test_a_demo_that_fails_leaves_neither_behind(tmp_path: Path) -> None:
             os.kill(pid, 0)
 
 
+UNANSWERED = {
+    "run: Loss scale",  # no mixed precision
+    *("ranks: Worst ranks", "ranks: Where they run"),  # nobody is behind
+    *(f"ranks: {name}" for name in ("Busy", "Clock", "Temperature", "Power", "Memory", "XID errors")),  # no DCGM
+    *(f"ranks: {name}" for name in ("Load", "Waiting for disks", "Memory available")),  # no node_exporter
+    *(f"ranks: Network {name}" for name in ("in", "out", "errors")),
+}
+"""Panels with nothing to show after a demo; test_dashboard_queries.py shows that they have, where there is."""
+
+
+def unanswered(url: str, seconds: float) -> set[str]:
+    """The panels of which a query has no answer, over the last ``seconds``."""
+    now, found = time.time(), set()
+    for name, dashboard in DASHBOARDS.items():
+        for panel in dashboard.panels:
+            for query in panel.queries:
+                expr = filled_in(query.expr, "clean|unprotected|protected", math.ceil(seconds))
+                times = {"time": now} if query.instant else {"start": now - seconds, "end": now, "step": 1}
+                what = "query" if query.instant else "query_range"
+                if not ask(url, what, {"query": expr, **times})["data"]["result"]:
+                    found.add(f"{name}: {panel.title}")
+    return found
+
+
 @pytest.mark.torchrun
 def test_the_demo_keeps_its_promises(tmp_path: Path) -> None:
-    out = tmp_path / "demo"
+    out, start = tmp_path / "demo", time.time()
     ended = subprocess.run(
-        [sys.executable, "-m", "sosa_stream.cli", "demo", "--json", "--out", str(out)],
+        [sys.executable, "-m", "sosa_stream.cli", "demo", "--json", "--prometheus", "--out", str(out)],
         capture_output=True,
         text=True,
         timeout=400,
@@ -251,6 +277,13 @@ def test_the_demo_keeps_its_promises(tmp_path: Path) -> None:
         env={**os.environ, "SOSA_MODE": "suggest"},  # which must not reach the demo's own jobs
     )
     assert ended.returncode == 0, ended.stderr
+    (pids,) = re.findall(r"kill ([\d ]+)$", ended.stderr.strip())
+    try:
+        (url,) = re.findall(r"Prometheus: (http://[\d.:]+)", ended.stderr)
+        assert unanswered(url, time.time() - start) == UNANSWERED
+    finally:
+        for pid in pids.split():
+            os.kill(int(pid), signal.SIGTERM)
     (line,) = ended.stdout.splitlines()
     told = json.loads(line)
     assert list(told) == ["clean", "unprotected", "protected", "incidents", "commands", "out"]
