@@ -14,13 +14,13 @@ const { title, panels, markers, from, to, width } = window.PICTURE;
 const CELL = width / 24, ROW = 38, GAP = 8;
 const range = { from: window.moment?.(from) ?? { valueOf: () => from }, to: { valueOf: () => to }, raw: { from: '', to: '' } };
 
-function configOf(panel, name) {
+function configOf(panel, name, ref) {
   const { defaults = {}, overrides = [] } = panel.fieldConfig ?? {};
   const config = { ...defaults, custom: { ...defaults.custom } };
   for (const { matcher, properties } of overrides) {
     const pattern = matcher.options;
     const isRegexp = matcher.id === 'byRegexp' && new RegExp(String(pattern).replace(/^\/|\/$/g, '')).test(name);
-    if (!isRegexp && !(matcher.id === 'byName' && pattern === name)) continue;
+    if (!isRegexp && !(matcher.id === 'byName' && pattern === name) && !(matcher.id === 'byFrameRefID' && pattern === ref)) continue;
     for (const { id, value } of properties) {
       if (id.startsWith('custom.')) config.custom[id.slice(7)] = value; else config[id] = value;
     }
@@ -28,8 +28,8 @@ function configOf(panel, name) {
   return config;
 }
 
-function fieldOf(panel, name, values, index = 0, type = FieldType.number) {
-  const field = { name, type, values, config: { ...configOf(panel, name), displayName: name }, state: { seriesIndex: index } };
+function fieldOf(panel, name, values, index = 0, type = FieldType.number, ref = undefined) {
+  const field = { name, type, values, config: { ...configOf(panel, name, ref), displayName: name }, state: { seriesIndex: index } };
   field.display = getDisplayProcessor({ field, theme });
   return field;
 }
@@ -56,8 +56,8 @@ function Stat({ panel, width, height }) {
 function Bars({ panel, width, height }) {
   const num = panel.series.length, most = Math.max(...panel.series.map((s) => s.values.at(-1)));
   const each = Math.min(40, height / num);
-  return panel.series.map(({ name, values }, i) => {
-    const field = fieldOf(panel, name, values, i);
+  return panel.series.map(({ name, ref, values }, i) => {
+    const field = fieldOf(panel, name, values, i, FieldType.number, ref);
     field.config = { ...field.config, min: 0, max: most };
     return <BarGauge key={name} width={width} height={each - 4} theme={theme} field={field.config} display={field.display} displayMode="basic"
       orientation="horizontal" valueDisplayMode="text" showUnfilled value={{ ...field.display(values.at(-1)), title: name }}
@@ -90,8 +90,8 @@ function Marks({ config }) {
 }
 
 function Series({ panel, width, height }) {
-  const frames = panel.series.map(({ name, times, values }, i) => {
-    const field = fieldOf(panel, name, values, i);
+  const frames = panel.series.map(({ name, ref, times, values }, i) => {
+    const field = fieldOf(panel, name, values, i, FieldType.number, ref);
     field.config.custom = { axisPlacement: 'auto', drawStyle: 'line', lineWidth: 1, fillOpacity: 0, pointSize: 5, showPoints: 'never',
       hideFrom: { legend: false, tooltip: false, viz: false }, ...field.config.custom };
     return { refId: String(i), length: times.length, fields: [{ name: 'time', type: FieldType.time, values: times, config: {} }, field] };
@@ -105,7 +105,7 @@ const timeLabel = (t) => new Date(t).toISOString().slice(11, 19);
 
 function Axis({ x, y, span }) {
   return [0, 0.25, 0.5, 0.75, 1].map((part) => (
-    <text key={part} x={x + part * span} y={y} fontSize="11" fill={theme.colors.text.secondary} textAnchor={part === 1 ? 'end' : 'middle'}>
+    <text key={part} x={x + part * span} y={y} fontSize="11" fill={theme.colors.text.secondary} textAnchor={['start', 'middle', 'middle', 'middle', 'end'][4 * part]}>
       {timeLabel(from + part * (to - from))}
     </text>
   ));

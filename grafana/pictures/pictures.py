@@ -88,7 +88,12 @@ def series(span: Span, panel: Json) -> list[Json]:
             times = list(known) if target.get("instant") else grid
             name = named(target["legendFormat"], labels)
             found.append(
-                {"name": name, "times": [1000 * at for at in times], "values": [known.get(at) for at in times]}
+                {
+                    "name": name,
+                    "ref": target["refId"],
+                    "times": [1000 * at for at in times],
+                    "values": [known.get(at) for at in times],
+                }
             )
     return apart(found) if panel["type"] == "heatmap" else found
 
@@ -180,7 +185,7 @@ def draw(content: Json, script: Path, out: Path) -> None:
         )
     if errors := [line[:400] for line in done.stderr.splitlines() if "CONSOLE" in line and "rror" in line]:
         sys.exit("\n".join(errors))
-    Image.open(out).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(out, optimize=True)
+    Image.open(out).convert("RGB").save(out, optimize=True)
 
 
 def bundled() -> Path:

@@ -21,6 +21,7 @@ def stat(
     unit: str = "short",
     legend: str = "{{run}}",
     above: Mapping[float, str] | None = None,
+    decimals: int = 0,
     shows: str = "auto",
     width: int = 3,
 ) -> Panel:
@@ -36,7 +37,12 @@ def stat(
         queries=(Query(expr, legend, instant=True),),
         width=width,
         height=4,
-        defaults={"decimals": 0, "mappings": mappings(words), "thresholds": thresholds(above or {}), "color": BY_VALUE},
+        defaults={
+            "decimals": decimals,
+            "mappings": mappings(words),
+            "thresholds": thresholds(above or {}),
+            "color": BY_VALUE,
+        },
         options={"colorMode": "background", "graphMode": "none", "textMode": shows, "reduceOptions": LAST},
     )
 

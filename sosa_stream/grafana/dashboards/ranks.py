@@ -116,6 +116,7 @@ IS_IT_HEALTHY = Row(
             ' or max by (run) (sosa_run_info{run=~"$run"}) * 0 - 1',
             {-1: ("no ranks", colors.UNKNOWN), 0: ("stands", colors.WARNING)},
             unit="ops",
+            decimals=2,
             width=4,
         ),
     ),
