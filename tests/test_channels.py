@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import Awaitable, Callable
@@ -260,3 +261,34 @@ def test_zeromqs_own_heartbeats_are_off_for_they_may_end_a_process_that_was_stop
             with context.socket(kind) as one:
                 channels._set_options(one)
                 assert (one.heartbeat_ivl, one.tcp_keepalive) == (0, 1)
+
+
+def test_what_is_for_one_source_reaches_it_alone_and_all_hear_what_is_for_the_run() -> None:
+    async def act() -> None:
+        async with DaemonChannel(LOOPBACK) as daemon:
+            with contextlib.ExitStack() as stack:
+                agents = {
+                    name: stack.enter_context(
+                        contextlib.closing(AgentChannel(daemon.address, "run", sources=(name,) if name else ()))
+                    )
+                    for name in ("a", "ab", "")
+                }
+                heard: dict[str, list[dict[str, int]]] = {name: [] for name in agents}
+
+                def all_heard(last: int) -> bool:
+                    for source in ("a", "ab"):
+                        daemon.publish("run", encode(Received(run="run", sources={source: 1})), source)
+                    daemon.publish("run", encode(Received(run="run", sources={"all": last})))
+                    for name, agent in agents.items():
+                        heard[name] += [dict(m.sources) for m in agent.receive() if isinstance(m, Received)]
+                    return all({"all": last} in got for got in heard.values())
+
+                await eventually(lambda: all_heard(1), "the run's topic")
+                await eventually(
+                    lambda: all_heard(1) and {"a": 1} in heard["a"] and {"ab": 1} in heard["ab"], "what is for one"
+                )
+                assert {"ab": 1} not in heard["a"]
+                assert {"a": 1} not in heard["ab"]
+                assert all(set(got) == {"all"} for got in heard[""])
+
+    run(act)

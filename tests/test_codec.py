@@ -23,13 +23,18 @@ from sosa_stream.protocol.messages import (
     Header,
     Heartbeat,
     Hello,
+    Inquiry,
     Knobs,
     KnobState,
     Layers,
     Message,
     MetricFrame,
+    Neighbour,
     Phase,
+    ProcessState,
     Received,
+    SilentRank,
+    Stacks,
 )
 
 numbers = st.integers(0, 2**62)
@@ -129,6 +134,31 @@ messages: st.SearchStrategy[Message] = st.one_of(
             ),
             max_size=3,
         ).map(tuple),
+    ),
+    st.builds(
+        Stacks,
+        header=headers(),
+        tick=numbers,
+        phase=st.sampled_from(Phase),
+        training=st.lists(texts, max_size=4).map(tuple),
+        others=st.lists(texts, max_size=4).map(tuple),
+        works=st.booleans(),
+        neighbours=st.lists(
+            st.builds(
+                Neighbour,
+                rank=numbers,
+                state=st.sampled_from(ProcessState),
+                frames=st.lists(texts, max_size=3).map(tuple),
+            ),
+            max_size=2,
+        ).map(tuple),
+    ),
+    st.builds(
+        Inquiry,
+        run=names,
+        generation=names,
+        number=numbers,
+        silent=st.lists(st.builds(SilentRank, rank=numbers, host=names, pid=numbers), max_size=2).map(tuple),
     ),
     st.builds(Bye, header=headers(), reason=texts, exit_code=st.integers(-(2**31), 2**31), dropped=numbers),
     st.builds(
@@ -293,6 +323,23 @@ GOLDEN: list[tuple[Message, str]] = [
         f"de0011 {_HEAD} a9686561727462656174 a47469636b 02 a473746570 03 a57068617365 a464617461"
         " a66f6c64657374 04 a764726f70706564 05 ac6d656d6f72795f6279746573 06"
         " b36465766963655f6d656d6f72795f6279746573 07 a86770755f75756964 a175",
+    ),
+    (
+        Stacks(
+            header=HEADER,
+            tick=2,
+            phase=Phase.DATA,
+            training=("f",),
+            works=True,
+            neighbours=(Neighbour(rank=1, state=ProcessState.GONE),),
+        ),
+        f"8f {_HEAD} a6737461636b73 a47469636b 02 a57068617365 a464617461 a8747261696e696e67 91 a166"
+        " a66f7468657273 90 a5776f726b73 c3 aa6e65696768626f757273 91 93 01 a4676f6e65 90",
+    ),
+    (
+        Inquiry(run="r", generation="g", number=3, silent=(SilentRank(rank=1, host="h", pid=7),)),
+        "86 a176 01 a46b696e64 a7696e7175697279 a372756e a172 aa67656e65726174696f6e a167 a66e756d626572 03"
+        " a673696c656e74 91 93 01 a168 07",
     ),
 ]
 

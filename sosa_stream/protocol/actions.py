@@ -97,6 +97,8 @@ ACTIONS: Mapping[str, ActionSpec] = MappingProxyType(
         "dump_diagnostics": ActionSpec(params={}),
         # End training on all ranks at one step.
         "stop": ActionSpec(params={}, irreversible=True),
+        # End the processes, so that torch elastic starts them again. Alone in its command: no fence is waited at.
+        "restart": ActionSpec(params={}, irreversible=True),
         # Take an earlier command back: the inverse of each of its actions, in reverse order, or of those of one name.
         "revert": ActionSpec(params={"command": Param(type=str), "only": Param(type=str, required=False)}),
     }

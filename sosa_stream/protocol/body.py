@@ -101,7 +101,7 @@ class Body:
         return name in self._body
 
     def sizes(self, name: str) -> dict[str, int]:
-        """A few numbers of bytes by name; none where the sender does not know the field."""
+        """A few numbers by name; none where the sender does not know the field."""
         value = self.mapping(name) if self.has(name) else {}
         numbers = Body(value, self.limits)
         if len(value) > self.limits.max_columns:

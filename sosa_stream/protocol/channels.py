@@ -1,7 +1,8 @@
 """The ZeroMQ channels: metrics from agents to the daemon (PUSH to PULL), control back to them (PUB to SUB).
 
-Control messages have two parts: the topic, ``run + "\\0"``, and the payload. ZeroMQ's queues are kept short and are
-never trusted: what must arrive stays in the agent's ring until the daemon has acknowledged it.
+Control messages have two parts, a topic and the payload. The topic is ``run + "\\0"``, or that of one source.
+ZeroMQ's queues are kept short and are never trusted: what must arrive stays in the agent's ring until the daemon has
+acknowledged it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -24,6 +26,8 @@ from sosa_stream.protocol.keys import AgentKeys, DaemonKeys
 from sosa_stream.protocol.messages import ControlMessage
 
 HIGH_WATER_MARK = 64
+BACKLOG = 4096
+"""Connections that may wait to be taken: the ranks of a large job come all at once."""
 MAX_DRAINED = 1024
 MAX_WIRE_BYTES = 64 * 1024 * 1024
 """A message up to this reaches the codec, which counts one above its own limit as oversized. Of a longer one ZeroMQ
@@ -91,6 +95,11 @@ def topic(run: str) -> bytes:
     return run.encode() + b"\0"
 
 
+def own_topic(run: str, source: str) -> bytes:
+    """The topic of one source of a run, for what the others need not hear. No run's topic begins as it does."""
+    return b"\0" + topic(run) + topic(source)
+
+
 class AgentChannel:
     """An agent's end. Synchronous; made, used and closed by the agent's own thread. No call blocks but `wait`.
 
@@ -104,24 +113,38 @@ class AgentChannel:
         ConfigError: the address is malformed.
     """
 
-    def __init__(self, address: str, run: str, *, keys: AgentKeys | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        run: str,
+        *,
+        sources: Collection[str] = (),
+        keys: AgentKeys | None = None,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
+        """``sources``: whose own topics to hear, beside the run's. ``context``: one that many channels share and that
+        outlives them; by default the channel has its own."""
         ends = endpoints(address)
-        self._topic = topic(run)
+        self._topics = frozenset({topic(run), *(own_topic(run, source) for source in sources)})
+        self._run = run
         self.rejected: Counter[str] = Counter()
         self.connected = False
         self.reconnects = 0
         self._refused: list[ProtocolError] = []
         self._connections = 0
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context() if context is None else context
+        self._owns_context = context is None
         try:
             self._push = self._socket(zmq.PUSH, keys)
             self._monitor = self._push.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
             self._sub = self._socket(zmq.SUB, keys)
-            self._sub.subscribe(self._topic)
+            for heard in self._topics:
+                self._sub.subscribe(heard)
             self._push.connect(ends.metrics)
             self._sub.connect(ends.control)
         except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
+            if self._owns_context:
+                self._context.destroy(linger=0)
             raise ConfigError(f"cannot connect to {address}: {error}") from None
 
     def _socket(self, kind: int, keys: AgentKeys | None) -> zmq.Socket[bytes]:
@@ -166,12 +189,12 @@ class AgentChannel:
         return refused
 
     def _decode(self, parts: list[bytes]) -> ControlMessage:
-        if len(parts) != 2 or parts[0] != self._topic:
+        if len(parts) != 2 or parts[0] not in self._topics:
             raise ProtocolError(Reject.MALFORMED, "a control message has two parts, the run's topic and the payload")
         message = decode(parts[1])
         if not isinstance(message, ControlMessage):
             raise ProtocolError(Reject.UNKNOWN_KIND, "not a control message")
-        if topic(message.run) != self._topic:
+        if message.run != self._run:
             raise ProtocolError(Reject.BAD_FIELD, "for another run")
         return message
 
@@ -191,9 +214,14 @@ class AgentChannel:
 
     def close(self) -> None:
         """Close at once; what ZeroMQ still holds is dropped. May be called twice."""
-        if not self._context.closed:
-            self._push.disable_monitor()
+        if self._push.closed:
+            return
+        self._push.disable_monitor()
+        if self._owns_context:
             self._context.destroy(linger=0)
+            return
+        for socket in (self._push, self._sub, self._monitor):
+            socket.close(linger=0)
 
 
 class DaemonChannel:
@@ -259,6 +287,7 @@ class DaemonChannel:
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
         _set_options(socket)
+        socket.backlog = BACKLOG
         if self._keys is not None:
             socket.curve_server = True
             socket.curve_publickey = self._keys.public
@@ -278,9 +307,10 @@ class DaemonChannel:
             pass
         return batch
 
-    def publish(self, run: str, data: bytes) -> None:
-        """Send to all agents of a run that are connected; never blocks, and drops for one that does not read."""
-        self._pub.send_multipart([topic(run), data], zmq.NOBLOCK)
+    def publish(self, run: str, data: bytes, source: str = "") -> None:
+        """Send to all agents of a run that are connected, or to one ``source`` of it; never blocks, and drops for one
+        that does not read."""
+        self._pub.send_multipart([own_topic(run, source) if source else topic(run), data], zmq.NOBLOCK)
 
     def take_failed_handshakes(self) -> Counter[str]:
         """Handshakes that failed since the last call: `WRONG_KEY` where keys are in use, otherwise `BAD_HANDSHAKE`."""

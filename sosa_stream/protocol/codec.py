@@ -26,12 +26,17 @@ from sosa_stream.protocol.messages import (
     Header,
     Heartbeat,
     Hello,
+    Inquiry,
     Knobs,
     KnobState,
     Layers,
     Message,
     MetricFrame,
+    Neighbour,
+    ProcessState,
     Received,
+    SilentRank,
+    Stacks,
 )
 
 _INT64, _FLOAT64, _FLOAT32 = np.dtype("<i8"), np.dtype("<f8"), np.dtype("<f4")
@@ -53,7 +58,7 @@ def encode(message: Message) -> bytes:
                     "parameters": list(message.parameters),
                     "policy": dict(message.policy),
                 }
-                | _known(message, "pod")
+                | _known(message, "pod", "process", "memory_limit_bytes", "own_topic")
             )
         case Heartbeat():
             body |= (
@@ -66,7 +71,9 @@ def encode(message: Message) -> bytes:
                     "oldest": message.oldest,
                     "dropped": message.dropped,
                 }
-                | _known(message, "memory_bytes", "device_memory_bytes", "gpu_uuid")
+                | _known(
+                    message, "memory_bytes", "device_memory_bytes", "device_limit_bytes", "gpu_uuid", "epoch_batches"
+                )
             )
         case MetricFrame():
             body |= _header(message.header) | {
@@ -109,6 +116,18 @@ def encode(message: Message) -> bytes:
                 "detail": message.detail,
                 "digest": message.digest,
             }
+        case Stacks():
+            body |= _header(message.header) | {
+                "kind": "stacks",
+                "tick": message.tick,
+                "phase": str(message.phase),
+                "training": list(message.training),
+                "others": list(message.others),
+                "works": message.works,
+                "neighbours": [[each.rank, str(each.state), list(each.frames)] for each in message.neighbours],
+            }
+            if message.collectives:
+                body |= {"collectives": dict(message.collectives)}
         case Bye():
             body |= _header(message.header) | {
                 "kind": "bye",
@@ -131,6 +150,14 @@ def encode(message: Message) -> bytes:
             }
         case Announcement():
             body |= {"kind": "announcement", "run": message.run, "incident": message.incident, "text": message.text}
+        case Inquiry():
+            body |= {
+                "kind": "inquiry",
+                "run": message.run,
+                "generation": message.generation,
+                "number": message.number,
+                "silent": [[each.rank, each.host, each.pid] for each in message.silent],
+            }
         case Received():
             body |= {"kind": "received", "run": message.run, "sources": dict(message.sources)}
     packed: bytes = msgpack.packb(body, use_bin_type=True)
@@ -195,6 +222,9 @@ def _hello(body: Body) -> Hello:
         parameters=body.texts("parameters"),
         policy=body.mapping("policy"),
         pod=body.name("pod") if body.has("pod") else "",
+        process=body.name("process") if body.has("process") else "",
+        memory_limit_bytes=body.integer("memory_limit_bytes") if body.has("memory_limit_bytes") else 0,
+        own_topic=body.boolean("own_topic") if body.has("own_topic") else False,
     )
 
 
@@ -208,7 +238,9 @@ def _heartbeat(body: Body) -> Heartbeat:
         dropped=body.integer("dropped"),
         memory_bytes=body.integer("memory_bytes") if body.has("memory_bytes") else 0,
         device_memory_bytes=body.integer("device_memory_bytes") if body.has("device_memory_bytes") else 0,
+        device_limit_bytes=body.integer("device_limit_bytes") if body.has("device_limit_bytes") else 0,
         gpu_uuid=body.name("gpu_uuid") if body.has("gpu_uuid") else "",
+        epoch_batches=body.integer("epoch_batches") if body.has("epoch_batches") else 0,
     )
 
 
@@ -280,6 +312,34 @@ def _ack(body: Body) -> Ack:
     )
 
 
+def _stacks(body: Body) -> Stacks:
+    neighbours = []
+    for rank, state, frames in _rows(body, "neighbours", 3):
+        one = Body({"rank": rank, "frames": frames}, body.limits)
+        try:
+            known = ProcessState(state)
+        except ValueError:
+            raise ProtocolError(Reject.BAD_FIELD, "a neighbour's state must be known") from None
+        neighbours.append(Neighbour(rank=one.integer("rank"), state=known, frames=one.texts("frames")))
+    return Stacks(
+        header=body.header(),
+        tick=body.integer("tick"),
+        phase=body.phase(),
+        training=body.texts("training"),
+        others=body.texts("others"),
+        works=body.boolean("works"),
+        neighbours=tuple(neighbours),
+        collectives=body.sizes("collectives"),
+    )
+
+
+def _rows(body: Body, name: str, width: int) -> list[list[Any]]:
+    rows = body.items(name, body.limits.max_columns)
+    if not all(isinstance(row, list) and len(row) == width for row in rows):
+        raise ProtocolError(Reject.BAD_FIELD, f"{name} must be lists of {width}")
+    return rows
+
+
 def _bye(body: Body) -> Bye:
     return Bye(
         header=body.header(),
@@ -315,6 +375,16 @@ def _command(body: Body) -> Command:
     )
 
 
+def _inquiry(body: Body) -> Inquiry:
+    silent = []
+    for rank, host, pid in _rows(body, "silent", 3):
+        one = Body({"rank": rank, "host": host, "pid": pid}, body.limits)
+        silent.append(SilentRank(rank=one.integer("rank"), host=one.name("host"), pid=one.integer("pid")))
+    return Inquiry(
+        run=body.name("run"), generation=body.name("generation"), number=body.integer("number"), silent=tuple(silent)
+    )
+
+
 def _received(body: Body) -> Received:
     sources = body.mapping("sources")
     if not all(isinstance(seq, int) and not isinstance(seq, bool) and seq >= 0 for seq in sources.values()):
@@ -334,8 +404,10 @@ _DECODERS: Mapping[str, Callable[[Body], Message]] = {
     "knobs": _knobs,
     "exception": _exception,
     "ack": _ack,
+    "stacks": _stacks,
     "bye": _bye,
     "command": _command,
     "received": _received,
+    "inquiry": _inquiry,
     "announcement": _announcement,
 }

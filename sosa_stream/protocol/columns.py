@@ -34,6 +34,12 @@ STEP_COLUMNS = (
     "weights_nonfinite",  # at the first of several steps that are not finite: 1 where the weights were not before it
     "batch_nonfinite",  # likewise, 1 where the batch holds a NaN or +inf
     "repeat_differs",  # likewise, 1 where the step came out finite when it was repeated, else 0
+    # Where the rest of step_seconds went on this rank, by the host's clock; what cannot be seen is not sent.
+    "data_seconds",  # waiting for the batch
+    "forward_seconds",  # between batch and backward pass
+    "backward_seconds",  # in backward passes, up to this rank's last gradient
+    "wait_seconds",  # waiting for other ranks: own time is step_seconds without it
+    "optimizer_seconds",
 )
 SAMPLED_COLUMNS = (
     "layer_ratio",  # gradient norm of the first weight matrix over the last one's
@@ -50,7 +56,14 @@ SAMPLED_COLUMNS = (
     "kl_per_dim",  # mean KL divergence to the prior per latent dimension, nats
     "orphan_parameters",  # trainable parameters that got a gradient and belong to no optimizer
     "stale_parameters",  # parameters of the optimizer that got no gradient
+    "kept_gradients",  # 1 where the last update's gradients were still there when the next backward began, else 0
+    "digest",  # 53-bit digest of one chunk of parameters or optimizer state after the update: equal on replicas
+    "digest_chunk",  # which one: even of parameters, odd of optimizer state; 32 more with each new set of optimizers
+    "digest_owed",  # 1 where DDP reduces all gradients on all ranks, so that it must be equal from the first update on
+    "local_norm",  # norm of this rank's own gradient before the reduction, unscaled; of several backwards the largest
+    "local_nonfinite",  # how many of its elements are NaN or infinite, over all backwards of the step
 )
+DIGEST_CHUNKS = 32
 COLUMNS = STEP_COLUMNS + SAMPLED_COLUMNS
 EVAL_LOSS = "eval_loss"
 LOG_PREFIX = "log/"

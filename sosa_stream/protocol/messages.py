@@ -65,7 +65,9 @@ class Header:
 class Hello:
     """A rank has joined a generation. ``policy`` holds the run's mode, what auto may do, and the limits.
 
-    ``pod`` is the rank's in Kubernetes, or empty.
+    ``pod`` is the rank's in Kubernetes, or empty. ``process`` says which process of all this is (`processes.identity`),
+    ``memory_limit_bytes`` how much memory all processes of its host or container may have; empty and 0 where unknown.
+    ``own_topic``: this process hears at a topic of its own what was received of it.
     """
 
     header: Header
@@ -75,6 +77,9 @@ class Hello:
     parameters: tuple[str, ...]
     policy: Mapping[str, Any]
     pod: str = ""
+    process: str = ""
+    memory_limit_bytes: int = 0
+    own_topic: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,9 +87,10 @@ class Heartbeat:
     """Once a second from the agent's own thread, so that a stuck training thread is told apart from a dead process.
 
     ``dropped`` counts frames that the agent's full ring gave up; ``oldest`` is the lowest sequence number still held.
-    ``memory_bytes`` is the process's resident set, ``device_memory_bytes`` what torch has allocated on its device; 0
-    where unknown. ``gpu_uuid`` is that device, as NVML and DCGM name it, or empty. It is here and not in `Hello`,
-    because a script may choose its device long after it has joined.
+    ``memory_bytes`` is the process's resident set, ``device_memory_bytes`` what torch has allocated on its device, of
+    ``device_limit_bytes``; 0 where unknown. ``gpu_uuid`` is that device, as NVML and DCGM name it, or empty. These are
+    here and not in `Hello`, because a script may choose its device long after it has joined. ``epoch_batches`` is how
+    many batches an epoch of the DataLoader in use has, 0 where unknown.
     """
 
     header: Header
@@ -95,7 +101,9 @@ class Heartbeat:
     dropped: int
     memory_bytes: int = 0
     device_memory_bytes: int = 0
+    device_limit_bytes: int = 0
     gpu_uuid: str = ""
+    epoch_batches: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -193,6 +201,44 @@ class Ack:
     digest: str = ""
 
 
+class ProcessState(StrEnum):
+    """A training process as another process of its host sees it."""
+
+    RUNNING = "running"
+    STOPPED = "stopped"
+    GONE = "gone"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Neighbour:
+    """A silent rank, as another of its host sees it. ``frames`` are those that its C thread has left, innermost
+    last."""
+
+    rank: int
+    state: ProcessState
+    frames: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stacks:
+    """Where this process's threads stand, in answer to an `Inquiry`; of bounded size.
+
+    ``training`` is the stack of the training thread, ``others`` those of the other threads one after the other, each
+    line ``file:line function``, innermost last. ``works``: the training thread has used most of its time for computing
+    since the last answer. ``collectives``: how many this rank has begun in each process group.
+    """
+
+    header: Header
+    tick: int
+    phase: Phase
+    training: tuple[str, ...]
+    others: tuple[str, ...] = ()
+    works: bool = False
+    neighbours: tuple[Neighbour, ...] = ()
+    collectives: Mapping[str, int] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bye:
     """The process is leaving by itself; whatever its ring lost is in ``dropped``."""
@@ -230,6 +276,28 @@ class Received:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SilentRank:
+    """A rank of which nothing is heard: its process, for those on its host to look at."""
+
+    rank: int
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inquiry:
+    """The run stands still, as it seems: where does each rank stand, and what is with those that are silent?
+
+    Sent again with another ``number`` while that lasts, and may be missed.
+    """
+
+    run: str
+    generation: str
+    number: int
+    silent: tuple[SilentRank, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Announcement:
     """A sentence for whoever looks at the job's own output: an incident, a proposal. Sent once, and may be missed."""
 
@@ -238,6 +306,6 @@ class Announcement:
     text: str
 
 
-AgentMessage = Hello | Heartbeat | MetricFrame | Layers | Knobs | ExceptionReport | Ack | Bye
-ControlMessage = Command | Received | Announcement
+AgentMessage = Hello | Heartbeat | MetricFrame | Layers | Knobs | ExceptionReport | Ack | Stacks | Bye
+ControlMessage = Command | Received | Inquiry | Announcement
 Message = AgentMessage | ControlMessage

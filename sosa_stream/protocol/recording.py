@@ -12,6 +12,7 @@ import fcntl
 import os
 import struct
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +20,7 @@ import msgpack
 
 from sosa_stream.decide.experience import Outcome
 from sosa_stream.decide.requests import REQUESTS, Approve, Fix, Pause, Propose, Resume, Undo, read_request, words_of
-from sosa_stream.effects import Event, JobGone, Learned, Reconfigured, ShellEvent, Timer
+from sosa_stream.effects import Death, Departed, Event, JobGone, Learned, Reconfigured, ShellEvent, Timer
 from sosa_stream.errors import ConfigError, ProtocolError, RefusedError, SosaError, UsageError
 from sosa_stream.protocol.body import DEFAULT_LIMITS, Reject
 from sosa_stream.protocol.codec import decode
@@ -144,6 +145,8 @@ def encode_shell_record(event: ShellEvent) -> bytes:
             body |= {"kind": "timer"}
         case JobGone():
             body |= {"kind": "job_gone"}
+        case Departed():
+            body |= {"kind": "departed", "deaths": [asdict(death) for death in event.deaths]}
         case Reconfigured():
             body |= {"kind": "reconfigured", "detect": event.settings.as_dict()}
         case Learned():
@@ -181,6 +184,11 @@ def _decode_shell_record(payload: bytes) -> Event:
         return Timer()
     if kind == "job_gone":
         return JobGone()
+    if kind == "departed":
+        try:
+            return Departed(deaths=tuple(Death(**death) for death in body.get("deaths", ())))
+        except TypeError as error:
+            raise ProtocolError(Reject.BAD_FIELD, f"departed: {error}") from None
     if kind in REQUESTS:
         try:
             return read_request(kind, body.get("who"), body)
