@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.optim import Optimizer
 
 import sosa_stream
 from sosa_stream.agent import failure, process
-from sosa_stream.agent.environment import pod_name
+from sosa_stream.agent.environment import can_restart, pod_name
 from sosa_stream.agent.fence.fence import Fence
 from sosa_stream.agent.fence.membership import Membership
 from sosa_stream.agent.fence.stores import MemoryStore, RegisterStore
@@ -37,6 +38,7 @@ from sosa_stream.agent.repair.snapshots import SnapshotRing
 from sosa_stream.agent.repair.stopping import StopMark
 from sosa_stream.agent.repair.training_state import TrainingState
 from sosa_stream.agent.splitting.memory import breakdown, is_out_of_memory
+from sosa_stream.agent.stacks import Stacks
 from sosa_stream.agent.step.attribution import Attribution
 from sosa_stream.agent.step.guard import Guard
 from sosa_stream.agent.step.probe import Probe
@@ -51,6 +53,8 @@ from sosa_stream.protocol import messages
 from sosa_stream.protocol.messages import Layers, Phase
 from sosa_stream.settings import Mode, Settings, Switch
 
+EXIT_RESTART = 79
+"""Exit code of a rank that a `restart` ended, with its training thread stuck; torch elastic starts them all again."""
 EXIT_IN_DOUBT = 75
 """Exit code of a rank that cannot know what the others do; torch elastic then restarts them all."""
 
@@ -137,6 +141,7 @@ class Agent:
             guard=Guard(settings.guard_mode, self._tell),
             attribution=self._attribution,
             digest_after_fix=settings.agent.digest_after_fix,
+            digest_every=settings.agent.digest_every,
             alone=world_size == 1,
             on_error=self._on_error,
             tell=self._tell,
@@ -150,6 +155,7 @@ class Agent:
             self.checkpoints, self.probe, settings.agent.sigterm_seconds, self.say, self._say_here
         )
         self._libraries = Libraries(self.log)
+        self._stacks: Stacks | None = None
         self._courier: Courier | None = None
         self._tee: LocalLink | None = None
         self._thread: AgentThread | None = None
@@ -278,6 +284,9 @@ class Agent:
     def _diagnostics_path(self, step: int) -> Path:
         return Path(self.settings.home, self._place.run, "diagnostics", f"rank{self._place.rank}-step{step}.txt")
 
+    def _stacks_path(self, rank: int) -> Path:
+        return Path(self.settings.home, self._place.run, "stacks", f"rank{rank}.txt")
+
     def _facts(self) -> dict[str, object]:
         return {
             "run": self._place.run,
@@ -317,6 +326,8 @@ class Agent:
                 settings=self.settings.fence,
                 wake=self._wakeup.set,
             )
+        if not self._local:  # in one process alone the step itself is the thread that would ask
+            self._stacks = Stacks(self._place.rank, self._stacks_path)
         self._courier = Courier(
             settings=self.settings,
             identity=self._place.identity,
@@ -329,13 +340,20 @@ class Agent:
             versions={"torch": torch.__version__},
             parameters=self._parameters,
             progress=self._progress,
-            footprint=lambda: footprint(self.probe.device),
+            stacks=self._stacks,
+            restart=self._end_for_restart if can_restart(os.environ) else None,
+            footprint=lambda: replace(footprint(self.probe.device), epoch_batches=self.taps.deliveries.epoch_batches),
             pod=pod_name(os.environ),
             refusal=lambda command: self.actuators.refusal(command, self.probe.step),
             say=self.say,
         )
         self.probe.fence = fence
         return self._courier
+
+    def _end_for_restart(self, why: str) -> None:
+        self.say(f"this rank ends with exit code {EXIT_RESTART}, to be started again: {why}", every_rank=True)
+        sys.stderr.flush()
+        os._exit(EXIT_RESTART)
 
     def _progress(self) -> Progress:
         return Progress(tick=self.probe.tick, step=self.probe.step, phase=self.taps.phase)
@@ -413,6 +431,8 @@ class Agent:
             self._courier.close(reason, exit_code, timeout_seconds=0.0)
         elif self._thread is not None:
             self._thread.close(reason, exit_code)
+        if self._stacks is not None:
+            self._stacks.close()
 
     def close_at_exit(self) -> None:
         """The interpreter ends, and nobody has said how: it remembers an exception that nobody caught."""

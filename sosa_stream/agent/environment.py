@@ -64,3 +64,9 @@ def run_name(settings: Settings, env: Mapping[str, str], script: str) -> str:
     safe = re.sub(r"[^\w.-]+", "-", name).strip(".-")[:60]
     is_free = safe == name and name != KILL_NAME
     return safe if is_free else f"{safe or 'run'}-{hashlib.blake2b(name.encode(), digest_size=3).hexdigest()}"
+
+
+def can_restart(env: Mapping[str, str]) -> bool:
+    """Whether torch elastic would start the ranks again if one of them ended; it is done by `--max-restarts`."""
+    count, most = env.get("TORCHELASTIC_RESTART_COUNT", ""), env.get("TORCHELASTIC_MAX_RESTARTS", "")
+    return count.isdecimal() and most.isdecimal() and int(count) < int(most)

@@ -54,6 +54,8 @@ class InForce:
     """Parts in which the ranks have agreed to run each batch."""
     ran_in_parts: int = 1
     """Parts in which this rank has run the batch of this step."""
+    uneven: bool = False
+    """Whether ranks may take different numbers of steps, so that none has a tick in common with another."""
     norm_is_shared: bool = True
     """Whether the last gradient norm was the same on all ranks, as the probe saw it."""
 

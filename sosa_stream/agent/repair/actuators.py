@@ -85,6 +85,8 @@ class Actuators:
 
         Asked before the rank holds the command: one that cannot must say so before the others are bound.
         """
+        if self.in_force.uneven:
+            return "ranks may take different numbers of steps (join): there is no step that they could agree on"
         for action in command.actions:
             if action.action == "revert":
                 why = "" if self._chosen(action.params) else f"command {action.params['command']} is not in force here"

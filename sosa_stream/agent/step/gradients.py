@@ -109,17 +109,28 @@ def reduced_by_ddp(optimizer: Optimizer) -> bool:
     """Whether every parameter belongs to a `DistributedDataParallel` over all ranks, so that gradients are equal.
 
     Looks at all live objects, so it is asked once for each optimizer. FSDP1's flat shards, and tensor or pipeline
-    parallelism, look like ordinary parameters and are different on each rank.
+    parallelism, look like ordinary parameters and are different on each rank. With a hook for local SGD gradients are
+    reduced among some ranks, or not at all.
     """
     wrappers = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
     reduced = {
         id(p)
         for wrapper in wrappers
-        if wrapper.process_group.size() == get_world_size()
+        if wrapper.process_group.size() == get_world_size() and not _steps_alone(wrapper)
         for name, p in wrapper.module.named_parameters()
         if name not in wrapper.parameters_to_ignore
     }
     return all(id(p) in reduced for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+
+
+def reduced_at_times() -> bool:
+    """Whether a `DistributedDataParallel` of this process has a hook for local SGD: its replicas part on purpose."""
+    return any(_steps_alone(o) for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel))
+
+
+def _steps_alone(wrapper: DistributedDataParallel) -> bool:
+    hooks = getattr(wrapper, "_comm_hooks", ())
+    return any(type(state).__name__ == "PostLocalSGDState" for _, state in hooks)
 
 
 def clip(gradients: list[torch.Tensor], norm: torch.Tensor, max_norm: float) -> None:

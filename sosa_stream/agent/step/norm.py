@@ -34,6 +34,10 @@ class StepNorm:
             self._kinds[optimizer] = sharded, not sharded and (self._alone or gradients.reduced_by_ddp(optimizer))
         self.sharded, self.gradients_are_shared = self._kinds[optimizer]
 
+    def are_shared(self, optimizer: Optimizer) -> bool:
+        """Whether the gradients of one that has stepped are whole, and the same on all ranks."""
+        return self._kinds.get(optimizer, (False, False))[1]
+
     def take(
         self, optimizer: Optimizer, parameters: list[torch.Tensor], local: list[torch.Tensor]
     ) -> list[torch.Tensor] | None:

@@ -11,6 +11,7 @@ it is switched off, said once, and training goes on.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import weakref
@@ -35,7 +36,9 @@ from sosa_stream.agent.step.norm import StepNorm
 from sosa_stream.agent.step.rows import Rows
 from sosa_stream.agent.step.step_calls import Primary, StepCalls
 from sosa_stream.agent.transport.outbox import Outbox
-from sosa_stream.agent.watch.looks import Looks
+from sosa_stream.agent.watch.digests import Digests
+from sosa_stream.agent.watch.looks import Columns, Looks
+from sosa_stream.agent.watch.own_time import Part
 from sosa_stream.agent.watch.taps import Taps
 from sosa_stream.protocol.messages import Ack, AckState, Command, Phase
 
@@ -64,6 +67,7 @@ class Probe:
         guard: Guard,
         attribution: Attribution | None = None,
         digest_after_fix: bool,
+        digest_every: int = 0,
         alone: bool,
         on_error: Callable[[BaseException, bool], None],
         tell: Callable[[str], None] = lambda text: None,
@@ -85,6 +89,8 @@ class Probe:
         self._outbox = outbox
         self._taps = taps
         taps.around_scaler_step = self._around_scaler_step
+        if not alone:
+            taps.on_join = functools.partial(setattr, actuators.in_force, "uneven", True)
         self._state = state
         self._actuators = actuators
         self._in_force = actuators.in_force
@@ -100,7 +106,8 @@ class Probe:
         self._norm = StepNorm(taps, alone=alone)
         self.looks = Looks(lambda error: on_error(error, False))
         self.looks.forward.before = self.before_forward
-        self._rows = Rows(outbox, taps, self.looks, self._in_force)
+        digests = Digests(lambda: state.optimizers, 0 if alone else digest_every, self._norm.are_shared)
+        self._rows = Rows(outbox, taps, self.looks, self._in_force, digests)
         self._last: Callable[[], Optimizer | None] = lambda: None
         self._alone = alone
         self._handles: list[Any] = []
@@ -111,6 +118,7 @@ class Probe:
         """The first forward pass of a step is about to begin; never raises."""
         if self.controlling:
             self._guard.before_forward(root)
+        self._taps.own_time.begin_forward()
 
     def install(self, optimizer: Optimizer | None = None) -> None:
         """Watch one optimizer, or every optimizer of the process."""
@@ -185,6 +193,7 @@ class Probe:
         self._guard.begin(optimizer)
         self._norm.value = None
         self._taps.phase = OPTIMIZER
+        self._taps.own_time.enter(Part.OPTIMIZER)
         if (fence := self.fence) is not None and (command := fence.arrive(self.tick)) is not None:
             try:
                 self._apply(command, fence)
@@ -392,8 +401,9 @@ class Probe:
                 self._rows.num_objectives += own
                 if primary:  # the loss shown is its own, not a GAN's other one
                     found, self._found = self._found, {}
-                    num_models, skipped = self._primary.num_changes, self._guard.skipped
-                    self._rows.add(optimizer, step, self.tick - 1, num_models, loss, self._norm.value, skipped, found)
+                    apart = self._look_apart(optimizer)
+                    num_models, norm, skipped = self._primary.num_changes, self._norm.value, self._guard.skipped
+                    self._rows.add(optimizer, step, self.tick - 1, num_models, loss, norm, skipped, found, apart)
                 if self._after_tick is not None:
                     self._after_tick()
             except StopTraining:
@@ -401,8 +411,19 @@ class Probe:
             except Exception as error:
                 self._lose_sight(error)
         if self._snapshots is not None:
-            norm = self._norm.value if self._norm.is_shared else None
-            self._keep_copies(lambda ring: ring.observe(self.tick, self.step, norm))
+            shared = self._norm.value if self._norm.is_shared else None
+            self._keep_copies(lambda ring: ring.observe(self.tick, self.step, shared))
+
+    def _look_apart(self, optimizer: Optimizer) -> Columns:
+        """What tells this rank's step from the others': its times, and its gradients before they were reduced."""
+        taps, norm = self._taps, self._norm
+        on_device = self.device is not None and self.device.type != "cpu"
+        reduced = norm.gradients_are_shared and not self._alone
+        found = taps.own_time.take(reduces=reduced, blind=norm.sharded or self._alone, on_device=on_device)
+        if reduced:
+            found |= taps.local_gradients.take(taps.loss_scale)
+            taps.local_gradients.begin(self.step, optimizer, norm.value)
+        return found
 
     def _keep_copies(self, act: Callable[[SnapshotRing], None]) -> None:
         assert self._snapshots is not None

@@ -13,24 +13,42 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sosa_stream import processes
 from sosa_stream.agent.fence.fence import Fence
 from sosa_stream.agent.fence.membership import Membership
 from sosa_stream.agent.fence.notices import Aborted, Closed, Committed, Held
-from sosa_stream.agent.footprint import Footprint
+from sosa_stream.agent.footprint import Footprint, limit_bytes
 from sosa_stream.agent.kill_file import KillFile
 from sosa_stream.agent.place import Identity
+from sosa_stream.agent.stacks import Stacks
 from sosa_stream.agent.timezone import utc_offsets
 from sosa_stream.agent.transport.link import Link
 from sosa_stream.agent.transport.outbox import Outbox
 from sosa_stream.errors import CommandRefusedError, describe
 from sosa_stream.plain import plain
-from sosa_stream.protocol.messages import Ack, AckState, Announcement, Bye, Command, Header, Hello, Phase, Received
+from sosa_stream.protocol.messages import (
+    Ack,
+    AckState,
+    Announcement,
+    Bye,
+    Command,
+    Header,
+    Hello,
+    Inquiry,
+    Phase,
+    Received,
+)
 from sosa_stream.settings import Mode, Settings
 
 HEARTBEAT_SECONDS = 1.0
+ASKED_SECONDS = 3.0
+ASKED_BEATS = 8
+"""Heartbeats a second of all ranks together, while they are asked where they stand: so fast it is told that they do."""
 NOT_TAKEN_SECONDS = 5.0
 UNREACHED_SECONDS = 1.0
 """How long the end of a job waits for a daemon that does not answer."""
+RESTART_SECONDS = 1.0
+"""How long a rank that is to end waits until the daemon has its word on it."""
 MAX_PARAMETER_NAMES = 2000
 
 
@@ -62,6 +80,8 @@ class Courier:
         refusal: Callable[[Command], str],
         say: Callable[[str], None],
         footprint: Callable[[], Footprint] = Footprint,
+        stacks: Stacks | None = None,
+        restart: Callable[[str], None] | None = None,
         pod: str = "",
     ) -> None:
         self._settings = settings
@@ -72,11 +92,15 @@ class Courier:
         self._fence = fence
         self._progress = progress
         self._footprint = footprint
+        self._stacks = stacks
+        self._restart = restart
+        self._restart_by: tuple[float, str] | None = None
         self._cannot = refusal
         self._say = say
         self._seen: set[str] = set()
         self._rejected: set[str] = set()
         self._next_heartbeat = 0.0
+        self._asked_until = 0.0
         self._reconnects = 0
         self._fence_closed = False
         self._taken_at = 0.0
@@ -96,6 +120,9 @@ class Courier:
                 parameters=tuple(parameters[:MAX_PARAMETER_NAMES]),
                 policy=policy(settings),
                 pod=pod,
+                process=processes.identity(os.getpid()),
+                memory_limit_bytes=limit_bytes(),
+                own_topic=True,
             )
         )
 
@@ -115,7 +142,10 @@ class Courier:
         now = time.monotonic()
         self._outbox.flush(self.header)
         if now >= self._next_heartbeat:
-            self._next_heartbeat = now + HEARTBEAT_SECONDS
+            few = min(1.0, max(2, self._identity.world_size) / ASKED_BEATS)
+            self._next_heartbeat = now + HEARTBEAT_SECONDS * (few if now < self._asked_until else 1.0)
+            if self._stacks is not None:
+                self._stacks.alive()
             at = self._progress()
             beat = self._outbox.heartbeat(self.header(0), at.tick, at.step, at.phase, self._footprint())
             self._link.send(beat)
@@ -125,6 +155,9 @@ class Courier:
                 if seq is not None:
                     self._taken_at = now
                     self._outbox.ring.acknowledge(seq, now)
+            elif isinstance(message, Inquiry):
+                self._asked_until = now + ASKED_SECONDS
+                self._answer(message)
             elif isinstance(message, Announcement):
                 self._incidents.add(message.incident)
                 if not self.ending:  # what ended the script has been said by the script itself
@@ -144,6 +177,10 @@ class Courier:
         self._serve_fence(now)
         self._outbox.flush(self.header)  # acks leave in the same round
         self._outbox.ring.send(self._link.send, now)
+        if self._restart_by is not None and self._restart is not None:
+            by, why = self._restart_by
+            if now > by or not len(self._outbox.ring):
+                self._restart(why)
 
     @property
     def killed(self) -> str:
@@ -193,6 +230,12 @@ class Courier:
             self._say(f"{len(self._incidents)} incident(s) in this run: sosa incidents --run {self.membership.run}")
         self._link.close()
 
+    def _answer(self, inquiry: Inquiry) -> None:
+        if self._stacks is not None and inquiry.generation == self.membership.generation and not self.ending:
+            at = self._progress()
+            self._outbox.add_message(self._stacks.answer(inquiry, at.tick, at.phase))
+            self._outbox.flush(self.header)
+
     def _doubt_daemon(self, now: float) -> None:
         """Say once when nothing of what waits has been taken for long."""
         self._taken_at = self._taken_at or now
@@ -206,6 +249,9 @@ class Courier:
 
     def _take(self, command: Command) -> None:
         """A command has come: hold it at the fence, or refuse it with the reason."""
+        if any(action.action == "restart" for action in command.actions):
+            self._take_restart(command)
+            return
         refusal = self._refusal(command)
         if refusal:
             self._rejected.add(command.id)
@@ -214,6 +260,17 @@ class Courier:
             self._open.add(command.id)
         if self._fence is not None and command.generation == self.membership.generation:
             self._fence.submit(command, refuse=bool(refusal))
+
+    def _take_restart(self, command: Command) -> None:
+        """Training threads are stuck, and no fence is ever reached: each rank that hears of it ends by itself."""
+        refusal = may_apply(self._settings, command) or self._kill_file.refusal()
+        if command.generation != self.membership.generation:
+            refusal = "made for another generation"
+        elif self._restart is None or len(command.actions) > 1:
+            refusal = "nobody would start it again (torchrun --max-restarts), or it does not stand alone in its command"
+        self._ack(command.id, AckState.REJECTED if refusal else AckState.APPLIED, refusal)
+        if not refusal:
+            self._restart_by = (time.monotonic() + RESTART_SECONDS, command.reason)
 
     def _answer_refused(self) -> None:
         """What the codec did not let through: a command that can be answered is, of the rest the user is told once."""

@@ -1,15 +1,16 @@
-"""The daemon that rank 0 starts for a job that named none: a child on loopback that ends when we do.
+"""The daemon that rank 0 starts for a job that named none: on loopback, and it ends when we do.
 
-It has its own session (a Ctrl-C in the terminal is not for it), logs to a file, and reads end-of-file on its standard
-input when this process ends in whatever way; it then drains and ends by itself. What the user should hear comes back
-through a pipe, a JSON object per line: first where it can be found, then its complaints.
+It is no child of ours, for a script may wait for all of its own (``os.wait``). It has a session of its own (a Ctrl-C in
+the terminal is not for it), logs to a file, and reads end-of-file on its standard input when this process ends in
+whatever way; it then drains and ends by itself. What the user should hear comes back through a pipe, a JSON object per
+line: first where it can be found, then its complaints. The end of that pipe is the daemon's.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import select
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from sosa_stream.visible import shown
 
+LAUNCH = "import os, sys; os.fork() or os.execv(sys.argv[1], sys.argv[1:])"
 MAX_RESTARTS = 3
 READY_SECONDS = 30.0
 
@@ -28,46 +30,59 @@ class EmbeddedDaemon:
         """``folder`` is where the settings were read, which the daemon reads again: the script may have left it."""
         self.address = ""
         self.http = ""
+        self.pid = 0
         self.given_up = ""
         self.complaints: list[str] = []
         """Sentences for the user."""
         self._home = home
         self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
+        self._alive_fd: int | None = None
+        """The daemon's standard input: it ends with the last process that has this open."""
         self._told_fd: int | None = None
         self._told = b""
         self._started_at = 0.0
         self._starts = 0
 
     def start(self) -> None:
-        """Start the child; `poll` learns its address."""
+        """Start it; `poll` learns its address."""
         self._home.mkdir(parents=True, exist_ok=True)
         told, write = os.pipe()
+        stdin, alive = os.pipe()
         os.set_blocking(told, False)
         bind = self.address or "tcp://127.0.0.1:0"
-        command = [sys.executable, "-m", "sosa_stream.cli", "daemon", "--embedded", "--ready-fd", str(write)]
-        command += ["--home", str(self._home), "--bind", bind, "--http", self.http or "127.0.0.1:0"]
-        with open(self._home / "daemon.log", "ab") as log:
-            self._process = subprocess.Popen(
-                command,
-                cwd=self._folder,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                pass_fds=[write],
-                start_new_session=True,
-            )
-        os.close(write)
+        daemon = ["-m", "sosa_stream.cli", "daemon", "--embedded", "--ready-fd", str(write), "--home", str(self._home)]
+        daemon += ["--bind", bind, "--http", self.http or "127.0.0.1:0"]
+        command = [sys.executable, "-ISc", LAUNCH, sys.executable, *daemon]
+        try:
+            with open(self._home / "daemon.log", "ab") as log:
+                subprocess.run(
+                    command,
+                    cwd=self._folder,
+                    stdin=stdin,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=[write],
+                    start_new_session=True,
+                    check=False,
+                )
+        except OSError:
+            for fd in (told, alive):
+                os.close(fd)
+            raise
+        finally:
+            for fd in (stdin, write):
+                os.close(fd)
+        self._alive_fd = alive
         self._told_fd, self._told = told, b""
         self._started_at = time.monotonic()
         self._starts += 1
 
     def poll(self) -> None:
-        """Learn what the child tells, its address first, and start it again if it has died. Never blocks."""
-        if self._process is None or self.given_up:
+        """Learn what it tells, its address first, and start it again if it has died. Never blocks."""
+        if not self._starts or self.given_up:
             return
         self._listen()
-        if self._process.poll() is not None:
+        if self._told_fd is None:
             self._forget_pipes()
             if self._starts > MAX_RESTARTS:
                 self.given_up = f"the daemon ended {self._starts} times; see {shown(self._home / 'daemon.log')}"
@@ -78,17 +93,18 @@ class EmbeddedDaemon:
     def starting(self) -> bool:
         """Whether it is worth waiting for the address."""
         late = time.monotonic() - self._started_at > READY_SECONDS
-        return not self.address and not self.given_up and self._process is not None and not late
+        return not self.address and not self.given_up and self._starts > 0 and not late
 
     def stop(self, timeout_seconds: float) -> None:
         """End of file is the word to drain and end; wait for it, within bounds, and hear its last words."""
-        if self._process is None:
-            return
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # it goes on draining by itself; its own bound ends it
-            self._process.wait(timeout_seconds)
+        if self._alive_fd is not None:
+            os.close(self._alive_fd)
+            self._alive_fd = None
+        until = time.monotonic() + timeout_seconds
         self._listen()
+        while self._told_fd is not None and (left := until - time.monotonic()) > 0.0:  # its own bound ends its draining
+            select.select([self._told_fd], [], [], left)
+            self._listen()
         self._forget_pipes()
 
     def after_fork_in_child(self) -> None:
@@ -109,11 +125,10 @@ class EmbeddedDaemon:
                 if "complaint" in line:
                     self.complaints.append(line["complaint"])
                 else:
-                    self.address, self.http = line["address"], line["http"]
+                    self.address, self.http, self.pid = line["address"], line["http"], line["pid"]
 
     def _forget_pipes(self) -> None:
-        if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.close()
-        if self._told_fd is not None:
-            os.close(self._told_fd)
-            self._told_fd = None
+        for fd in (self._alive_fd, self._told_fd):
+            if fd is not None:
+                os.close(fd)
+        self._alive_fd = self._told_fd = None

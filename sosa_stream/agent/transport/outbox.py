@@ -1,4 +1,4 @@
-"""What waits to leave this process: rows of metrics, and the ring of frames that the daemon has not yet written.
+"""What waits to leave this process: rows of metrics, and, in a ring, frames that the daemon has not yet written.
 
 The training thread only appends to deques; everything else belongs to the agent's thread.
 """
@@ -22,6 +22,7 @@ from sosa_stream.agent.watch.scalars import Scalars, fetch
 from sosa_stream.agent.watch.weights import Update
 from sosa_stream.protocol.codec import encode
 from sosa_stream.protocol.messages import AgentMessage, Header, Heartbeat, MetricFrame, Phase
+from sosa_stream.protocol.ring import Ring
 
 MAX_ROWS_PER_FRAME = 512
 MAX_WAITING_ROWS = 65536
@@ -100,59 +101,6 @@ class Wakeup:
         # Only when nobody holds it: a number that is closed earlier may by then be somebody else's file.
         os.close(self.fd)
         os.close(self._write)
-
-
-class Ring:
-    """Encoded, sequenced frames until the daemon says that they are in the recording.
-
-    Bounded: when full the oldest is dropped and counted; nothing ever blocks. ``send`` may be called again for what was
-    sent before: `rewind` after a reconnection, or when no acknowledgement has come for ``resend_seconds``.
-    """
-
-    def __init__(self, max_frames: int, resend_seconds: float = 1.0) -> None:
-        self._frames: deque[bytes] = deque()
-        self._max_frames = max_frames
-        self._resend_seconds = resend_seconds
-        self._progress_at = 0.0
-        self._next = 1  # sequence number to send next
-        self.oldest = 1  # lowest sequence number still held
-        self.dropped = 0
-
-    def __len__(self) -> int:
-        return len(self._frames)
-
-    @property
-    def next_seq(self) -> int:
-        return self.oldest + len(self._frames)
-
-    def append(self, frame: bytes) -> None:
-        if len(self._frames) == self._max_frames:
-            self._frames.popleft()
-            self.oldest += 1
-            self.dropped += 1
-            self._next = max(self._next, self.oldest)
-        self._frames.append(frame)
-
-    def acknowledge(self, seq: int, now: float) -> None:
-        if seq < self.oldest:
-            return
-        self._progress_at = now
-        while self._frames and self.oldest <= seq:
-            self._frames.popleft()
-            self.oldest += 1
-        self._next = max(self._next, self.oldest)
-
-    def rewind(self) -> None:
-        self._next = self.oldest
-
-    def send(self, send: Callable[[bytes], bool], now: float) -> None:
-        if self._next == self.oldest:  # nothing is under way, so nothing can be late
-            self._progress_at = now
-        elif now - self._progress_at > self._resend_seconds:
-            self._progress_at = now
-            self.rewind()
-        while self._next < self.next_seq and send(self._frames[self._next - self.oldest]):
-            self._next += 1
 
 
 class Outbox:
@@ -249,7 +197,9 @@ class Outbox:
                 dropped=self.num_dropped,
                 memory_bytes=taken.memory_bytes,
                 device_memory_bytes=taken.device_memory_bytes,
+                device_limit_bytes=taken.device_limit_bytes,
                 gpu_uuid=taken.gpu_uuid,
+                epoch_batches=taken.epoch_batches,
             )
         )
 

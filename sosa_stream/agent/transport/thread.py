@@ -29,6 +29,7 @@ from sosa_stream.visible import shown
 
 JOIN_SECONDS = 0.05
 NO_GROUP_SECONDS = 60.0
+"""After which a job that trains is taken to have no process group, or no agent on rank 0."""
 LAST_JOIN_SECONDS = 3.0
 """How long the end of a very short script is held up for its ranks to find each other and hand their frames over."""
 CLOSE_SECONDS = 5.0
@@ -122,7 +123,7 @@ class AgentThread:
         started = time.monotonic()
         store: RegisterStore | None = None
         joiner: Joiner | None = None
-        give_up_at = 0.0
+        give_up_at, told = 0.0, False
         while True:
             if self._closing is not None:
                 give_up_at = give_up_at or time.monotonic() + LAST_JOIN_SECONDS
@@ -150,6 +151,9 @@ class AgentThread:
                     return self._connect(membership, store)
                 if give_up_at and time.monotonic() > give_up_at:
                     return None
+                if not told and time.monotonic() - started > NO_GROUP_SECONDS and self._trains():
+                    told = True
+                    self._say_here("rank 0 does not answer: without an agent there nobody watches this run")
             time.sleep(JOIN_SECONDS)
 
     def _connect(self, membership: Membership, store: RegisterStore | None) -> Courier | None:
@@ -165,7 +169,7 @@ class AgentThread:
         if store is not None and place.rank == 0 and place.world_size > 1:
             self._coordinator = Coordinator(store, place.world_size, membership)
         keys = load_agent_keys(Path(self._settings.daemon.keys)) if self._settings.daemon.keys else None
-        channel = AgentChannel(membership.daemon, membership.run, keys=keys)
+        channel = AgentChannel(membership.daemon, membership.run, sources=(place.identity.nonce,), keys=keys)
         if self._greets:
             where = f"in {shown(self._settings.home)}" if self._embedded is not None else f"by {membership.daemon}"
             self._say(f"watching run {membership.run}, mode {self._settings.mode}, recorded {where}")

@@ -6,6 +6,7 @@ with those that have delivered since the last step, the training runs on. None i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Callable
@@ -13,16 +14,22 @@ from typing import Any
 
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from sosa_stream.agent.watch.own_time import OwnTime
+
 
 class Deliveries:
     """Wraps what every DataLoader's iterator is asked for its next batch by.
 
     Args:
         tick: the step-call that comes next.
+        own_time: told how long each batch takes to come.
     """
 
-    def __init__(self, tick: Callable[[], int] = lambda: 0) -> None:
+    def __init__(self, tick: Callable[[], int] = lambda: 0, own_time: OwnTime | None = None) -> None:
         self.tick = tick
+        self.epoch_batches = 0
+        """Of the longest DataLoader so far, as far as one can tell."""
+        self._own_time = own_time or OwnTime()
         self._noted_at = -1
         self._noted: list[weakref.ref[Any]] = []
         self._unwanted: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -35,8 +42,10 @@ class Deliveries:
         def __next__(iterator: Any) -> Any:
             if self._unwanted:
                 self._pass_over(original, iterator)
-            batch = original(iterator)
+            batch = self._own_time.load(original, iterator)
             if (tick := self.tick()) != self._noted_at:
+                if not self._noted or self._noted[-1]() is not iterator:
+                    self._measure(iterator)
                 self._noted_at, self._noted = tick, [weakref.ref(iterator)]
             elif self._noted[-1]() is not iterator:
                 self._note(iterator)
@@ -87,6 +96,10 @@ class Deliveries:
                 raise
             except Exception:  # a batch that cannot even be loaded is what was not wanted
                 continue
+
+    def _measure(self, iterator: Any) -> None:
+        with contextlib.suppress(Exception):  # it need have no length; where it has one, that is the script's code
+            self.epoch_batches = max(self.epoch_batches, len(iterator))
 
     def _note(self, iterator: Any) -> None:
         if all(ref() is not iterator for ref in self._noted):

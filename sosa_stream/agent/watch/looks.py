@@ -101,7 +101,9 @@ class Looks:
             return
         self._news = orphans, without
         shown = everyone[:: -(-len(everyone) // MAX_LAYERS)] if everyone else []
-        norms = gradients.tensor_norms([g for each in shown if (g := each.parameter.grad) is not None])
+        norms = gradients.tensor_norms(
+            [gradients.to_local(g) for each in shown if (g := each.parameter.grad) is not None]
+        )
         known = iter(norms)
         values = [math.nan if each.parameter.grad is None else next(known) for each in shown]
         self._census = Census(step=step, names=tuple(e.name for e in shown), norms=fetch(values), orphans=orphans)

@@ -21,7 +21,10 @@ from torch.nn.utils import clip_grad
 
 from sosa_stream.agent.step.gradients import whole
 from sosa_stream.agent.watch.deliveries import Deliveries
+from sosa_stream.agent.watch.leftovers import Leftovers
+from sosa_stream.agent.watch.local_gradients import LocalGradients
 from sosa_stream.agent.watch.losses import Losses
+from sosa_stream.agent.watch.own_time import OwnTime
 from sosa_stream.protocol.messages import Phase
 
 UNSCALED = "_sosa_unscaled"
@@ -33,9 +36,12 @@ class Taps:
 
     def __init__(self) -> None:
         self.losses = Losses()
+        self.leftovers = Leftovers()
         self.num_backwards = 0
         """Backward passes that were seen to their end since the last row."""
-        self.deliveries = Deliveries()
+        self.own_time = OwnTime()
+        self.local_gradients = LocalGradients()
+        self.deliveries = Deliveries(own_time=self.own_time)
         self.phase = Phase.START
         self._clip_norm: torch.Tensor | None = None
         self._clip_bound: float | None = None
@@ -43,6 +49,8 @@ class Taps:
         self._depth = 0
         self.around_scaler_step: Callable[[Any, Callable[[], Any]], Any] = lambda optimizer, step: step()
         """Given the optimizer of a ``GradScaler.step`` and what makes the call."""
+        self.on_join: Callable[[], None] = lambda: None
+        """Called when ranks begin to step by themselves (`torch.distributed.algorithms.Join`, and DDP's ``join``)."""
         self.on_compile: Callable[[], None] = lambda: None
         self._scaler: weakref.ref[GradScaler] | None = None
         self._restore: list[Callable[[], None]] = []
@@ -56,9 +64,16 @@ class Taps:
             self._wrap(module, "clip_grad_norm_", self._clip_grad_norm)
         self._wrap(torch, "compile", self._compile)
         self._wrap(torch.nn.Module, "compile", self._compile)
+        if torch.distributed.is_available():
+            from torch.distributed.algorithms.join import Join
+
+            self._wrap(Join, "__enter__", self._join)
         self.deliveries.install()
+        self.own_time.install()
 
     def remove(self) -> None:
+        self.own_time.remove()
+        self.local_gradients.remove()
         self.deliveries.remove()
         while self._restore:
             self._restore.pop()()
@@ -94,13 +109,15 @@ class Taps:
     def _backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:
             if self._depth:  # activation checkpointing calls backward inside backward
-                return original(tensors, grad_tensors, *args, **kwargs)
+                return self.own_time.run_backward(tensors, lambda: original(tensors, grad_tensors, *args, **kwargs))
             mark = self.losses.mark()
+            self.leftovers.before_backward()
             self._see_loss(tensors, grad_tensors)
             self.phase = BACKWARD
             self._depth = 1
+            self.local_gradients.begin_pass()
             try:
-                result = original(tensors, grad_tensors, *args, **kwargs)
+                result = self.own_time.run_backward(tensors, lambda: original(tensors, grad_tensors, *args, **kwargs))
             except BaseException:
                 self.losses.undo(mark)
                 raise
@@ -108,6 +125,7 @@ class Taps:
                 self._depth = 0
             self.num_backwards += 1
             self.losses.attribute(mark)
+            self.leftovers.after_backward()
             return result
 
         return backward
@@ -148,9 +166,19 @@ class Taps:
         def compile(model: Any = None, *args: Any, **kwargs: Any) -> Any:
             if isinstance(model, torch.nn.Module):
                 self.on_compile()
+                self.own_time.give_up()
+                self.local_gradients.give_up()
             return original(model, *args, **kwargs)
 
         return compile
+
+    def _join(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def enter(context: Any) -> Any:
+            if getattr(context, "_enable", True):
+                self.on_join()
+            return original(context)
+
+        return enter
 
     def _clip_grad_norm(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def clip_grad_norm_(parameters: Any, max_norm: Any, norm_type: Any = 2.0, *args: Any, **kwargs: Any) -> Any:

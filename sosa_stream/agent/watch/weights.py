@@ -150,6 +150,8 @@ def _copy(tensors: list[torch.Tensor]) -> tuple[Vector, list[int]]:
     """Of each tensor every k-th row, at most `MAX_ELEMENTS` elements, one after the other; and how many of each."""
     parts = []
     for tensor in tensors:
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor.detach())
         num = tensor.numel()
         if num > MAX_ELEMENTS:
             parts.append(tensor[:: -(-num // MAX_ELEMENTS)].reshape(-1)[:MAX_ELEMENTS])
