@@ -8,7 +8,7 @@ from sosa_stream.decide.commands import CommandRecord
 from sosa_stream.decide.experience import Outcome
 from sosa_stream.decide.requests import Request
 from sosa_stream.detect.incidents import Incident
-from sosa_stream.protocol.messages import AgentMessage, Command
+from sosa_stream.protocol.messages import AgentMessage, Command, Inquiry
 from sosa_stream.settings import DetectSettings
 
 
@@ -20,6 +20,27 @@ class Timer:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobGone:
     """The job that the daemon was started for is gone, without a goodbye of all its ranks: none is left to act."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Death:
+    """A training process has ended without a goodbye, as the kernel of the daemon's host says.
+
+    ``after_seconds``: since the first death of the same `Departed`. ``how``: the name of a signal, ``exit code 3``, or
+    empty where that is not known.
+    """
+
+    generation: str
+    rank: int
+    after_seconds: float
+    how: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Departed:
+    """Processes have ended without a goodbye, in this order."""
+
+    deaths: tuple[Death, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +57,7 @@ class Learned:
     outcomes: tuple[Outcome, ...]
 
 
-ShellEvent = Request | Timer | JobGone | Reconfigured | Learned
+ShellEvent = Request | Timer | JobGone | Departed | Reconfigured | Learned
 """What does not come from an agent."""
 Event = AgentMessage | ShellEvent
 
@@ -79,10 +100,17 @@ class Withdraw:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """Publish this inquiry once."""
+
+    inquiry: Inquiry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Notice:
     """Something that a person should read once in the daemon's log."""
 
     text: str
 
 
-Effect = IncidentChanged | CommandChanged | OutcomeCounted | Publish | Withdraw | Notice
+Effect = IncidentChanged | CommandChanged | OutcomeCounted | Publish | Withdraw | Ask | Notice

@@ -8,6 +8,7 @@ longer waited for.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,16 +21,23 @@ from sosa_stream.decide.policy import RunPolicy
 from sosa_stream.decide.repairs import Repairs
 from sosa_stream.decide.requests import Reply, Request
 from sosa_stream.detect.alignment import AT, Alignment, Block, Logged, Row
-from sosa_stream.detect.attendance import LOST_AFTER_SECONDS, Attendance, RankView
+from sosa_stream.detect.attendance import LOST_AFTER_SECONDS, Attendance, RankView, Roll
 from sosa_stream.detect.curve import Curve
 from sosa_stream.detect.detectors import ALL, Detector, DetectorState, On
+from sosa_stream.detect.hangs import Hangs
 from sosa_stream.detect.incidents import Incident
+from sosa_stream.detect.leaks import Leaks
+from sosa_stream.detect.losses import Loss, Seen, first_loss, followed
+from sosa_stream.detect.reports import is_of_lost_peer
 from sosa_stream.detect.rules import rule_detectors
 from sosa_stream.detect.sensitivity import admit
 from sosa_stream.detect.tracker import Tracker
 from sosa_stream.detect.windows import Reports, RunWindows
+from sosa_stream.detect.wording import name_ranks
 from sosa_stream.effects import (
+    Ask,
     CommandChanged,
+    Departed,
     Effect,
     Event,
     IncidentChanged,
@@ -53,9 +61,12 @@ from sosa_stream.protocol.messages import (
     Layers,
     MetricFrame,
     Phase,
+    Stacks,
 )
 from sosa_stream.settings import DetectSettings, Mode
 
+LEFT_SECONDS = 3.0
+"""Ranks that a person interrupts together leave within this; one that leaves alone keeps the others waiting."""
 ALWAYS_NUMBERS = frozenset({"loss", "grad_norm"})
 """Step columns in which NaN is a value that a rule must see; in others it says that there is none."""
 MAX_WORLD_SIZE = 1 << 16
@@ -77,7 +88,7 @@ class RunView:
     """What fixes multiply the script's learning rate with."""
     figures: Figures
     world_size: int
-    ranks: tuple[RankView, ...]
+    roll: Roll
     incidents: tuple[Incident, ...]
     commands: tuple[CommandRecord, ...]
     detectors: tuple[tuple[str, str], ...]
@@ -92,6 +103,11 @@ class RunView:
     fixes_left: int | None = None
     """Fixes that auto may still apply in this run; None where it applies none by itself."""
 
+    @property
+    def ranks(self) -> tuple[RankView, ...]:
+        """Those of the generation, in order."""
+        return self.roll.views
+
 
 class Engine:
     """The daemon's mind for one run."""
@@ -105,6 +121,23 @@ class Engine:
         self._windows = RunWindows(self._settings)
         self._alignment = Alignment(1)
         self._attendance = Attendance()
+        self._hangs = Hangs(run, "")
+        self._leaks = Leaks()
+        self._began_at = -math.inf
+        """When the first of this generation was heard."""
+        self._blind: frozenset[int] = frozenset()
+        """Ranks without an agent."""
+        self._namesakes: set[str] = set()
+        """Generations of other jobs that go on at the same time, under the same name."""
+        self._loss: Loss | None = None
+        """Of the generation below; kept until the ranks of the next are there."""
+        self._lost_generation = ""
+        self._peer_lost = False
+        """Whether a rank has said that another is gone."""
+        self._raised: set[int] = set()
+        self._left: dict[int, str] = {}
+        """Why ranks ended badly that have raised nothing: `KeyboardInterrupt`, `SystemExit`."""
+        self._left_at = math.inf
         self._counting = Counting()
         self._tracker = Tracker(run)
         self._dispatch = Dispatch(run, self._tracker)
@@ -128,22 +161,33 @@ class Engine:
         """Whether a command is published and not yet applied or given up."""
         return self._dispatch.in_flight
 
+    @property
+    def expects_ranks(self) -> bool:
+        """Whether anybody is there whose silence would be told."""
+        return bool(self._attendance.members)
+
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take one event in, received at ``now`` (seconds, monotone over calls); returns what the shell must do."""
         self._pass_time(now)
         if isinstance(event, Request):
             self._people.carry_out(event, self._windows, anybody_there=bool(self._attendance.members))
+        elif isinstance(event, Departed):
+            self._depart(event)
         elif isinstance(event, JobGone):
             self._repairs.end_generation("its processes are gone")
         elif isinstance(event, Reconfigured):
             self.reconfigure(event.settings)
         elif isinstance(event, Learned):
             self._repairs.learn(event.outcomes)
-        elif isinstance(event, ExceptionReport):
-            self._note_rank(event.header, step=event.step - 1)
-            self._report(Reports(exception=event))
-        elif not isinstance(event, Timer) and self._is_current(event.header):
+        elif isinstance(event, ExceptionReport) and event.header.generation not in self._namesakes:
+            if event.header.generation == self._generation:
+                self._note_rank(event.header, step=event.step - 1)
+            self._peer_lost |= is_of_lost_peer(event)
+            self._report(Reports(exception=event, left=self._left))
+            self._raised.add(event.header.rank)
+        elif not isinstance(event, Timer | ExceptionReport) and self._is_current(event.header):
             self._hear(event)
+        self._look_for_hang()
         self._flush()
         effects, self._effects = self._effects, []
         return effects
@@ -181,7 +225,9 @@ class Engine:
             lr_multiplier=windows.lr_multiplier,
             figures=self._counting.figures,
             world_size=self._alignment.world_size,
-            ranks=self._attendance.views(self._attendance.event_at if now is None else now, since),
+            roll=self._attendance.roll(
+                self._attendance.event_at if now is None else now, since, self._hangs.stopped_ranks, self._blind
+            ),
             incidents=self._tracker.incidents,
             commands=self._dispatch.ledger.records,
             detectors=tuple((detector.kind, str(self._detector_state(detector))) for detector in self._detectors),
@@ -193,21 +239,35 @@ class Engine:
             fixes_left=self._dispatch.budget.left_of_run(policy.limits) if policy.mode is Mode.AUTO else None,
         )
 
-    def _hear(self, event: Hello | Heartbeat | MetricFrame | Layers | Knobs | Ack | Bye) -> None:
+    def _hear(self, event: Hello | Heartbeat | MetricFrame | Layers | Knobs | Ack | Stacks | Bye) -> None:
         header = event.header
         if isinstance(event, Hello):
             self._note_rank(header)
+            self._set_blind(self._blind - {header.rank})
+            self._hangs.meet(event)
+            self._leaks.meet(event)
             self._attendance.describe(event)
             self._greet(event)
             if len(self._attendance) >= header.world_size <= len(self._attendance.members):
+                if self._loss is not None and self._lost_generation != header.generation:
+                    self._tracker.tell_restart(header.generation, self._attendance.event_at - self._loss.at)
+                    self._loss = None
                 self._carry_over.begin(self._windows, self._repairs.policy)
         elif isinstance(event, Heartbeat):
             self._note_rank(header, step=event.step - 1, phase=event.phase)  # the one under way
+            self._hangs.note(header, event.step, event.tick, event.phase)
             self._attendance.describe(event)
+            leak = self._leaks.take(event, self._attendance.event_at)
+            self._windows.leaking = bool(self._leaks.leaking)
+            if leak is not None:
+                self._report(Reports(leak=leak))
         elif isinstance(event, MetricFrame):
             self._note_rank(header, step=int(event.steps[-1]) if len(event.steps) else -1)
+            self._hangs.note(header, int(event.steps[-1]) + 1 if len(event.steps) else -1)
             self._windows.columns.update(event.columns)
             self._alignment.add(event)
+            if self._attendance.is_dead(header.rank):
+                self._alignment.expect(header.rank, False)
         elif isinstance(event, Layers):
             self._note_rank(header, step=event.step)
             self._windows.layers = event
@@ -223,8 +283,16 @@ class Engine:
                 step = event.step if entry.record.applied_step is None else entry.record.applied_step
                 resynced = entry.reverts is None and any(act.action == "resync" for act in entry.record.actions)
                 self._report(Reports(digests=entry.digests, digests_step=step, resynced=resynced))
+        elif isinstance(event, Stacks):
+            self._note_rank(header, phase=event.phase)
+            self._hangs.answer(event)
+            self._lose(self._hangs.gone_ranks, Seen.GONE)
         else:
             self._note_rank(header, phase=Phase.END)
+            self._hangs.end()
+            if event.exit_code and header.rank not in self._raised and not self._peer_lost:
+                self._left[header.rank] = event.reason
+                self._left_at = self._attendance.event_at
             self._attendance.end(header.rank)
             self._alignment.expect(header.rank, False)
         self._advance()
@@ -236,21 +304,59 @@ class Engine:
         if header.generation == self._generation and self._started:
             return True
         if header.generation in self._past_generations:
+            self._tell_namesake(header)
             return False
         if self._started:
+            if self._peer_lost:
+                self._lose(self._attendance.members, Seen.REPLACED)
+            self._peer_lost = False
+            self._raised, self._left, self._left_at = set(), {}, math.inf
             self._past_generations.add(self._generation)
             self._repairs.end_generation("a new generation began")
             self._dispatch.standing.begin_generation(trained=self._windows.step >= 0)
             self._tracker.begin_generation()
         self._generation = self._dispatch.generation = header.generation
+        self._began_at = self._attendance.event_at
+        self._set_blind(frozenset())
         self._counting.begin_generation()
         self._windows = RunWindows(self._settings)
         self._alignment = Alignment(min(max(header.world_size, 1), MAX_WORLD_SIZE))
         self._attendance.begin_generation()
+        self._hangs = Hangs(self._run, header.generation)
+        self._leaks = Leaks()
+        self._hangs.pass_time(self._attendance.event_at)
         self._repairs.knobs = {}
         self._started = True
         self._greeted = self._ended = False
         return True
+
+    def _tell_namesake(self, header: Header) -> None:
+        is_new = header.generation not in self._namesakes
+        if is_new and self._attendance.members and self._attendance.event_at - self._began_at > LOST_AFTER_SECONDS:
+            self._namesakes.add(header.generation)
+            self._effects.append(
+                Notice(
+                    text=f"two jobs call themselves {self._run}: that of rank {header.rank} on {header.host} "
+                    f"(generation {header.generation}), the older one, is not watched any more; SOSA_RUN names each"
+                )
+            )
+
+    def _find_blind(self) -> None:
+        """Ranks that have not joined although others train have no agent: nothing waits for them here."""
+        size, known = self._alignment.world_size, len(self._attendance) + len(self._blind)
+        is_late = self._attendance.event_at - self._began_at > LOST_AFTER_SECONDS
+        if known >= size or not is_late or not self._attendance.has_stepped:
+            return
+        self._set_blind(frozenset(range(size)) - self._attendance.hosts.keys())
+        for rank in self._blind:
+            self._alignment.expect(rank, False)
+        self._effects.append(Notice(text=self._dispatch.obstacle))
+        self._advance()
+
+    def _set_blind(self, ranks: frozenset[int]) -> None:
+        self._blind = ranks
+        who = f"{name_ranks(tuple(sorted(ranks)))}: no agent (SOSA_DISABLE, or one that did not start)"
+        self._dispatch.obstruct(f"{who}: not watched, and no fix of the run can be applied" if ranks else "")
 
     def _greet(self, hello: Hello) -> None:
         """Take the policy of the generation's first hello: all ranks read the same settings."""
@@ -273,21 +379,89 @@ class Engine:
     def _note_rank(self, header: Header, step: int = -1, phase: Phase | None = None) -> None:
         if self._attendance.note(header, step, phase):
             self._alignment.expect(header.rank, True)
+            self._windows.lost -= {header.rank}
+            if not self._windows.lost:
+                self._loss = None
             self._effects.append(Notice(text=f"rank {header.rank} on {header.host} is heard again"))
             self._ended = False
 
     def _pass_time(self, now: float) -> None:
         lost = self._attendance.pass_time(now)
+        self._find_blind()
+        self._hangs.pass_time(now)
+        if now - self._left_at > LEFT_SECONDS and self._attendance.members:
+            self._left_at = math.inf
+            self._report(Reports(left=self._left))
         for view in lost:
             silent = f"rank {view.rank} on {view.host} is silent for {LOST_AFTER_SECONDS:.0f} s: lost"
             self._effects.append(Notice(text=silent))
             self._alignment.expect(view.rank, False)
         if lost:
+            stopped = self._hangs.stopped_ranks
+            self._miss([view for view in lost if view.rank not in stopped], Seen.SILENT)
             self._advance()
-            self._end_if_all_left()
+            if len(lost) < len(self._attendance):  # else it may be the way to them that is gone: their fixes stand
+                self._end_if_all_left()
+
+    def _depart(self, event: Departed) -> None:
+        """Processes have ended without a goodbye, says the kernel."""
+        deaths = [death for death in event.deaths if death.generation == self._generation]
+        for death in deaths:
+            self._attendance.bury(death.rank)
+            if death.how == "exit code 0":
+                self._attendance.end(death.rank)
+        gone = [(death, view) for death in deaths if (view := self._attendance.lose(death.rank)) is not None]
+        for _, view in gone:
+            self._alignment.expect(view.rank, False)
+        if gone and self._left:  # they follow those that have left
+            self._report(Reports(left=self._left))
+        elif gone:
+            endings = [(death.after_seconds, death.how) for death, _ in gone]
+            self._miss([view for _, view in gone], Seen.ENDED, endings)
+        if gone:
+            self._advance()
+        if not self._attendance.members:
+            self._repairs.end_generation("its processes are gone")
+
+    def _lose(self, ranks: Iterable[int], seen: Seen) -> None:
+        views = [view for rank in ranks if (view := self._attendance.lose(rank)) is not None]
+        for view in views:
+            self._alignment.expect(view.rank, False)
+        self._miss(views, seen)
+
+    def _miss(self, views: Sequence[RankView], seen: Seen, endings: Sequence[tuple[float, str]] = ()) -> None:
+        """Ranks are gone without a goodbye: tell, where none is missed yet; else they have followed."""
+        if not views:
+            return
+        now, num_there = self._attendance.event_at, len(self._attendance.members)
+        self._windows.lost |= {view.rank for view in views}
+        if self._loss is not None and self._lost_generation == self._generation:
+            self._loss = followed(self._loss, views, now, num_there)
+        elif endings:
+            self._loss = first_loss(views, endings, now, num_there, missed=self._peer_lost)
+        else:
+            silent = LOST_AFTER_SECONDS if seen is Seen.SILENT else 0.0
+            self._loss = Loss(seen=seen, views=tuple(views), at=now, silent_seconds=silent, num_there=num_there)
+        self._lost_generation = self._generation
+        self._report(Reports(loss=self._loss))
+
+    def _look_for_hang(self) -> None:
+        """Ask the ranks of a run that stands where they stand, and tell when that is no pause any more."""
+        known = self._hangs.current
+        inquiry = self._hangs.look()
+        if inquiry is not None:
+            self._effects.append(Ask(inquiry=inquiry))
+        found = self._hangs.current
+        if found is None or found is known:
+            return
+        if known is None or found.certain is not known.certain:
+            self._report(Reports(hang=found))
+        if found.certain:
+            self._repairs.stand(self._windows, self._attendance.event_at, found.standing_seconds)
 
     def _end_if_all_left(self) -> None:
-        if self._ended or len(self._attendance) < self._alignment.world_size or self._attendance.members:
+        num_known = len(self._attendance) + len(self._blind)
+        if self._ended or num_known < self._alignment.world_size or self._attendance.members:
             return
         self._ended = True
         self._log(self._alignment.rest())

@@ -5,8 +5,8 @@ Complete steps are kept as they come and counted many at once, so that none of i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,12 @@ OFFENCE_SECONDS = 3.0
 _LOSS, _GRAD_NORM, _STEP_SECONDS, _SKIPPED, _SAMPLES, _AMP_SCALE = (
     AT[name] for name in ("loss", "grad_norm", "step_seconds", "skipped", "samples", "loss_scale")
 )
+
+
+STEP_PARTS = ("data", "forward", "backward", "wait", "optimizer")
+PARTS_STEPS = 64
+"""Of so many of the newest steps the parts are shown, by their mean."""
+_PARTS = [AT[f"{part}_seconds"] for part in STEP_PARTS]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +80,8 @@ class Figures:
     """Of the newest step that had one, in this generation."""
     step_seconds: Histogram = Buckets(STEP_SECONDS_BOUNDS).histogram
     """Of the slowest rank. A process's first step has no time."""
+    step_parts: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Seconds of the newest steps by `STEP_PARTS`: of the rank with most, and the mean over ranks. Those known."""
 
 
 class Counting:
@@ -86,6 +94,7 @@ class Counting:
         self._num_samples: int | None = None
         self._amp_scale: float | None = None
         self._step_seconds = Buckets(STEP_SECONDS_BOUNDS)
+        self._step_parts: Mapping[str, tuple[float, float]] = {}
 
     def take(self, block: Block) -> None:
         """Complete steps, in order."""
@@ -97,7 +106,7 @@ class Counting:
     def begin_generation(self) -> None:
         """Other ranks, and perhaps more or fewer of them."""
         self._count()
-        self._amp_scale = None
+        self._amp_scale, self._step_parts = None, {}
 
     @property
     def figures(self) -> Figures:
@@ -109,6 +118,7 @@ class Counting:
             num_samples=self._num_samples,
             amp_scale=self._amp_scale,
             step_seconds=self._step_seconds.histogram,
+            step_parts=self._step_parts,
         )
 
     def _count(self) -> None:
@@ -132,6 +142,19 @@ class Counting:
         scales = scales[np.isfinite(scales)]
         if len(scales):
             self._amp_scale = float(scales[-1])
+        self._step_parts = _parts(values[-PARTS_STEPS:, :, _PARTS]) or self._step_parts
+
+
+def _parts(seconds: NDArray[np.float64]) -> dict[str, tuple[float, float]]:
+    """From (steps, ranks, `STEP_PARTS`), NaN where unknown."""
+    known = np.isfinite(seconds)
+    num = known.sum(axis=0)
+    means = np.where(known, seconds, 0.0).sum(axis=0) / np.maximum(num, 1)
+    return {
+        part: (float(means[there, i].max()), float(means[there, i].mean()))
+        for i, part in enumerate(STEP_PARTS)
+        if (there := num[:, i] > 0).any()
+    }
 
 
 def _sent_losses(block: Block) -> NDArray[np.bool_]:

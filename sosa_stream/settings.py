@@ -76,6 +76,8 @@ class AutoSettings:
     a rate that the script itself has held is not limited."""
     max_rollback_steps: int = 2000
     """Most steps of training that one rollback may give up."""
+    restart_after_seconds: float = 60.0
+    """For how long a run must have stood, and surely hang, before ``restart`` ends its processes."""
     discount: float = 0.98
     """What a fix's outcome is still worth after one more of its kind: 1 never forgets, 0.98 remembers about 50."""
     explore: bool = False
@@ -95,6 +97,7 @@ class AutoSettings:
             raise ConfigError(f"auto.allow names unknown action {', '.join(unknown)}; known are {', '.join(ACTIONS)}")
         _at_least(1, max_fixes_per_error=self.max_fixes_per_error, cooldown_steps=self.cooldown_steps)
         _at_least(0, max_fixes_per_run=self.max_fixes_per_run, max_rollback_steps=self.max_rollback_steps)
+        _at_least(0, restart_after_seconds=self.restart_after_seconds)
         _at_least(1, max_lr_change=self.max_lr_change)
         _at_least(0.5, 1, discount=self.discount)
         for text in self.quiet_hours:
@@ -199,12 +202,15 @@ class AgentSettings:
     """How long SIGTERM may be held up for a checkpoint; torchrun kills what is left after 30 seconds."""
     rollback_schedulers: Switch = Switch.AUTO
     """Whether a rollback puts schedulers back too; ``auto``: those that follow a metric, not those that count steps."""
+    digest_every: int = 32
+    """Steps between two digests of a chunk of parameters or optimizer state, compared over ranks; 0: none."""
     digest_after_fix: bool = False
     """Send a digest of parameters and optimizer state after each fix, compared over ranks by the daemon."""
 
     def __post_init__(self) -> None:
         _at_least(0.001, 60, flush_seconds=self.flush_seconds)
         _at_least(16, ring_frames=self.ring_frames)
+        _at_least(0, digest_every=self.digest_every)
         _at_least(1, snapshot_every_ticks=self.snapshot_every_ticks, snapshot_keep=self.snapshot_keep)
         _at_least(1, checkpoint_keep=self.checkpoint_keep)
         _at_least(0.1, 3600, sigterm_seconds=self.sigterm_seconds)

@@ -99,6 +99,7 @@ class Watch:
         alone: bool = True,
         snapshots: bool = False,
         ranks: Ranks | None = None,
+        digest_every: int = 0,
         **settings: Any,
     ) -> None:
         self.outbox = OpenOutbox()
@@ -120,6 +121,7 @@ class Watch:
             snapshots=self.ring,
             guard=Guard(mode, self.said.append),
             digest_after_fix=True,
+            digest_every=digest_every,
             alone=alone,
             on_error=lambda error, in_force: self.errors.append((error, in_force)),
             tell=self.said.append,

@@ -13,7 +13,7 @@ import pytest
 
 from sosa_stream.decide.commands import FINAL_STATES, CommandRecord, CommandState, Verdict
 from sosa_stream.decide.experience import NONE
-from sosa_stream.decide.requests import Approve, Pause, Resume
+from sosa_stream.decide.requests import Approve, Fix, Pause, Resume
 from sosa_stream.detect.alignment import Row
 from sosa_stream.detect.attendance import LOST_AFTER_SECONDS
 from sosa_stream.detect.incidents import Incident, IncidentState
@@ -22,9 +22,10 @@ from sosa_stream.detect.schedule import LR_STANDS_POINTS
 from sosa_stream.detect.windows import Reports, RunWindows
 from sosa_stream.effects import CommandChanged, Event, IncidentChanged, Notice, OutcomeCounted, Publish, Timer, Withdraw
 from sosa_stream.engine import Engine
+from sosa_stream.protocol.actions import Action
 from sosa_stream.protocol.codec import encode
 from sosa_stream.protocol.columns import COLUMNS
-from sosa_stream.protocol.messages import Ack, AckState, Command, MetricFrame
+from sosa_stream.protocol.messages import Ack, AckState, Command, ExceptionReport, MetricFrame, Phase
 from sosa_stream.protocol.recording import Recorder
 from sosa_stream.replay import replay_recording
 from sosa_stream.settings import DetectSettings
@@ -603,3 +604,40 @@ def test_a_broken_run_is_not_called_resolved_because_its_damage_has_become_usual
     (incident,) = sim.incidents
     assert incident.kind == "lr_jump"
     assert incident.state is IncidentState.OPEN
+
+
+def test_a_rank_without_an_agent_is_named_shown_as_blind_and_not_waited_for() -> None:
+    engine = Engine("run")
+    engine.handle(hello(0, 2), NOW)
+    effects = []
+    for step in range(40):
+        effects += engine.handle(frame(1.0, rank=0, world_size=2, first_step=step), NOW + 0.5 * step)
+    (notice,) = [effect.text for effect in effects if isinstance(effect, Notice)]
+    assert notice.startswith("rank 1: no agent")
+    view = engine.view()
+    assert [(rank.rank, rank.state) for rank in view.ranks] == [(0, "live"), (1, "blind")]
+    assert view.step == 39
+    asked = Fix(who="me", action=Action(action="scale_lr", params={"factor": 0.5}))
+    assert not engine.reply(asked).done
+    assert "rank 1: no agent" in engine.reply(asked).text
+    engine.handle(hello(1, 2), NOW + 20.0)
+    assert [rank.state for rank in engine.view().ranks] == ["live", "live"]
+    assert "no agent" not in engine.reply(asked).text
+
+
+def test_two_jobs_of_one_name_are_kept_apart_and_told_once() -> None:
+    engine = Engine("run")
+    engine.handle(hello(generation="g1"), NOW)
+    engine.handle(hello(generation="g2"), NOW + 1.0)
+    effects = []
+    for step in range(30):
+        for generation, loss in (("g1", 5.0), ("g2", 1.0)):
+            event = frame(loss, first_step=step, generation=generation)
+            effects += engine.handle(event, NOW + 2.0 + step)
+    (notice,) = [effect.text for effect in effects if isinstance(effect, Notice)]
+    assert "two jobs call themselves run" in notice
+    assert "g1" in notice
+    raised = {"type": "ValueError", "message": "no such sample", "stack": (), "step": 30, "phase": Phase.FORWARD}
+    engine.handle(ExceptionReport(header=header(generation="g1"), **raised), NOW + 33.0)
+    view = engine.view()
+    assert (view.generation, view.loss, view.incidents) == ("g2", 1.0, ())

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sosa_stream.daemon.ingest import Intake, Ledger
+from sosa_stream.daemon.run import Run
+from sosa_stream.engine import Engine
+from sosa_stream.protocol.codec import encode
 from sosa_stream.protocol.messages import AgentMessage, Bye, Heartbeat, Phase
 from sosa_stream.testing import bye, header, hello
 
@@ -96,3 +100,19 @@ def test_every_number_is_taken_at_most_once_in_order_and_the_rest_accounted_for(
     assert all(intake is Intake.ACCEPT for intake in take(again, *recorded))
     assert again.received(0.0).get("s", 0) == last
     assert again.num_lost == ledger.num_lost
+
+
+def test_a_daemon_that_comes_back_still_knows_who_hears_at_a_topic_of_its_own(tmp_path: Path) -> None:
+    greetings = [replace(hello(0, 2), own_topic=True), hello(1, 2)]
+    run = Run("run", tmp_path / "run.sosa", Engine("run"))
+    for greeting in greetings:
+        run.offer(greeting, encode(greeting), NOW)
+    run.commit()
+    new, old = (greeting.header.source for greeting in greetings)
+    assert run.touched() == {new: 1, old: 1}
+    assert run.touched() == {}
+    run.close()
+    again = Run("run", tmp_path / "run.sosa", Engine("run"))
+    assert again.addressed == {new}
+    assert again.recently_heard(NOW) == {old: 1}, "the other is told when it sends again"
+    again.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import select
@@ -260,6 +261,20 @@ def test_a_wakeup_that_nobody_holds_gives_its_descriptors_back() -> None:
     except OSError:
         return
     raise AssertionError("the pipe is still open")
+
+
+def test_a_daemon_that_does_not_answer_is_sent_the_same_ever_more_seldom_until_it_does() -> None:
+    ring, sent = Ring(8), list[float]()
+    ring.append(b"1")
+    for tenth in range(700):
+        ring.send(lambda frame, at=tenth / 10: sent.append(at) or True, tenth / 10)  # type: ignore[misc, func-returns-value]
+    gaps = [round(later - before) for before, later in itertools.pairwise(sent)]
+    assert gaps == [1, 2, 4, 8, 16, 16, 16]
+    ring.acknowledge(1, 70.0)
+    ring.append(b"2")
+    for tenth in range(700, 720):
+        ring.send(lambda frame, at=tenth / 10: sent.append(at) or True, tenth / 10)  # type: ignore[misc, func-returns-value]
+    assert round(sent[-1] - sent[-2]) == 1
 
 
 def test_a_heartbeat_tells_what_can_be_resent_and_what_was_lost() -> None:

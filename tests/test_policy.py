@@ -301,3 +301,21 @@ def test_what_cannot_be_taken_back_goes_ahead_only_where_allow_names_it(name: st
     assert not RunPolicy(mode=Mode.AUTO, limits=AutoSettings(allow=everything_else)).may_apply((action,), 1.0)
     assert RunPolicy(mode=Mode.AUTO, limits=AutoSettings(allow=(name,))).may_apply((action,), 1.0)
     assert name not in AutoSettings().allow
+
+
+@pytest.mark.parametrize(
+    ("evidence", "action"),
+    [
+        ({"has_majority": True, "equal_until": 64, "reduced": True}, "resync"),
+        ({"has_majority": False, "equal_until": 64, "reduced": True}, "rollback"),
+        ({"has_majority": False, "equal_until": None, "reduced": True}, None),
+        ({"has_majority": False, "equal_until": 64, "reduced": False}, None),
+        ({"has_majority": True, "equal_until": 64, "reduced": False}, None),
+    ],
+)
+def test_parted_replicas_are_brought_together_only_where_they_still_reduce_their_gradients(
+    evidence: dict[str, Any], action: str | None
+) -> None:
+    now = _situation("rank_desync", evidence=evidence)
+    built = [fix.build(now) for fix in LADDERS["rank_desync"]]
+    assert next((actions[0].action for actions in built if actions), None) == action

@@ -424,3 +424,30 @@ def test_a_daemon_whose_keys_are_not_there_is_told_in_a_sentence(here: Path) -> 
     (line,) = ours.stderr.splitlines()
     assert line.startswith("sosa: ")
     assert line.endswith("; training goes on unwatched")
+
+
+def test_a_script_that_waits_for_all_its_children_does_not_wait_for_our_daemon(tmp_path: Path) -> None:
+    script = tmp_path / "waits.py"
+    script.write_text(
+        """
+import os, time, torch
+model = torch.nn.Linear(2, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(200):
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    time.sleep(0.01)
+while True:
+    try:
+        os.wait()
+    except ChildProcessError:
+        break
+print("waited")
+"""
+    )
+    env = {**os.environ, "SOSA_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [sys.executable, "-m", "sosa_stream.agent", str(script)], env=env, capture_output=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, b"waited\n"), done.stderr
+    assert b"watching run" in done.stderr

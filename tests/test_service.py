@@ -15,12 +15,14 @@ from daemon_process import LOOPBACK, RingAgent, wait_until
 
 from sosa_stream.cli import main
 from sosa_stream.config import load_settings
-from sosa_stream.daemon import asking, service
+from sosa_stream.daemon import asking, run, service
 from sosa_stream.daemon.run import Run
 from sosa_stream.daemon.schema import open_store
 from sosa_stream.daemon.service import Daemon, Ready
 from sosa_stream.daemon.store import Store
 from sosa_stream.decide.requests import Pause, Reply
+from sosa_stream.detect import attendance
+from sosa_stream.detect.incidents import Incident
 from sosa_stream.effects import Effect, Event, Timer
 from sosa_stream.engine import Engine
 from sosa_stream.errors import SosaError
@@ -106,6 +108,31 @@ def test_while_a_recording_is_replayed_no_run_is_told_that_time_passes(
             wait_until(lambda: busy.num_timers > num_timers + 3, "timers again")
 
     with_daemon(tmp_path, act, engine_factory={"busy": busy, "old": old}.__getitem__)
+
+
+def test_ranks_that_all_fall_silent_at_once_are_told_though_nothing_comes_in_and_no_longer_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "TIMER_SECONDS", 0.02)
+    monkeypatch.setattr(run, "QUIET_SECONDS", 0.2)
+    monkeypatch.setattr(attendance, "LOST_AFTER_SECONDS", 0.7)
+    monkeypatch.setattr(attendance, "TOGETHER_SECONDS", 0.5)
+
+    def act(daemon: Daemon, address: str) -> None:
+        with RingAgent(address, source="a") as first, RingAgent(address, source="b", rank=1) as second:
+            for agent in (first, second):
+                agent.add_hello()
+                wait_until(agent.pump, "acknowledgement")
+
+            def incidents() -> tuple[Incident, ...]:
+                return tuple(found for run in daemon._snapshot.runs for found in run.view.incidents)
+
+            wait_until(incidents, "the loss")
+            assert [(one.kind, one.ranks) for one in incidents()] == [("rank_lost", (0, 1))]
+
+    with_daemon(tmp_path, act, engine_factory=Engine)
+    events = [decode_record(payload) for _, payload in read_recording(tmp_path / "run" / "run.sosa")]
+    assert 3 <= sum(isinstance(event, Timer) for event in events) <= 6
 
 
 def test_a_run_that_all_have_left_is_let_go_of_and_opened_again_by_its_next_message(

@@ -79,6 +79,14 @@ class Ledger:
         """The highest number taken of each source that was heard of at ``heard_since`` or later."""
         return {name: source.last for name, source in self._sources.items() if source.heard_at >= heard_since}
 
+    def last_of(self, source: str) -> int:
+        """The highest number taken of a source that was heard of."""
+        return self._sources[source].last
+
+    def has_ended(self, source: str) -> bool:
+        """Whether a source has said `Bye`."""
+        return source in self._sources and self._sources[source].ended
+
     @property
     def all_ended(self) -> bool:
         """Whether every source has said `Bye`."""

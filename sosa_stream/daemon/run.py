@@ -23,6 +23,7 @@ from sosa_stream.decide.experience import Outcome
 from sosa_stream.decide.requests import Person, Reply, Request
 from sosa_stream.detect.incidents import IncidentState
 from sosa_stream.effects import (
+    Ask,
     CommandChanged,
     Effect,
     Event,
@@ -38,7 +39,7 @@ from sosa_stream.effects import (
 from sosa_stream.engine import RunView
 from sosa_stream.errors import ProtocolError
 from sosa_stream.protocol.body import Reject
-from sosa_stream.protocol.messages import AgentMessage, Command, ControlMessage, Hello
+from sosa_stream.protocol.messages import AgentMessage, Command, ControlMessage, Heartbeat, Hello
 from sosa_stream.protocol.recording import Recorder, decode_record, encode_shell_record, read_recording
 from sosa_stream.settings import DetectSettings
 
@@ -49,6 +50,8 @@ UNRECORDABLE = "unrecordable"
 
 SHOWN_SECONDS = 1.0
 """How old what is shown of a run may be of which nothing comes in: its ranks fall silent."""
+QUIET_SECONDS = 5.0
+"""Silence of all after which the engine is told that time passes, and each time again: they may be lost."""
 HEARD_SECONDS = 60.0
 """Sources that were silent for longer are no longer told what was received."""
 MAX_SOURCES = 65536
@@ -61,6 +64,8 @@ class EngineLike(Protocol):
     def handle(self, event: Event, now: float) -> list[Effect]: ...
     @property
     def has_commands_in_flight(self) -> bool: ...
+    @property
+    def expects_ranks(self) -> bool: ...
     def reply(self, request: Request) -> Reply: ...
     def view(self, now: float | None = None, since: float = -math.inf) -> RunView: ...
 
@@ -90,7 +95,7 @@ class RunSnapshot:
     """A run as the exporter shows it. Immutable; the counts are of this and earlier daemons on the same recording.
 
     Attributes:
-        heard_at: when anything last came in, in seconds since the epoch.
+        heard_at: when one of its ranks was last heard, in seconds since the epoch.
         incidents: number of incidents by the kind and severity with which they opened.
         commands: number of commands that came to a state, by state and verdict (`none` before there is one).
     """
@@ -117,6 +122,8 @@ class Run:
         notifications: what to tell at once to those who look at nothing; whoever posts them takes them out.
         is_taught: what its project had learned before it is in the recording.
         replies: what became of each recorded request, by the row of the audit that it came by.
+        joined: hellos of processes that the kernel is to be asked of; whoever does that takes them out.
+        addressed: sources that hear at a topic of their own what was received of them.
         began_at: when its first message came, in seconds since the epoch; infinity before that.
         mutes: by kind of incident; a muted one is kept from `commit`'s announcements and from ``notifications``.
 
@@ -134,6 +141,7 @@ class Run:
         self.changes = Changes()
         self.is_taught = False
         self.replies: dict[str, Reply] = {}
+        self.joined: list[Hello] = []
         self.began_at = math.inf
         self._project = DEFAULT_PROJECT
         self._engine = engine
@@ -141,6 +149,7 @@ class Run:
         self._ledger = Ledger()
         self._pending: list[tuple[float, Event]] = []
         self._now = 0.0
+        self._heard_at = 0.0
         self._num_engine_errors = 0
         self._opened: dict[str, tuple[str, str]] = {}
         self._kinds: dict[str, str] = {}
@@ -148,6 +157,7 @@ class Run:
         self._criticals = Criticals()
         self._reached: set[tuple[str, str, str]] = set()
         self._touched: set[str] = set()
+        self.addressed: set[str] = set()
         self._snapshot: RunSnapshot | None = None
         self._shown_at = -math.inf
         self._shown_since = math.inf
@@ -179,7 +189,9 @@ class Run:
                 if event.asked:
                     self.replies[event.asked] = self._engine.reply(event)
             elif not isinstance(event, ShellEvent):
+                self._heard_at = received_at
                 self._ledger.take(event, received_at)
+                self._note_topic(event)
             for effect in self._handle(event, received_at):
                 self._perform(effect)
         if num_records:
@@ -194,13 +206,20 @@ class Run:
         source = message.header.source
         if len(self._ledger) >= MAX_SOURCES and source not in self._ledger:
             raise ProtocolError(TOO_MANY, f"run {self.name} has {MAX_SOURCES} sources already")
-        self._touched.add(source)
+        if not isinstance(message, Heartbeat):  # it is not numbered
+            self._touched.add(source)
         self._snapshot = None
-        intake = self._ledger.take(message, self._clock(now))
+        self._heard_at = self._clock(now)
+        intake = self._ledger.take(message, self._heard_at)
         if intake is Intake.ACCEPT:
             self._recorder.append(self._now, data)
             self._pending.append((self._now, message))
+            self._note_topic(message)
         return intake
+
+    def _note_topic(self, message: AgentMessage) -> None:
+        if isinstance(message, Hello) and message.own_topic:
+            self.addressed.add(message.header.source)
 
     def tell(self, event: ShellEvent, now: float) -> None:
         """Take what did not come from an agent into the batch."""
@@ -231,10 +250,16 @@ class Run:
         if self.changes:
             self.snapshot()  # a run is in the store no later than its first incident
         commands = [effect.command for effect in effects if isinstance(effect, Publish)]
-        return [*commands, *self._announcer.tell(effect for effect in effects if not self._is_muted(effect))]
+        inquiries = [effect.inquiry for effect in effects if isinstance(effect, Ask)]
+        return [
+            *inquiries,
+            *commands,
+            *self._announcer.tell(effect for effect in effects if not self._is_muted(effect)),
+        ]
 
     def _handle(self, event: Event, now: float) -> list[Effect]:
         if isinstance(event, Hello):
+            self.joined.append(event)
             self._project = project_of(event)
         try:
             return self._engine.handle(event, now)
@@ -265,7 +290,7 @@ class Run:
                 self.in_flight[command.id] = command
             case Withdraw(command=command_id):
                 self.in_flight.pop(command_id, None)
-            case Notice():
+            case Ask() | Notice():
                 pass
 
     def _is_muted(self, effect: Effect) -> bool:
@@ -314,9 +339,14 @@ class Run:
         self.is_taught = True
         self.tell(Learned(outcomes=outcomes), now)
 
-    @property
-    def wants_timer(self) -> bool:
-        return self._engine.has_commands_in_flight
+    def wants_timer(self, now: float) -> bool:
+        """Whether its engine should be told that time has passed."""
+        is_quiet = now - self._now >= QUIET_SECONDS
+        return self._engine.expects_ranks and (is_quiet or self._engine.has_commands_in_flight)
+
+    def has_left(self, source: str) -> bool:
+        """Whether a process has said goodbye."""
+        return self._ledger.has_ended(source)
 
     @property
     def all_ended(self) -> bool:
@@ -324,18 +354,19 @@ class Run:
 
     @property
     def heard_at(self) -> float:
-        """When anything last came in for this run, in seconds since the epoch."""
-        return self._now
+        """When one of its ranks was last heard, in seconds since the epoch."""
+        return self._heard_at
 
     def touched(self) -> Mapping[str, int]:
         """The highest recorded number of each source heard of since the last call. After `commit` only."""
         touched, self._touched = self._touched, set()
-        received = self._ledger.received(heard_since=0.0)
-        return {source: received[source] for source in touched}
+        return {source: self._ledger.last_of(source) for source in touched}
 
     def recently_heard(self, now: float) -> Mapping[str, int]:
-        """The highest recorded number of each source heard of lately. After `commit` only."""
-        return self._ledger.received(heard_since=now - HEARD_SECONDS)
+        """The highest recorded number of each source heard of lately, of those that have no topic of their own: the
+        others are told when they send again. After `commit` only."""
+        heard = self._ledger.received(heard_since=now - HEARD_SECONDS)
+        return {source: last for source, last in heard.items() if source not in self.addressed}
 
     @property
     def num_incidents(self) -> int:
@@ -358,13 +389,13 @@ class Run:
                     run=self.name,
                     generation=view.generation,
                     step=view.step,
-                    seen_at=self._now,
+                    seen_at=self._heard_at,
                     detectors=dict(view.detectors),
                 )
             self._snapshot = RunSnapshot(
                 view=view,
                 project=self._project,
-                heard_at=self._now,
+                heard_at=self._heard_at,
                 num_received=self._ledger.num_accepted,
                 num_duplicates=self._ledger.num_duplicates,
                 num_lost=self._ledger.num_lost,

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import sqlite3
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sosa_stream.daemon.departures import Departures
 from sosa_stream.daemon.mutes import Mutes
 from sosa_stream.daemon.outcomes import project_of
 from sosa_stream.daemon.parent import outlive
@@ -26,11 +28,12 @@ from sosa_stream.daemon.store import Asked, Changes, Store
 from sosa_stream.daemon.webhook import DEADLINE_SECONDS, Outcome, Webhook
 from sosa_stream.daemon.whereabouts import published
 from sosa_stream.decide.requests import Reply, read_request
-from sosa_stream.effects import JobGone, Timer
+from sosa_stream.effects import Departed, JobGone, Timer
 from sosa_stream.errors import ConfigError, ProtocolError, RefusedError, SosaError, UsageError
 from sosa_stream.figures import Buckets
 from sosa_stream.grafana.annotations import Annotator, annotator_of
 from sosa_stream.metrics.collector import Snapshot
+from sosa_stream.processes import most_files
 from sosa_stream.protocol.body import Reject
 from sosa_stream.protocol.channels import DaemonChannel
 from sosa_stream.protocol.codec import decode, encode
@@ -44,7 +47,12 @@ log = logging.getLogger(__name__)
 
 MAX_RUNS = 1024
 DRAIN_POLL_SECONDS = 0.1
+GATHER_SECONDS = 0.02
+"""Between two batches, where messages come closer together than that."""
+ACKNOWLEDGE_SECONDS = 0.02
+"""What is received is told at most so often: each message that comes in alone would else be answered alone."""
 REQUEST_POLL_SECONDS = 0.2
+DEPARTURE_POLL_SECONDS = 0.05
 TOO_LATE_SECONDS = 600.0
 """Age of a request that is no longer carried out; clocks of hosts that share a home may differ by as much."""
 SNAPSHOT_SECONDS = 0.2
@@ -52,6 +60,8 @@ LATENCY_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 STORE_SECONDS = 0.25
 """What is received is told to be once its rows are written, too, unless that takes longer than this."""
 TIMER_SECONDS = 1.0
+AWAY_SECONDS = 3.0
+"""Between two looks at the clock: then this process was stopped, or its host asleep."""
 FORGET_SECONDS = 600.0
 """A run that all its processes have left is closed when nobody has been heard for this long."""
 FORGET_LOST_SECONDS = 90_000.0
@@ -120,6 +130,8 @@ class Daemon:
         self._runs: dict[str, Run] = {}
         self._unwritten = Changes()
         self._is_orphan = False
+        self._acknowledged_at = -math.inf
+        self._unacknowledged: set[str] = set()
         self._num_being_written = 0
         self._num_waiting = 0
         """Messages taken from the socket and not yet recorded."""
@@ -127,7 +139,8 @@ class Daemon:
         self._writing: asyncio.Task[None] | None = None
         self._store_is_slow = False
         self._rejects = Rejects()
-        self._last_message_at = time.monotonic()
+        self._departures = Departures()
+        self._last_message_at = self._ticked_at = time.monotonic()
         self._is_behind = False
         self._snapshot = Snapshot()
         self._mutes = Mutes()
@@ -144,6 +157,7 @@ class Daemon:
             SosaError: a recording can no longer be written. Nothing unrecorded was acknowledged.
         """
         self._watch_signals()
+        most_files()  # two for each rank
         with ExitStack() as closing:
             async with (
                 Store(self._home) as self._store,
@@ -181,6 +195,7 @@ class Daemon:
             self._ingest(),
             self._every(self._settings.daemon.republish_seconds, self._republish),
             self._every(TIMER_SECONDS, self._tick),
+            self._every(DEPARTURE_POLL_SECONDS, self._tell_departures),
             self._every(TIMER_SECONDS, self._forget),
             self._every(REQUEST_POLL_SECONDS, self._serve_requests),
             self._every(REQUEST_POLL_SECONDS, self._follow_mutes),
@@ -208,6 +223,8 @@ class Daemon:
     async def _finish(self) -> None:
         while batch := await self._channel.drain(timeout_seconds=0):
             await self._take(batch)
+        self._acknowledge()
+        await self._tell_departures(all_of_them=True)
         if self._is_orphan:
             for run in self._runs.values():
                 if not run.all_ended:
@@ -217,6 +234,7 @@ class Daemon:
         await self._write_store()
         if self._writing is not None:
             await self._writing
+        self._departures.close()
         log.info("ended with everything recorded")
         if self._annotator is not None:
             await asyncio.to_thread(self._annotator.close)
@@ -246,13 +264,37 @@ class Daemon:
                 pass
 
     async def _ingest(self) -> None:
+        taken_at = -math.inf
         while not self._stop.is_set():
-            batch = await self._channel.drain(timeout_seconds=DRAIN_POLL_SECONDS)
+            if time.monotonic() - taken_at < GATHER_SECONDS:  # many speak: what each wakes us up for costs more than it
+                await asyncio.sleep(GATHER_SECONDS)
+            wait = ACKNOWLEDGE_SECONDS if self._unacknowledged else DRAIN_POLL_SECONDS
+            batch = await self._channel.drain(timeout_seconds=wait)
             # What came in during a replay is in this batch, and reaches the engines before another task has a turn.
             self._is_behind = False
             self._num_waiting = len(batch)
             if batch:
                 await self._take(batch)
+                taken_at = time.monotonic()
+            now = time.monotonic()
+            if now - self._acknowledged_at >= ACKNOWLEDGE_SECONDS:
+                self._acknowledged_at = now
+                self._acknowledge()
+
+    def _acknowledge(self) -> None:
+        """Tell what was received since the last time. Not while a batch is being taken."""
+        for name in self._unacknowledged:
+            if name in self._runs:
+                self._tell_received(self._runs[name], self._runs[name].touched())
+        self._unacknowledged.clear()
+
+    def _tell_received(self, run: Run, sources: Mapping[str, int]) -> None:
+        """Each to its source, and what has no topic of its own to all: of n sources that would be n² a second."""
+        for source in sources.keys() & run.addressed:
+            received = Received(run=run.name, sources={source: sources[source]})
+            self._channel.publish(run.name, encode(received), source)
+        if shared := {source: last for source, last in sources.items() if source not in run.addressed}:
+            self._channel.publish(run.name, encode(Received(run=run.name, sources=shared)))
 
     async def _take(self, batch: list[bytes]) -> None:
         self._last_message_at = time.monotonic()
@@ -280,8 +322,8 @@ class Daemon:
             except ProtocolError as error:
                 self._rejects.add(message.header.source, error)
         num_incidents = sum(run.num_incidents for run in touched.values())
-        for run in await self._commit(touched.values()):
-            self._channel.publish(run.name, encode(Received(run=run.name, sources=run.touched())))
+        await self._commit(touched.values())
+        self._unacknowledged |= touched.keys()
         num_opened = sum(run.num_incidents for run in touched.values()) - num_incidents
         self._latency.add([time.monotonic() - self._last_message_at] * num_opened)
 
@@ -375,12 +417,30 @@ class Daemon:
 
     async def _tick(self) -> None:
         now = time.time()
+        # after a stop of this process, what has come in meanwhile is taken first: it is not they who were silent
+        was_away = time.monotonic() - self._ticked_at > AWAY_SECONDS
+        self._ticked_at = time.monotonic()
         for run in self._runs.values():
-            if run.wants_timer and not self._is_behind:
+            if run.wants_timer(now) and not (self._is_behind or was_away):
                 run.tell(Timer(), now)
         for run in await self._commit(self._runs.values()):
             if heard := run.recently_heard(now):
-                self._channel.publish(run.name, encode(Received(run=run.name, sources=heard)))
+                self._tell_received(run, heard)
+
+    async def _tell_departures(self, *, all_of_them: bool = False) -> None:
+        """Tell the engines of processes that have ended without a goodbye."""
+        changed = []
+        for run in self._runs.values():
+            joined, run.joined = run.joined, []
+            for hello in joined:
+                if not run.has_left(hello.header.source):
+                    self._departures.meet(hello)
+            settled = self._departures.settled(run.name, all_of_it=all_of_them)
+            if deaths := tuple(death for source, death in settled if not run.has_left(source)):
+                run.tell(Departed(deaths=deaths), time.time())
+                changed.append(run)
+        if changed:
+            await self._commit(changed)
 
     def _forget(self) -> None:
         """Let go of runs that are over. The recording and the rows stay; a later message opens the run again."""

@@ -25,7 +25,7 @@ LATE_TICKS = 100
 """Ticks past the expiry before the daemon calls it expired: the agents do so first."""
 PROPOSAL_STEPS = 2000
 """Steps after which a proposal that nobody approved is out of date."""
-JUDGES_NOTHING = frozenset({"none", "save_checkpoint", "dump_diagnostics", "stop"})
+JUDGES_NOTHING = frozenset({"none", "save_checkpoint", "dump_diagnostics", "stop", "restart"})
 """Actions that leave the training as it is: there is nothing to judge them by."""
 
 _S = CommandState
@@ -45,6 +45,8 @@ class Dispatch:
         self.held_rates = HeldRates()
         self.trials = Trials()
         self.budget = Budget()
+        self.obstacle = ""
+        """Why no fix can be applied to all ranks, or nothing."""
         self._tracker = tracker
         self._step = 0
         self._effects: list[Effect] = []
@@ -119,6 +121,13 @@ class Dispatch:
         self.ledger.move(entry, _S.PUBLISHED)
         self.held_rates.ask(entry, windows)
         self._effects.append(Publish(command=entry.command))
+
+    def obstruct(self, why: str) -> None:
+        """No fix can be applied to all ranks as things stand; nothing: it can. What is under way says so, and waits."""
+        self.obstacle = why
+        for entry in self.ledger.live:
+            if why and entry.in_flight:
+                self.ledger.note(entry, why)
 
     def step(self, windows: RunWindows) -> None:
         """A step is complete and its findings are known: judge what is on trial, and give up what is out of date."""
@@ -214,6 +223,10 @@ class Dispatch:
             if state in (_S.PROPOSED, _S.APPROVED):
                 self.trials.end_untreated(entry, self._step, healed=False)
                 self.ledger.move(entry, _S.EXPIRED, why=why)
+            elif entry.in_flight and [action.action for action in entry.record.actions] == ["restart"]:
+                self.ledger.move(entry, _S.APPLIED)
+                self.ledger.move(entry, _S.VERIFIED, verdict=Verdict.INCONCLUSIVE, why=why)
+                self._effects.append(Withdraw(command=entry.record.id))
             elif entry.in_flight:
                 self.ledger.move(entry, _S.ABORTED, why=why)
                 self._effects.append(Withdraw(command=entry.record.id))

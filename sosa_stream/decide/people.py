@@ -29,6 +29,8 @@ class People:
         """What a request would come to as things stand. Changes nothing."""
         if not anybody_there and isinstance(request, Approve | Fix | Propose):
             return _no("no rank of this run is there: nothing can be applied")
+        if self._dispatch.obstacle and isinstance(request, Approve | Fix | Propose):
+            return _no(self._dispatch.obstacle)
         match request:
             case Approve(command=command):
                 return self._may_approve(command)

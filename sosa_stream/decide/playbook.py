@@ -8,6 +8,7 @@ help: a prior, written down here so that it can be argued with.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ FIRST_LOSS_SCALE = 2.0**16
 """Where torch's GradScaler begins."""
 FIRST_SNAPSHOT_STEPS = 12
 """Before this step lies the quarantine of the snapshot that was taken before training."""
+DIGEST_ROUND_STEPS = 1200
+"""By then each chunk has been looked at again, by default: there are 32 at most, one every 32 steps."""
 FARTHER_STEPS = 100
 """How far before the first bad step the second rollback goes: too near the blow-up repeats it [FAULTS.md D]."""
 
@@ -65,6 +68,8 @@ class Situation:
     """The 90% quantile of the gradient norm before the incident."""
     usual_lr: float | None = None
     """The effective learning rate of some time before the incident."""
+    stands: bool = False
+    """No step has been made for ``auto.restart_after_seconds``, and none will be."""
     lost: float = 0.0
     """The share of what was learned that the loss has lost: 1 is where training began."""
     stuck_loss_scale: float | None = None
@@ -248,8 +253,33 @@ def _turn(
     return build
 
 
+def _resync(now: Situation) -> tuple[Action, ...]:
+    """From the first rank that the incident does not name; nothing where no majority says which ranks are right."""
+    evidence = now.incident.evidence
+    if not evidence.get("has_majority") or not evidence.get("reduced", True):
+        return ()
+    source = next(rank for rank in itertools.count() if rank not in now.incident.ranks)
+    return (Action(action="resync", params={"source": source}),)
+
+
+def _to_when_equal(now: Situation) -> tuple[Action, ...]:
+    """All ranks back to when they were seen to be equal; nothing where they never were, or updates will differ again.
+
+    With a majority the training of these ranks need not be given up, unless they have trained on what was corrupted.
+    """
+    evidence = now.incident.evidence
+    until = evidence.get("equal_until")
+    kept = evidence.get("has_majority") and now.incident.kind == "rank_desync"
+    # Ranks whose gradients are not reduced would part again at once, and may do so on purpose.
+    return (_rollback(until),) if until is not None and not kept and evidence.get("reduced", True) else ()
+
+
 def _stop(now: Situation) -> tuple[Action, ...]:
     return (Action(action="stop"),)
+
+
+def _restart(now: Situation) -> tuple[Action, ...]:
+    return (Action(action="restart"),)
 
 
 THE_WEIGHTS = frozenset({"rollback"})
@@ -261,6 +291,22 @@ ROLLBACK = Fix(
     due=_still_bad,
     build=_half_lr_and_rollback,
     patience_steps=RELEARN_STEPS,
+    keep=THE_WEIGHTS,
+)
+RESYNC = Fix(
+    name="resync",
+    confidence=0.8,
+    due=_always,
+    build=_resync,
+    patience_steps=DIGEST_ROUND_STEPS,
+    keep=frozenset({"resync"}),
+)
+TO_WHEN_EQUAL = Fix(
+    name="rollback",
+    confidence=0.6,
+    due=_always,
+    build=_to_when_equal,
+    patience_steps=DIGEST_ROUND_STEPS,
     keep=THE_WEIGHTS,
 )
 
@@ -402,6 +448,11 @@ LADDERS: Mapping[str, tuple[Fix, ...]] = {
             keep=frozenset({"set_knob"}),
         ),
     ),
+    # Equal digests of what differed end it: a round of them is awaited.
+    "rank_desync": (RESYNC, TO_WHEN_EQUAL),
+    "silent_corruption": (TO_WHEN_EQUAL, RESYNC),
+    # Nothing in the processes can be repaired: their training threads are stuck.
+    "hang": (Fix(name="restart", confidence=0.7, due=lambda now: now.stands, build=_restart),),
     "vanishing_gradient": (Fix(name="higher_lr", confidence=0.35, due=_stays, build=_scale(2.0), patience_steps=240),),
 }
 LOSES_PROGRESS = frozenset(
@@ -416,7 +467,10 @@ PRIORS: Mapping[tuple[str, str], float] = {
 }
 """Confidence by kind and fix."""
 
-NATURAL: Mapping[str, float] = {"overfitting": 0.03, "posterior_collapse": 0.03, "vanishing_gradient": 0.03}
+NATURAL: Mapping[str, float] = {
+    **dict.fromkeys(("overfitting", "posterior_collapse", "vanishing_gradient"), 0.03),
+    **dict.fromkeys(("rank_desync", "silent_corruption"), 0.01),
+}
 """Kinds that do not go away by themselves: an assumption; else `NATURAL_OTHERWISE`."""
 NATURAL_OTHERWISE = 0.1
 """P(well within 10 steps | a fix is due and nothing is done), and for each doubling of the time after that.

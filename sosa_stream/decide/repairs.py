@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from sosa_stream.decide.alerts import Alerts
 from sosa_stream.decide.choice import choose
@@ -87,6 +88,15 @@ class Repairs:
         if not self._withheld:
             self.alerts.step(windows, self.policy)
 
+    def stand(self, windows: RunWindows, now: float, seconds: float) -> None:
+        """The run has stood for so long: no step will come at which anything else could be judged or chosen."""
+        if seconds < self.policy.limits.restart_after_seconds:
+            return
+        self._withheld = self._why_withheld(now)
+        for known in self._tracker.open:
+            if known.incident.kind == "hang":
+                self._consider(known, windows, stands=True)
+
     def end_generation(self, why: str) -> None:
         """The process group is gone, or new."""
         self._guard_acts.begin_generation()
@@ -125,6 +135,8 @@ class Repairs:
     def _why_withheld(self, now: float) -> str:
         if self.paused is not None:
             return f"{self.paused.who} has paused repairs"
+        if self._dispatch.obstacle:
+            return self._dispatch.obstacle
         return "these are quiet hours" if self.policy.quiet.cover(now) else ""
 
     def _decide_anew(self, windows: RunWindows) -> None:
@@ -143,7 +155,7 @@ class Repairs:
             dispatch.trials.end_untreated(entry, windows.step, healed=False)
             dispatch.ledger.move(entry, _S.EXPIRED, why="decided anew, since repairs go on")
 
-    def _consider(self, known: OpenIncident, windows: RunWindows) -> None:
+    def _consider(self, known: OpenIncident, windows: RunWindows, *, stands: bool = False) -> None:
         dispatch, incident = self._dispatch, known.incident
         if incident.severity < Severity.WARNING and self.policy.mode is Mode.AUTO:
             return  # worth knowing is not worth a change; a proposal would only stand in the way of what is
@@ -153,7 +165,7 @@ class Repairs:
             return
         tried = dispatch.ledger.tried[incident.id]
         choice = choose(
-            _situation(known, windows, self.knobs),
+            replace(_situation(known, windows, self.knobs), stands=stands),
             frozenset(tried),
             self.policy,
             dispatch.trials.experience,

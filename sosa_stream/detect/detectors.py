@@ -11,14 +11,20 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from sosa_stream.detect import (
+    corruption,
+    duplicates,
+    growing_memory,
     inputs,
     latent,
     layers,
+    lost_ranks,
     memory,
     numerical,
     reports,
     rises,
     stagnation,
+    standstill,
+    stragglers,
     validation,
     vanishing,
 )
@@ -29,6 +35,9 @@ from sosa_stream.protocol.columns import EVAL_LOSS
 QUIET_POINTS = 20
 LOOK_POINTS = 144
 """Points without a finding that close an incident of a kind that is looked at every 64th point at the rarest."""
+
+MOVES_POINTS = 3
+"""Steps of all ranks that end a standstill."""
 
 
 class DetectorState(StrEnum):
@@ -178,7 +187,39 @@ ALL: tuple[Detector, ...] = (
         quiet_points=LOOK_POINTS,
     ),
     Detector(
+        kind="missing_zero_grad",
+        group=Group.LEARNING,
+        requires=("kept_gradients",),
+        check=layers.missing_zero_grad,
+        warms=False,
+        quiet_points=LOOK_POINTS,
+    ),
+    Detector(
         kind="input_anomaly", group=Group.DATA, requires=("fingerprint",), check=inputs.input_anomaly, warms=False
+    ),
+    Detector(
+        kind="duplicate_data",
+        group=Group.DATA,
+        requires=("fingerprint", "grad_norm"),
+        check=duplicates.duplicate_data,
+        warms=False,
+        quiet_points=64,
+    ),
+    Detector(
+        kind="data_stall",
+        group=Group.DATA,
+        requires=("data_seconds",),
+        check=stragglers.data_stall,
+        warms=False,
+        well=stragglers.batches_come,
+    ),
+    Detector(
+        kind="straggler",
+        group=Group.RANK,
+        requires=("wait_seconds",),
+        check=stragglers.straggler,
+        warms=False,
+        well=stragglers.keeps_pace,
     ),
     Detector(
         kind="posterior_collapse",
@@ -207,13 +248,49 @@ ALL: tuple[Detector, ...] = (
     ),
     Detector(kind="exception", group=Group.SYSTEM, requires=(), check=reports.exception, warms=False, on=(On.REPORT,)),
     Detector(
+        kind="silent_corruption",
+        group=Group.RANK,
+        requires=("digest",),
+        check=corruption.silent_corruption,
+        warms=False,
+        well=reports.together,
+    ),
+    Detector(
         kind="rank_desync",
         group=Group.RANK,
-        requires=(),
+        requires=("digest",),
         check=reports.rank_desync,
         warms=False,
         on=(On.STEP, On.REPORT),
         well=reports.together,
+    ),
+    Detector(
+        kind="hang",
+        group=Group.RANK,
+        requires=(),
+        check=standstill.hang,
+        warms=False,
+        on=(On.REPORT,),
+        quiet_points=MOVES_POINTS,
+    ),
+    Detector(
+        kind="rank_lost",
+        group=Group.RANK,
+        requires=(),
+        check=lost_ranks.rank_lost,
+        warms=False,
+        on=(On.REPORT,),
+        well=lost_ranks.all_there,
+        quiet_points=MOVES_POINTS,
+    ),
+    Detector(
+        kind="memory_leak",
+        group=Group.SYSTEM,
+        requires=(),
+        check=growing_memory.memory_leak,
+        warms=False,
+        on=(On.REPORT,),
+        well=growing_memory.no_leak,
     ),
 )
 BY_KIND = {detector.kind: detector for detector in ALL}

@@ -170,6 +170,26 @@ def weights_unchanged(windows: RunWindows) -> Finding | None:
     )
 
 
+def missing_zero_grad(windows: RunWindows) -> Finding | None:
+    """In three looks in a row, nobody had touched an update's gradients when the next backward began. ``warning``."""
+    looks = windows.looks["kept_gradients"].last()
+    if not looked_at(windows, "kept_gradients") or len(looks) < LOOKS or not looks[-LOOKS:].all():
+        return None
+    return Finding(
+        kind="missing_zero_grad",
+        severity=Severity.WARNING,
+        step=windows.step,
+        first_step=windows.step,
+        message="the gradients of an update are still there when the next backward adds to them",
+        evidence={"value": 1.0, "baseline": float(np.median(looks[:-LOOKS])) if len(looks) > LOOKS else None}
+        | {"window": LOOKS, "grad_norm": windows.grad_norm},
+        causes=(
+            "zero_grad() is not called between updates: missing, before the loop, or on another optimizer",
+            "accumulation that steps at each part: step() belongs with zero_grad(), after the last one",
+        ),
+    )
+
+
 def _owners(windows: RunWindows) -> tuple[str, tuple[str, ...]] | None:
     orphans, stale = windows.looks["orphan_parameters"].last(1), windows.looks["stale_parameters"].last(1)
     if not looked_at(windows, "orphan_parameters") or not len(stale) or not orphans[0] > 0 or not stale[0] > 0:

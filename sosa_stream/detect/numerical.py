@@ -10,7 +10,7 @@ import numpy as np
 from sosa_stream.detect.incidents import Finding, Severity
 from sosa_stream.detect.origin import origin
 from sosa_stream.detect.windows import STUCK_POINTS, RunWindows
-from sosa_stream.detect.wording import number, on_ranks, times
+from sosa_stream.detect.wording import name_ranks, number, on_ranks, times
 
 EXPLODED_RATIO = 5.0
 """A gradient norm this far above its median has exploded, if it is above its band."""
@@ -93,8 +93,9 @@ def nonfinite_gradient(windows: RunWindows) -> Finding | None:
         severity=severity,
         step=windows.step,
         first_step=windows.step,
-        ranks=windows.bad_grad,
+        ranks=windows.brought_by or windows.bad_grad,
         message=f"non-finite gradient{on_ranks(windows.bad_grad, windows.num_ranks)} at step {windows.step}"
+        + _brought(windows)
         + (", update skipped" if windows.skipped else ""),
         evidence={
             "value": None,
@@ -104,6 +105,7 @@ def nonfinite_gradient(windows: RunWindows) -> Finding | None:
             "ranks": list(windows.bad_grad),
             "num_ranks": windows.num_ranks,
             "skipped": windows.skipped,
+            **_brought_by(windows),
             **found.evidence,
         },
         causes=found.causes
@@ -192,11 +194,23 @@ def _exploded(
         cap=cap,
         step=windows.step,
         first_step=first_step,
-        message=f"gradient norm {number(windows.grad_norm)} is {times(ratio)} its median {usual:.3g}",
-        evidence={"value": windows.grad_norm, "baseline": usual, "ratio": ratio, "lr": windows.lr, **evidence},
+        ranks=windows.brought_by,
+        message=f"gradient norm {number(windows.grad_norm)} is {times(ratio)} its median {usual:.3g}"
+        + _brought(windows),
+        evidence={"value": windows.grad_norm, "baseline": usual, "ratio": ratio, "lr": windows.lr, **evidence}
+        | _brought_by(windows),
         causes=("a batch with extreme values", "no gradient clipping", f"the learning rate{lr} is too high"),
     )
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _brought(windows: RunWindows) -> str:
+    return f", brought by {name_ranks(windows.brought_by)}" if windows.brought_by else ""
+
+
+def _brought_by(windows: RunWindows) -> dict[str, list[int]]:
+    """Whose own gradient it was, before the reduction: known at the steps that are looked at."""
+    return {"brought_by": list(windows.brought_by)} if windows.brought_by else {}

@@ -23,12 +23,20 @@ WORSENS: Mapping[str, str] = {
     "saturated_activations": "a saturated layer passes less gradient with every step that pushes it further",
     "loss_scale_collapse": "at its floor every step is skipped and nothing is learned",
     "weights_unchanged": "every further step is paid for and changes nothing",
+    "missing_zero_grad": "every update repeats all earlier gradients: the norm grows, and the loss swings or diverges",
     "input_anomaly": "more such batches in a row, or one that drives the loss out of its band",
+    "duplicate_data": "every further step costs all of these ranks and trains on the data of one",
     "posterior_collapse": "the decoder learns to do without the latent code, and does not unlearn it",
     "oom": "one sample that does not fit by itself, or memory that runs out in backward, ends the rank",
     "shape_mismatch": "the script has ended",
     "exception": "the rank has ended; its peers wait for it",
     "rank_desync": "every further step takes the replicas further apart",
+    "data_stall": "every further step is paid for and in part spent waiting",
+    "straggler": "every further step costs all ranks what this one takes longer",
+    "silent_corruption": "what has changed is trained on with, and a host that does it once may do it again",
+    "hang": "the collective's own timeout ends the ranks",
+    "memory_leak": "memory that is used up: the allocator raises, or the kernel ends the process",
+    "rank_lost": "the others wait for it, until their collective's timeout or torch elastic ends them",
 }
 WORST: Mapping[str, str] = {
     "nan_loss": "weights that are not finite stay so: every further step is lost",
@@ -44,6 +52,11 @@ CLEARS: Mapping[str, str] = {
     "overfitting": "the validation loss is back within 5% of its best",
     "oom": "the run goes on with whole batches, or begins again from its last good state with smaller ones (a fix sets "
     "them where the script has a knob named micro_batch_size)",
+    "data_stall": "batches come in time in 6 of 8 windows",
+    "straggler": "its own time is less than 1.18 times the others' in 6 of 8 windows",
+    "hang": "ranks step again, or the run begins again",
+    "memory_leak": "the memory of all ranks has stopped growing, or the run begins again",
+    "rank_lost": "the run begins again with all its ranks (torch elastic's restart), or the rank is heard again",
     "shape_mismatch": "the run begins again",
     "exception": "the run begins again",
     "rank_desync": "the run begins again from a checkpoint, or the ranks are brought together (`sosa fix RUN resync "

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from sosa_stream.detect.incidents import Finding, Severity
 from sosa_stream.detect.memory import is_out_of_memory
+from sosa_stream.detect.replicas import Replicas
 from sosa_stream.detect.windows import RunWindows
 from sosa_stream.detect.wording import name_ranks
+from sosa_stream.protocol.messages import ExceptionReport
 
 LOST_PEER_TYPES = frozenset({"DistBackendError", "torch.distributed.DistBackendError"})
 LOST_PEER_WORDS = ("closed by peer", "reset by peer", "remote worker", "remote process exited")
@@ -71,7 +74,9 @@ _LIBRARIES = ("site-packages", "dist-packages", "<frozen", "<string>", "/torch/"
 
 def exception(windows: RunWindows) -> Finding | None:
     """A rank's script raised and did not catch; `oom` and `shape_mismatch` take its place where they fit."""
-    report = windows.reports.exception
+    report, left = windows.reports.exception, windows.reports.left
+    if left and (report is None or is_of_lost_peer(report)):
+        return _left(windows, left)
     if report is None or is_out_of_memory(report) or _wrong_shape(windows) is not None:
         return None
     return _exception(windows, "exception")
@@ -116,6 +121,8 @@ def rank_desync(windows: RunWindows) -> Finding | None:
                 "parameters that DDP does not reduce",
             ),
         )
+    if windows.replicas.news and not digests:
+        return _drifted(windows)
     if len(set(digests.values())) < 2:
         return None
     groups: dict[str, list[int]] = {}
@@ -129,14 +136,69 @@ def rank_desync(windows: RunWindows) -> Finding | None:
         odd,
         step,
         f"parameters differ between ranks after a fix at step {step}: {name_ranks(odd)}",
-        {"digests": {str(rank): digest for rank, digest in sorted(digests.items())}},
+        {
+            "digests": {str(rank): digest for rank, digest in sorted(digests.items())},
+            "has_majority": len(majority) == 1,
+        },
         ("a fix took hold on some ranks only", "the ranks had drifted apart before"),
     )
 
 
 def together(windows: RunWindows) -> bool:
     """Whether ranks that parted at a step have been brought together since."""
-    return not windows.came_apart
+    return not windows.came_apart and not windows.replicas.parted
+
+
+def _drifted(windows: RunWindows) -> Finding | None:
+    """What differs everywhere comes of updates that differ; what stays in one place is `silent_corruption`."""
+    replicas = windows.replicas
+    if replicas.is_confined:
+        return None
+    odd, first, what, evidence = parted(replicas)
+    evidence["reduced"] = windows.norms_agree
+    who = f"{name_ranks(odd)} {'differs' if len(odd) == 1 else 'differ'} from the majority"
+    if not evidence["has_majority"]:
+        who = f"{name_ranks(odd)} disagree, and none is believed"
+    since = "differ from the first look on" if replicas.never_equal else f"differ since step {first} at the latest"
+    never = "DDP does not reduce what is trained: the raw model is called, or was changed after it was wrapped"
+    differs = "updates differ: another learning rate, clipping on one rank, or a model that is called past DDP"
+    flip = "silent corruption: a bit that flipped in this memory; if it comes again, the host's memory or device is bad"
+    if not (windows.norms_agree or replicas.never_equal):  # on purpose, perhaps
+        alone = _apart(
+            odd,
+            first,
+            f"{what} that were equal on all ranks {since}: their gradients are not reduced any more",
+            evidence,
+            (
+                "the raw model is called instead of DDP, or DDP's hooks are lost",
+                "on purpose: local SGD, or each rank trains a model of its own from here on",
+            ),
+        )
+        return replace(alone, severity=Severity.WARNING)
+    return _apart(
+        odd,
+        first,
+        f"{what} that must be equal on all ranks {since}: {who}",
+        evidence,
+        (never, differs) if replicas.never_equal else (differs, flip),
+    )
+
+
+def parted(replicas: Replicas) -> tuple[tuple[int, ...], int, str, dict[str, Any]]:
+    """Who is apart, since when, in what, and the evidence."""
+    parted = replicas.parted
+    until = [one.equal_until for one in parted.values() if one.equal_until is not None]
+    state = [chunk for chunk in parted if chunk % 2]
+    what = "optimizer state" if len(state) == len(parted) else "parameters and optimizer" if state else "parameters"
+    evidence = {
+        "chunks_differ": len(parted),
+        "chunks_shared": replicas.num_shared,
+        "has_majority": all(one.has_majority for one in parted.values()),
+        "in": what,
+        "equal_until": min(until) if len(until) == len(parted) else None,
+    }
+    odd = tuple(sorted({rank for one in parted.values() for rank in one.odd}))
+    return odd, min(one.step for one in parted.values()), what, evidence
 
 
 def _apart(
@@ -166,11 +228,16 @@ def _wrong_shape(windows: RunWindows) -> str | None:
     return None
 
 
+def is_of_lost_peer(report: ExceptionReport) -> bool:
+    """Whether a rank says that another is gone."""
+    return report.type in LOST_PEER_TYPES or any(words in report.message for words in LOST_PEER_WORDS)
+
+
 def _exception(windows: RunWindows, kind: str) -> Finding:
     report = windows.reports.exception
     assert report is not None
     rank = report.header.rank
-    lost_peer = report.type in LOST_PEER_TYPES or any(words in report.message for words in LOST_PEER_WORDS)
+    lost_peer = is_of_lost_peer(report)
     causes = (
         ("another rank has ended: its own log says why",)
         if lost_peer
@@ -191,4 +258,24 @@ def _exception(windows: RunWindows, kind: str) -> Finding:
             "lost_peer": lost_peer,
         },
         causes=causes,
+    )
+
+
+def _left(windows: RunWindows, left: Mapping[int, str]) -> Finding:
+    """Ranks said goodbye without an error of their own, and the others failed or were ended after them."""
+    who = ", ".join(f"rank {rank} left with {reason}" for rank, reason in sorted(left.items())[:8])
+    return Finding(
+        kind="exception",
+        severity=Severity.WARNING,
+        step=windows.step,
+        first_step=max(windows.step, 0),
+        ranks=tuple(sorted(left)),
+        message=f"{who}, and the others could not go on",
+        evidence={
+            "type": next(iter(left.values())),
+            "message": "",
+            "stack": [],
+            "lost_peer": False,
+        },
+        causes=("somebody interrupted this process alone (SIGINT), or its script called `sys.exit`",),
     )

@@ -20,6 +20,8 @@ from sosa_stream.detect.statistics import Level
 from sosa_stream.detect.windows import RunWindows
 
 PRECEDENCE = (
+    "silent_corruption",
+    "rank_desync",
     "lr_jump",
     "nan_loss",
     "nonfinite_gradient",
@@ -33,6 +35,7 @@ PRECEDENCE = (
     "dead_units",
     "saturated_activations",
     "vanishing_gradient",
+    "missing_zero_grad",
     "weights_unchanged",
     "loss_plateau",
 )
@@ -45,6 +48,7 @@ _CONSEQUENCES = _BLOW_UP | _STANDSTILL | {"weights_unchanged"}
 MOST_GROUPS = 2
 """Cause groups of open incidents that a run has at once: what else goes wrong with the numbers is their consequence."""
 FOLLOWS: Mapping[str, frozenset[str]] = {
+    "silent_corruption": _BLOW_UP | {"rank_desync"},
     "lr_jump": _BLOW_UP | _STANDSTILL | {"loss_oscillation", "loss_scale_collapse"},
     "nan_loss": _BLOW_UP | _STANDSTILL | {"loss_scale_collapse", "input_anomaly"},
     "nonfinite_gradient": _BLOW_UP | _STANDSTILL | {"loss_scale_collapse", "input_anomaly"},
@@ -61,9 +65,15 @@ FOLLOWS: Mapping[str, frozenset[str]] = {
     "saturated_activations": _STANDSTILL | {"weights_unchanged"},
     "vanishing_gradient": frozenset({"weights_unchanged", "loss_plateau"}),
     "weights_unchanged": frozenset({"loss_plateau"}),
+    "missing_zero_grad": _BLOW_UP | _STANDSTILL | {"loss_oscillation"},
+    "rank_lost": frozenset({"hang", "exception"}),
+    "memory_leak": frozenset({"oom"}),
+    **dict.fromkeys(("exception", "oom", "shape_mismatch", "hang"), frozenset({"rank_lost"})),
 }
 """What each kind brings about: such findings join its open incident as symptoms, across cause groups."""
 
+NEWEST_COUNTS = frozenset({"memory_leak"})
+"""Kinds whose incident shows what was found last, not what was worst."""
 TOGETHER_STEPS = 2
 """Findings whose first steps differ by no more than this began together: a gradient shows it a step after a loss."""
 HEALTHY_STEPS_AT_END = 3
@@ -256,6 +266,15 @@ class Tracker:
                 known.loss_level = None
             known.is_usual = known.is_judged_by_level
 
+    def tell_restart(self, generation: str, seconds: float) -> None:
+        """Ranks that were lost are there again, as this generation, so long after they went."""
+        for known in self._open.values():
+            if known.incident.kind == "rank_lost" and "restarted_as" not in known.incident.evidence:
+                how = {"restarted_as": generation, "restarted_after_seconds": round(seconds, 3)}
+                clears = f"restarted as generation {generation} after {seconds:.1f} s: over once that has stepped"
+                evidence = {**known.incident.evidence, **how}
+                self._put(replace(known.incident, evidence=evidence, clears=clears))
+
     def set_fixes(self, incident_id: str, fixes: tuple[Mapping[str, Any], ...]) -> None:
         """Show these fixes on an incident, open or not."""
         self._put(replace(self._all[incident_id], fixes=fixes))
@@ -323,7 +342,12 @@ class Tracker:
             return
         if finding.kind == incident.kind:
             known.cap, known.again_in = finding.cap, finding.again_in
-            cause = bool(incident.evidence.get("lost_peer")) and not finding.evidence.get("lost_peer")
+            if finding.kind == "rank_lost":  # the same loss, with more that followed it
+                self._put(replace(incident, evidence=finding.evidence, message=finding.message))
+                return
+            newest = finding.kind in NEWEST_COUNTS
+            known_now = finding.evidence.get("brought_by") and not incident.evidence.get("brought_by")
+            cause = bool(known_now or incident.evidence.get("lost_peer")) and not finding.evidence.get("lost_peer")
             ranks = finding.ranks if cause else _guilty(incident, finding, known.detector)
             worse = cause or finding.severity > incident.severity
             incident = replace(
@@ -331,8 +355,8 @@ class Tracker:
                 severity=max(incident.severity, finding.severity),
                 ranks=ranks,
                 hosts=_hosts(ranks, hosts),
-                evidence=with_facts(finding.evidence if worse else incident.evidence, incident, finding),
-                message=finding.message if worse else incident.message,
+                evidence=with_facts(finding.evidence if worse or newest else incident.evidence, incident, finding),
+                message=finding.message if worse or newest else incident.message,
                 causes=finding.causes if cause or finds_out(finding, incident) else incident.causes,
             )
         elif _names(finding, incident):
@@ -421,10 +445,14 @@ def _belongs(finding: Finding, incident: Incident) -> bool:
 def _only_saw_it(finding: Finding, incident: Incident) -> bool:
     """Whether a rank reports no fault of its own, but that the rank of an open incident has ended."""
     lost_peer = bool(finding.evidence.get("lost_peer")) and not incident.evidence.get("lost_peer")
-    return lost_peer and incident.group is Group.SYSTEM
+    return lost_peer and (incident.group is Group.SYSTEM or incident.kind == "rank_lost")
 
 
 def _names(finding: Finding, incident: Incident) -> bool:
+    if finding.kind == "rank_lost":  # the cause of ranks that lost a peer, or stood and waited for it
+        states = incident.evidence.get("states", {})
+        waited = incident.kind == "hang" and {states.get(str(rank)) for rank in finding.ranks} <= {"silent", "gone"}
+        return waited or bool(incident.evidence.get("lost_peer"))
     began_first = finding.first_step <= incident.first_step + TOGETHER_STEPS
     nearer = began_first and _precedence(finding.kind) < _precedence(incident.kind)
     return nearer and incident.severity <= finding.cap

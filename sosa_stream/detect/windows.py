@@ -10,13 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sosa_stream.detect.alignment import AT, Block, Logged, Row
+from sosa_stream.detect.brought import Brought
 from sosa_stream.detect.channel import Channel
 from sosa_stream.detect.course import Course
+from sosa_stream.detect.hangs import Hang
+from sosa_stream.detect.leaks import Leak
 from sosa_stream.detect.logged import NUM_VALUES, LoggedSeries, column_of
+from sosa_stream.detect.losses import Loss
+from sosa_stream.detect.pace import Pace
 from sosa_stream.detect.repeats import Repeats
+from sosa_stream.detect.replicas import Replicas
 from sosa_stream.detect.schedule import Schedule
 from sosa_stream.detect.sensitivity import strictness
 from sosa_stream.detect.statistics import Level, Ring
+from sosa_stream.detect.twins import Twins
 from sosa_stream.protocol.columns import COLUMNS, EVAL_LOSS, SAMPLED_COLUMNS
 from sosa_stream.protocol.messages import ExceptionReport, Layers
 from sosa_stream.settings import DetectSettings
@@ -24,6 +31,10 @@ from sosa_stream.settings import DetectSettings
 TICK, LOSS, GRAD_NORM, LR, LR_MULTIPLIER = (AT[name] for name in ("tick", "loss", "grad_norm", "lr", "lr_multiplier"))
 STEP_SECONDS, SKIPPED, MODEL = (AT[name] for name in ("step_seconds", "skipped", "model"))
 LOSS_SCALE = AT["loss_scale"]
+PACE = [AT[f"{name}_seconds"] for name in ("data", "forward", "backward", "optimizer", "step", "wait")]
+LOCAL_NORM, LOCAL_NONFINITE = AT["local_norm"], AT["local_nonfinite"]
+DATA_SECONDS, WAIT_SECONDS = AT["data_seconds"], AT["wait_seconds"]
+DIGEST, DIGEST_CHUNK, DIGEST_OWED = AT["digest"], AT["digest_chunk"], AT["digest_owed"]
 NUM_OBJECTIVES, FINGERPRINT = AT["num_objectives"], AT["fingerprint"]
 FIRST_SAMPLED = AT[SAMPLED_COLUMNS[0]]
 LOWEST_COUNTS = frozenset({"layer_ratio", "first_norm", "update_ratio", "changed_share", "active_units", "kl_per_dim"})
@@ -56,13 +67,21 @@ _ORDINARY = np.isin(COLUMNS, list(ORDINARY))
 
 @dataclass(slots=True, kw_only=True)
 class Reports:
-    """What arrives outside the metric rows: an uncaught exception; a fix that is applied, and digests of ranks."""
+    """What arrives outside the metric rows.
+
+    An uncaught exception, and why ranks have left before it that raised none; a fix that is applied, and digests of
+    ranks; a run in which no rank moves; ranks that are gone, or whose memory grows.
+    """
 
     exception: ExceptionReport | None = None
+    left: Mapping[int, str] = field(default_factory=dict)
     digests: Mapping[int, str] = field(default_factory=dict)
     digests_step: int = 0
     resynced: bool = False
     """Whether the fix gave all ranks the state of one."""
+    hang: Hang | None = None
+    loss: Loss | None = None
+    leak: Leak | None = None
 
 
 class RunWindows:
@@ -89,6 +108,14 @@ class RunWindows:
         self.step_seconds: float | None = None
         self.repeats: Repeats | None = None
         """How long each rank has had the same batch, with this model; None while no batch was seen."""
+        self.twins: Twins | None = None
+        """Which replicas have had the same batches; None while no batch was seen, and in a run of one rank."""
+        self.pace: Pace | None = None
+        """Whom the others wait for, and for how long batches are waited for; None while no rank has said."""
+        self.lost: frozenset[int] = frozenset()
+        """Ranks that are gone without a goodbye."""
+        self.leaking = False
+        """Whether the memory of a rank grows and grows."""
         self.skipped = False
         self.bad_loss: tuple[int, ...] = ()
         """Ranks whose own loss is non-finite at this step."""
@@ -98,7 +125,12 @@ class RunWindows:
         """Ranks that alone left this step out, or alone took it, where all have had the same gradients."""
         self.came_apart = False
         """Whether there were any since ranks were last brought together."""
-        self._norms_agree = False
+        self.replicas = Replicas()
+        self.brought: Brought | None = None
+        """Each rank's own gradient, before the reduction; None while none was looked at."""
+        self.brought_by: tuple[int, ...] = ()
+        """Ranks whose own gradient is not finite, or far above the others', at this step."""
+        self.norms_agree = False
         """Whether the last norms that were finite on all ranks were the same: replicas, with reduced gradients."""
         self.num_ranks = 0
         """Ranks that reported this step."""
@@ -252,6 +284,9 @@ class RunWindows:
         self.skipped = bool(seen[SKIPPED] and one[SKIPPED] > 0)
         self.odd_ranks = self._odd_ranks(row, finite) if len(values) > 1 else ()
         self.came_apart = self.came_apart or bool(self.odd_ranks)
+        if len(values) > 1:
+            digests, chunks, owed = values[:, DIGEST], values[:, DIGEST_CHUNK], values[:, DIGEST_OWED]
+            self.replicas.take(self.step, digests, chunks, owed)
         self.row = row
         if seen[LOSS_SCALE]:
             overflows = self.skipped and self.grad_norm is None and not self.bad_loss
@@ -262,11 +297,23 @@ class RunWindows:
         model = int(one[MODEL]) if seen[MODEL] else self.model
         if model != self.model:
             self.model = model
-            self.repeats = None
+            self.repeats = self.twins = self.pace = self.brought = None
+            self.replicas = Replicas()
             self.restart()
         if sent[:, FINGERPRINT].any():
             self.repeats = self.repeats or Repeats(len(values))
             self.repeats.take(self.step, values[:, FINGERPRINT])
+            if len(values) > 1:
+                self.twins = self.twins or Twins(len(values))
+                self.twins.take(self.step, values[:, FINGERPRINT], values[:, GRAD_NORM])
+        self.brought_by = ()
+        if sent[:, LOCAL_NONFINITE].any() and len(values) > 1:
+            self.brought = self.brought or Brought(len(values))
+            self.brought.take(values[:, LOCAL_NORM], values[:, LOCAL_NONFINITE])
+            self.brought_by = self.brought.ranks
+        if sent[:, DATA_SECONDS].any() or sent[:, WAIT_SECONDS].any():
+            self.pace = self.pace or Pace(len(values))
+            self.pace.take(self.step, values[:, PACE].T)
         self.looked = bool(finite[:, FIRST_SAMPLED:].any())
         if self.looked:
             self._look(values[:, FIRST_SAMPLED:], finite[:, FIRST_SAMPLED:])
@@ -307,7 +354,10 @@ class RunWindows:
         return self.row.values[:, AT[name]]
 
     def hear(self, reports: Reports) -> None:
-        """Take in what arrived between steps; equal digests of all ranks, or a resync, bring ranks together again."""
+        """Take in what arrived between steps; equal digests of all ranks, or a resync, bring ranks together again.
+
+        What digests of chunks have shown, only these can take back.
+        """
         self.reports = reports
         digests = set(reports.digests.values())
         if reports.resynced or (len(digests) == 1 and "" not in digests and len(reports.digests) >= self.num_ranks):
@@ -329,12 +379,12 @@ class RunWindows:
         values, known = row.values, row.sent.any(axis=1)
         norms = values[finite[:, GRAD_NORM], GRAD_NORM]
         if len(norms) == known.sum():
-            self._norms_agree = bool(len(norms) > 1 and 0.0 < norms.max() <= norms.min() * (1.0 + SAME_NORM))
+            self.norms_agree = bool(len(norms) > 1 and 0.0 < norms.max() <= norms.min() * (1.0 + SAME_NORM))
             return ()
         took = finite[:, GRAD_NORM] & (values[:, SKIPPED] == 0.0)
         left_out = known & ~finite[:, GRAD_NORM] & (values[:, SKIPPED] > 0.0)
         same_tick = len(np.unique(values[known, TICK])) == 1
-        if not (self._norms_agree and same_tick and took.any() and left_out.any() and (took | left_out)[known].all()):
+        if not (self.norms_agree and same_tick and took.any() and left_out.any() and (took | left_out)[known].all()):
             return ()
         return tuple(np.flatnonzero(left_out if left_out.sum() <= took.sum() else took).tolist())
 

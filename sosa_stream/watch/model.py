@@ -36,13 +36,16 @@ TONES = {
     "critical": Tone.CRITICAL,
     "live": Tone.PLAIN,
     "stale": Tone.WARNING,
+    "gil_held_or_stopped": Tone.CRITICAL,
     "lost": Tone.CRITICAL,
+    "blind": Tone.WARNING,
     "ended": Tone.QUIET,
     "proposed": Tone.WARNING,
     "verified": Tone.GOOD,
     **dict.fromkeys(("reverted", "rejected", "expired", "aborted"), Tone.QUIET),
 }
 """By severity, by a rank's state and by a command's."""
+SHORT = {"gil_held_or_stopped": "stopped"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,15 +116,22 @@ def _fixes(look: Look, now: float) -> Iterator[Row]:
 
 def _ranks(look: Look, now: float) -> Iterator[Row]:
     for rank in look.ranks:
-        cells = (str(rank["rank"]), rank["host"], rank["state"], str(rank["step"]), rank["phase"])
+        never = rank["state"] == "blind"
+        where = (UNKNOWN, "blind", UNKNOWN, UNKNOWN) if never else _place(rank)
+        cells = (str(rank["rank"]), *where)
         behind, silent = _seconds(rank["lag_seconds"]), _seconds(rank["silent_seconds"])
         memory = _bytes(rank["device_memory_bytes"]) if rank["device_memory_bytes"] else _bytes(rank["memory_bytes"])
         yield _row(str(rank["rank"]), TONES[rank["state"]], *cells, behind, silent, memory)
 
 
+def _place(rank: Record) -> tuple[str, str, str, str]:
+    state = str(rank["state"])
+    return rank["host"], SHORT.get(state, state), str(rank["step"]), rank["phase"]
+
+
 RUNS = Table(
     headings=("RUN", "STATE", "STEP", "LOSS", "MODE", "INCIDENTS", "WAIT"),
-    widths=(None, 14, 9, 9, 7, 13, 4),
+    widths=(None, 20, 9, 9, 7, 13, 4),
     rows=_runs,
 )
 INCIDENTS = Table(
@@ -134,7 +144,7 @@ FIXES = Table(
 )
 RANKS = Table(
     headings=("RANK", "HOST", "STATE", "STEP", "PHASE", "BEHIND", "SILENT", "MEMORY"),
-    widths=(5, None, 5, 9, 10, 7, 7, 8),
+    widths=(5, None, 7, 9, 10, 7, 7, 8),
     rows=_ranks,
 )
 
@@ -151,6 +161,8 @@ def headline(look: Look) -> str:
         "rate": number(run["learning_rate"]) + _times(run["lr_multiplier"]),
     }
     words = [f"{name} {text}" for name, text in known.items() if text != UNKNOWN]
+    if without := run["ranks"].get("blind"):
+        words.append(f"{without} without an agent, so no fix can be applied")
     if run["paused_by"]:
         words.append(f"paused by {run['paused_by']}")
     if run["fixes_left"] is not None:
@@ -252,7 +264,7 @@ def _mode(run: Record) -> str:
 
 
 def _counted(numbers: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in numbers.items())
+    return ", ".join(f"{count} {SHORT.get(name, name)}" for name, count in numbers.items())
 
 
 def _ago(seconds: float) -> str:

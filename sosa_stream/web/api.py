@@ -30,7 +30,7 @@ from sosa_stream.web.door import Door
 MOST_RUNS = MOST_RECORDS = 1000
 MOST_RANKS = 10_000
 STATES: dict[str, tuple[str, ...]] = {"incidents": tuple(IncidentState), "commands": tuple(CommandState)}
-STATES_OF_RANKS = ("lost", "stale", "live", "ended")
+STATES_OF_RANKS = ("lost", "gil_held_or_stopped", "stale", "blind", "live", "ended")
 """Worst first."""
 Row = tuple[str, int, float]
 """Of a run in the store: its generation, step, and when it was last seen, in seconds since the epoch."""
