@@ -111,6 +111,13 @@ def test_the_commands_and_flags_are_frozen() -> None:
             [*both, *("--fail-on", "--follow", "--format", "--join", "--json", "--map", "--pattern", "PATHS")]
         ),
         "report": sorted([*both, "--allow", "--home", "--json", "RUN"]),
+        "simulate": sorted(
+            [
+                *both,
+                *("--daemon", "--faults", "--json", "--processes", "--ranks", "--ranks-per-connection", "--run"),
+                *("--seconds", "--seed", "--step-seconds"),
+            ]
+        ),
         "grafana": both,
         "grafana push": sorted(
             [

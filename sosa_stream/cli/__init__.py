@@ -29,13 +29,14 @@ from sosa_stream.cli import (
     records,
     replay,
     report,
+    simulate,
     watch,
 )
 from sosa_stream.errors import SosaError, UsageError
 
 __all__ = ["main"]
 
-COMMANDS = (demo, daemon, watch, records, control, alarms, feedback, policy, replay, report, grafana, keys)
+COMMANDS = (demo, daemon, watch, records, control, alarms, feedback, policy, replay, report, simulate, grafana, keys)
 
 
 class Parser(argparse.ArgumentParser):

@@ -111,8 +111,9 @@ def _curve(feed: LogFeed) -> Iterator[str]:
 def _blind(feed: LogFeed) -> Iterator[str]:
     lacking: dict[str, list[str]] = {}
     for kind, missing in feed.blind().items():
-        logs_have = (name for name in missing if name in ALIASES or name.startswith(LOG_PREFIX))
-        lacking.setdefault(", ".join(visible(name.removeprefix(LOG_PREFIX)) for name in logs_have), []).append(kind)
+        logs_have = all(name in ALIASES or name.startswith(LOG_PREFIX) for name in missing)
+        names = ", ".join(visible(name.removeprefix(LOG_PREFIX)) for name in missing) if logs_have else ""
+        lacking.setdefault(names, []).append(kind)
     unseen = lacking.pop("", [])
     if lacking:
         yield "blind: " + "; ".join(f"{', '.join(kinds)} (no {names} in it)" for names, kinds in lacking.items())
