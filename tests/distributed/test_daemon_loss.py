@@ -162,5 +162,5 @@ def test_a_job_with_the_wrong_keys_trains_on_unwatched_and_is_counted(
     job.wait_more_steps(50)
     job.finish()
     job.digest()
-    assert not (home / job.run).exists()
+    assert not (home / job.run / "run.sosa").exists()
     assert "never answered (address, keys?): nobody watched this run" in job.log

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -40,9 +41,10 @@ def wait_for(condition: Callable[[], T], what: str, seconds: float = DEADLINE_SE
 
 
 class Job:
-    """One torchrun job of two ranks under the agent, or without it.
+    """One torchrun job of two ranks under the agent, or without it; on two nodes, of as many launchers.
 
     ``home`` holds the store and the recordings, ``out`` what the script writes, ``log`` what everybody says.
+    ``process`` is the launcher, of node 0 where there are more.
     """
 
     def __init__(
@@ -54,25 +56,45 @@ class Job:
         launcher: Sequence[str] = (),
         agent: bool = True,
         script: Path = SCRIPT,
+        nodes: int = 1,
+        ranks_per_node: int = 2,
+        begin_with: int | None = None,
     ) -> None:
         self.folder, self.home, self.out = folder, folder / "home", folder / "out"
         self.log_path = folder / "job.log"
         self.out.mkdir(parents=True)
         self._settings = dict(settings or {})
         self.run = self._settings.get("SOSA_RUN", RUN)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *launcher]
+        self.world_size = nodes * ranks_per_node
+        meet = ["--standalone"]
+        if nodes > 1:
+            meet = ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+        words = ["--nproc-per-node", str(ranks_per_node), *launcher]
         if agent:
-            command += ["-m", "sosa_stream.agent", *(word for fault in inject for word in ("--inject", fault))]
-        command += [str(script), "--out", str(self.out), *arguments]
-        with self.log_path.open("wb") as log:
-            self.process = subprocess.Popen(
-                command,
-                env=self.environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            words += ["-m", "sosa_stream.agent", *(word for fault in inject for word in ("--inject", fault))]
+        words += [str(script), "--out", str(self.out), *arguments]
+        # node 0 keeps the rendezvous: else whoever comes first does, and takes it along when it is killed
+        which = [["--node-rank", str(node), "--rdzv-conf", f"is_host={int(node == 0)}"] for node in range(nodes)]
+        which = which if nodes > 1 else [[]]
+        self._commands = [[sys.executable, "-m", "torch.distributed.run", *meet, *one, *words] for one in which]
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.join(len(self._commands) if begin_with is None else begin_with)
+        self.process = self.processes[0]
+
+    def join(self, num: int = 1) -> None:
+        """Start the launchers of so many more nodes."""
+        with self.log_path.open("ab") as log:
+            self.processes += [
+                subprocess.Popen(
+                    command,
+                    env=self.environment(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+                for command in self._commands[len(self.processes) :][:num]
+            ]
 
     def environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("SOSA_")}
@@ -125,10 +147,10 @@ class Job:
     def ended(self, *, code: int = 0) -> None:
         """Wait for its end, which is with this exit code."""
         try:
-            self.process.wait(DEADLINE_SECONDS)
+            codes = [process.wait(DEADLINE_SECONDS) for process in self.processes]
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the job does not end\n{self.log[-6000:]}") from None
-        assert self.process.returncode == code, f"ended with {self.process.returncode}\n{self.log[-6000:]}"
+        assert set(codes) == {code}, f"ended with {codes}\n{self.log[-6000:]}"
 
     def results(self) -> list[dict[str, Any]]:
         """What the script left on each rank."""
@@ -204,7 +226,7 @@ class Job:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def daemon_pids(self) -> list[int]:
-        return [pid for pid, words in processes_of(self.folder) if "daemon" in words]
+        return [pid for pid, words in processes_of(self.folder) if words[2:4] == ["sosa_stream.cli", "daemon"]]
 
     def wait_daemon(self, *, other_than: int = 0) -> int:
         """The pid of the embedded daemon, which has bound its ports."""
@@ -233,9 +255,10 @@ class Job:
 
     def kill(self) -> None:
         """End whatever is left of it."""
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
         for pid, _ in processes_of(self.folder):
             kill(pid)
 
@@ -255,6 +278,12 @@ def processes_of(folder: Path) -> list[tuple[int, list[str]]]:
 def kill(pid: int, number: int = signal.SIGKILL) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+def free_port() -> int:
+    """For a launcher that must be told one before it is there."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 def read_metric(http: str, name: str, **labels: str) -> float:
