@@ -8,12 +8,13 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 PROMETHEUS ?= http://127.0.0.1:9090
 
-.PHONY: help demo test servers lint types pictures bench bench-seeds bench-rescue clean
+.PHONY: help demo test test-faults servers lint types pictures bench bench-seeds bench-rescue clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train a small model three times: clean, with faults, with faults and sosa (2 minutes)"
 	@echo "make test    run the tests; as root it installs Prometheus, Alertmanager and systemd for them"
+	@echo "make test-faults  process faults in real jobs, from three seeds (make test has one), and the longer tests of faults between ranks"
 	@echo "make lint    check style and formatting"
 	@echo "make types   check types"
 	@echo "make pictures  draw the dashboards and sosa watch again, after make demo DEMO_ARGS=--prometheus"
@@ -36,6 +37,10 @@ demo: $(STAMP)
 
 test: $(STAMP) servers
 	$(BIN)/python -m pytest --numprocesses 2 $(TEST_ARGS)
+
+test-faults: $(STAMP)
+	$(BIN)/python -m benchmarks.drills
+	$(BIN)/python -m pytest --numprocesses 2 -m faults --ignore tests/distributed/test_drills.py
 
 # Alerts, dashboards, the exporter and the unit are tested against the real ones, which no package index of Python has.
 servers:
