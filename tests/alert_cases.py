@@ -158,12 +158,11 @@ CASES = (
     ),
     Case(
         alert="SosaRankLost",
-        series=ranks(live=during(5, 15, value=6, else_=8), lost=during(5, 15, value=2)),
+        series=incident("rank_lost", "critical", during(5, 15)),
         quiet=(4.5, 5),
         fires=(5.5, 14.5),
         over=21,
-        labels=A,
-        texts={"value": "2"},
+        labels={**A, "kind": "rank_lost"},
     ),
     Case(
         alert="SosaRunSilent",
@@ -351,11 +350,11 @@ NEAR_MISSES = (
         why="the run is over",
         series={'sosa_fix_budget_left{run="a", instance="d:1"}': always(0), **ranks(live=always(0), ended=always(8))},
     ),
-    NearMiss(alert="SosaRankLost", why="an elastic restart", series=ranks(live=always(8), lost=during(5, 5.5))),
+    NearMiss(alert="SosaRankLost", why="an elastic restart", series=incident("rank_lost", "critical", during(5, 5.5))),
     NearMiss(
         alert="SosaRankLost",
-        why="all are: the run is silent",
-        series=ranks(live=during(0, 5, value=8), lost=during(5, value=8)),
+        why="all were asked to end: the job was cancelled",
+        series=incident("rank_lost", "info", always(1)),
     ),
     NearMiss(
         alert="SosaRunSilent",

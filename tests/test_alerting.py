@@ -246,8 +246,7 @@ CLOSED_SETS = {
     ("sosa_commands_total", "verdict"): set(Verdict),
     ("sosa_detector_state", "state"): set(DetectorState),
     ("sosa_detector_state", "kind"): set(BY_KIND),
-    # Detectors of these two are to come.
-    ("sosa_incident_open", "kind"): {"straggler", "hang"},
+    ("sosa_incident_open", "kind"): set(BY_KIND),
     ("sosa_incident_open", "severity"): set(map(str, Severity)),
     ("sosa_run_ranks_in_phase", "phase"): set(Phase),
     ("sosa_notifications_total", "outcome"): set(Outcome),

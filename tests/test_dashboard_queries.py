@@ -123,11 +123,11 @@ class Rank(RingAgent):
 
 
 def with_more_columns(event: Event) -> Event:
-    """A frame that also says how many samples a batch has, and the loss scale."""
+    """A frame that also says how many samples a batch has, the loss scale, and how long a step waits."""
     if not isinstance(event, MetricFrame):
         return event
-    more = np.column_stack([event.values, np.full(len(event.steps), 64.0), np.full(len(event.steps), 1024.0)])
-    return replace(event, columns=(*event.columns, "samples", "loss_scale"), values=more)
+    more = np.column_stack([event.values, *(np.full(len(event.steps), value) for value in (64.0, 1024.0, 0.02))])
+    return replace(event, columns=(*event.columns, "samples", "loss_scale", "wait_seconds"), values=more)
 
 
 def send(ranks: list[Rank], events: Iterable[Event]) -> None:

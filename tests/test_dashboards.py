@@ -157,6 +157,7 @@ def test_every_value_that_a_query_picks_is_one_that_the_label_can_have(name: str
         "verdict": {*map(str, Verdict), "none"},
         "mode": set(map(str, Mode)),
         "le": {"15.0"},
+        "stat": {"max", "mean"},
     }
     for text in expressions_of(name):
         for selected in re.findall(r"\bsosa_\w+\{([^}]*)\}", text):

@@ -57,6 +57,7 @@ SURFACE = {
     "sosa_run_learning_rate_multiplier": {"run"},
     "sosa_run_loss": {"run"},
     "sosa_run_memory_bytes": {"run", "memory", "stat"},
+    "sosa_run_step_part_seconds": {"run", "part", "stat"},
     "sosa_run_nonfinite_steps_total": {"run"},
     "sosa_run_paused": {"run"},
     "sosa_run_ranks": {"run", "state"},
@@ -95,8 +96,8 @@ def sick_run() -> RunSnapshot:
     feed(engine, simulation.events[: -job.world_size])  # before the ranks leave, which resolves what is open
     scaled = frame(1.8, rank=0, world_size=2, first_step=215)
     for rank in range(2):
-        more = np.column_stack([scaled.values, [[64.0, 1024.0]]])
-        columns = (*scaled.columns, "samples", "loss_scale")
+        more = np.column_stack([scaled.values, [[64.0, 1024.0, 0.01 * rank]]])
+        columns = (*scaled.columns, "samples", "loss_scale", "wait_seconds")
         row = MetricFrame(header=header(rank, 2), columns=columns, steps=scaled.steps, values=more)
         feed(engine, [row, beat(rank, 2, step=216)], NOW + 100)
     return run_of(engine, NOW + 110)
@@ -217,6 +218,7 @@ def test_what_ranks_say_of_themselves_is_shown_over_all_of_them(snapshot: Snapsh
         ("device", "mean"): 15.0,
     }
     assert values_of(snapshot, "sosa_run_ranks_in_phase")[("forward",)] == 2.0
+    assert values_of(snapshot, "sosa_run_step_part_seconds") == {("wait", "max"): 0.01, ("wait", "mean"): 0.005}
 
 
 def test_reasons_of_refusal_are_shown_before_the_first_refusal() -> None:
@@ -279,7 +281,7 @@ def test_healthy_ranks_are_not_named() -> None:
     assert values_of(Snapshot(runs=(run,)), "sosa_rank_info") == {}
     assert values_of(Snapshot(runs=(run,)), "sosa_run_ranks") == {
         ("live",): 8.0,
-        **{(state,): 0.0 for state in ("stale", "lost", "ended")},
+        **{(state,): 0.0 for state in ("stale", "gil_held_or_stopped", "lost", "blind", "ended")},
     }
 
 

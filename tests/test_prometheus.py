@@ -57,8 +57,8 @@ def exporter_of_others() -> Iterator[str]:
 
 
 def rows(header: Header) -> MetricFrame:
-    columns = ("tick", "loss", "grad_norm", "lr", "step_seconds", "samples")
-    values = np.column_stack([np.arange(50), np.full(50, 2.0), np.ones(50), np.full(50, 1e-3), np.full((50, 2), 0.1)])
+    columns = ("tick", "loss", "grad_norm", "lr", "step_seconds", "wait_seconds", "samples")
+    values = np.column_stack([np.arange(50), np.full(50, 2.0), np.ones(50), np.full(50, 1e-3), np.full((50, 3), 0.1)])
     values[:, -1] = 32.0
     values[20, 1] = np.nan
     return MetricFrame(header=header, columns=columns, steps=np.arange(50), values=values)

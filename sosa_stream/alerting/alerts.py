@@ -12,7 +12,7 @@ from sosa_stream.detect.incidents import Severity
 from sosa_stream.metrics import catalogue
 from sosa_stream.metrics.catalogue import Family
 
-KINDS_OF_THEIR_OWN = ("straggler", "hang")
+KINDS_OF_THEIR_OWN = ("straggler", "hang", "rank_lost")
 """Kinds of incident that have an alert of their own."""
 LIVE = f'sum by (run) ({catalogue.RUN_RANKS.name}{{state=~"live|stale"}}) > 0'
 FRESH_SECONDS = 86_400
@@ -105,7 +105,7 @@ ALERTS = (
     Alert(
         name="SosaRunWarning",
         severity=Severity.WARNING,
-        query=_open(f'severity="warning", kind!~"{_OWN}"'),
+        query=_open('severity="warning", kind!="straggler"'),
         above=0,
         for_seconds=300,
         keep_firing_seconds=300,
@@ -141,13 +141,13 @@ ALERTS = (
     Alert(
         name="SosaRankLost",
         severity=Severity.CRITICAL,
-        query=f'sum by (run) ({catalogue.RUN_RANKS.name}{{state="lost"}})\nand on (run) {LIVE}',
+        query=_open('kind="rank_lost", severity!="info"'),
         above=0,
-        for_seconds=30,
+        for_seconds=30,  # torch elastic may have started the job again by then
         keep_firing_seconds=300,
-        summary="{run}: ranks lost: {value}",
-        description="Ranks of run {run} have fallen silent without a goodbye ({value} of them) while others are"
-        " still there. Those probably wait for them in a collective.",
+        summary="{run}: a rank is lost",
+        description="A rank of run {run} is gone without a goodbye, and the job has not begun again. `sosa incidents`"
+        " names the rank, its host, and how its process ended.",
     ),
     Alert(
         name="SosaRunSilent",
@@ -201,7 +201,7 @@ ALERTS = (
     Alert(
         name="SosaHang",
         severity=Severity.CRITICAL,
-        query=_open('kind="hang", severity!="info"'),
+        query=_open('kind="hang", severity="critical"'),
         above=0,
         keep_firing_seconds=300,
         summary="{run}: hangs",

@@ -59,10 +59,12 @@ LABELS = {
     "pod": "Kubernetes pod of the rank; empty outside of Kubernetes",
     "phase": "`start`, `data`, `forward`, `backward`, `optimizer`, `eval`, `checkpoint` or `end`",
     "memory": "`host` (resident set of the process) or `device` (allocated by torch)",
+    "part": "`data` (waiting for the batch), `forward`, `backward`, `wait` (for other ranks) or `optimizer`",
     "stat": "`max` or `mean` over ranks",
     "kind": "of the detector or incident, as `sosa incidents` shows it",
     "severity": "`info`, `warning` or `critical`",
-    "state": "of a rank: `live`, `stale` (silent for 5 s), `lost` (for 15 s), `ended`; of a command: `proposed` to"
+    "state": "of a rank: `live`, `stale` (silent for 5 s), `gil_held_or_stopped` (silent, its process is there), `lost`"
+    " (gone, or silent for 15 s), `blind` (without an agent), `ended`; of a command: `proposed` to"
     " `verified`, `reverted`, `rejected`, `expired`, `aborted`; of a detector: `warming`, `watching`, `blind`,"
     " `firing`",
     "verdict": "`helped`, `no_effect`, `harmed`, `inconclusive`, `not_applied`, or `none` yet",
@@ -102,6 +104,13 @@ RUN_STEP_SECONDS = Family(
     type=Type.HISTOGRAM,
     help="Wall time of completed steps, of the slowest rank.",
     labels=("run",),
+)
+RUN_STEP_PART_SECONDS = _gauge(
+    "sosa_run_step_part_seconds",
+    "Where the time of the newest steps goes: a step's mean on the rank with most of it, and over ranks.",
+    "run",
+    "part",
+    "stat",
 )
 RUN_LOSS = _gauge("sosa_run_loss", "Mean loss over ranks at the newest step; no sample where unknown.", "run")
 RUN_GRADIENT_NORM = _gauge(

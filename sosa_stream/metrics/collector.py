@@ -35,7 +35,7 @@ from sosa_stream.protocol.body import Reject
 from sosa_stream.protocol.channels import BAD_HANDSHAKE, WRONG_KEY
 from sosa_stream.protocol.messages import Phase
 
-RANK_STATES = ("live", "stale", "lost", "ended")
+RANK_STATES = ("live", "stale", "gil_held_or_stopped", "lost", "blind", "ended")
 REJECT_REASONS = (*(str(reason) for reason in Reject), WRONG_KEY, BAD_HANDSHAKE, TOO_MANY, UNRECORDABLE)
 TRIED = (Verdict.HELPED, Verdict.INCONCLUSIVE, Verdict.NO_EFFECT, Verdict.HARMED)
 COMMAND_COURSE: tuple[tuple[str, str], ...] = (
@@ -153,6 +153,11 @@ _BY_LABEL: Mapping[Family, Callable[[RunSnapshot], Mapping[Key, float]]] = {
     catalogue.RUN_MEMORY_BYTES: lambda run: {
         **_spread("host", [rank.memory_bytes for rank in _there(run) if rank.memory_bytes]),
         **_spread("device", [rank.device_memory_bytes for rank in _there(run) if rank.gpu_uuid]),
+    },
+    catalogue.RUN_STEP_PART_SECONDS: lambda run: {
+        (part, stat): value
+        for part, values in run.view.figures.step_parts.items()
+        for stat, value in zip(("max", "mean"), values, strict=True)
     },
     catalogue.INCIDENT_OPEN: lambda run: Counter(
         (incident.kind, str(incident.severity))

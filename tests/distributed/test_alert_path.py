@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 RULES = ROOT / "deploy" / "prometheus" / "rules" / "sosa.yaml"
 
 WITHOUT_A_VALUE = {
-    *("SosaRunWarning", "SosaStraggler", "SosaHang"),  # no such incident is open
+    *("SosaRunWarning", "SosaStraggler", "SosaHang", "SosaRankLost"),  # no such incident is open
     "SosaFixBudgetSpent",  # the mode is not auto
     "SosaDaemonBlind",  # the loss and the gradient norm are there
 }

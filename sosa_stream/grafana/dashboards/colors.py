@@ -11,7 +11,14 @@ HEALTHY, NOTE, WARNING, CRITICAL, UNKNOWN = BLUE, SKY, ORANGE, VERMILLION, GREY
 
 PALETTE = frozenset({BLUE, SKY, GREEN, YELLOW, ORANGE, VERMILLION, PURPLE, GREY})
 SEVERITIES = {"critical": CRITICAL, "warning": WARNING, "info": NOTE}
-RANK_STATES = {"live": HEALTHY, "stale": WARNING, "lost": CRITICAL, "ended": UNKNOWN}
+RANK_STATES = {
+    "live": HEALTHY,
+    "stale": WARNING,
+    "gil_held_or_stopped": CRITICAL,
+    "lost": CRITICAL,
+    "blind": WARNING,
+    "ended": UNKNOWN,
+}
 PHASES = {
     "start": GREY,
     "data": ORANGE,

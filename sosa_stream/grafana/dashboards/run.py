@@ -263,6 +263,13 @@ TIME = Row(
             ),
             style=STEPS,
         ),
+        timeseries(
+            "Where a step's time goes",
+            "Of the newest steps: each part on the rank that has most of it.",
+            Query('max by (run, part) (sosa_run_step_part_seconds{run=~"$run", stat="max"})', "{{part}} · {{run}}"),
+            unit="s",
+            width=12,
+        ),
         ranks_by_phase(width=12),
         timeseries(
             "Memory",
