@@ -286,7 +286,8 @@ class Engine:
         elif isinstance(event, Stacks):
             self._note_rank(header, phase=event.phase)
             self._hangs.answer(event)
-            self._lose(self._hangs.gone_ranks, Seen.GONE)
+            if event.neighbours:
+                self._lose(self._hangs.gone_ranks, Seen.GONE)
         else:
             self._note_rank(header, phase=Phase.END)
             self._hangs.end()

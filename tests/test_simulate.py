@@ -53,6 +53,7 @@ def test_ctrl_c_ends_daemon_and_senders_without_a_traceback() -> None:
     command = [sys.executable, "-m", "sosa_stream.cli", "simulate", "--ranks", "2", "--seconds", "600"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stderr is not None
+        assert "waiting" in process.stderr.readline()
         assert "joined" in process.stderr.readline()
         os.killpg(process.pid, signal.SIGINT)
         assert process.stderr.read() == ""  # every process that holds it has ended
@@ -70,6 +71,7 @@ def test_ctrl_c_ends_daemon_and_senders_without_a_traceback() -> None:
         (["--faults", "fire:1@2"], "straggler:RANK@STEP"),
         (["--faults", "hang:4@9", "--ranks", "4"], "the 4 ranks are 0 to 3"),
         (["--faults", "hang:1@9,hang:2@20"], "no second hang"),
+        (["--faults", "hang:1@60", "--seconds", "60"], "60 steps in all"),
         (["--daemon", "http://127.0.0.1:1"], "tcp://host:7667"),
         (["--run", "a/b"], "name of a folder"),
         (["--ranks", "60000"], "--ranks-per-connection"),
@@ -83,6 +85,11 @@ def test_what_cannot_be_simulated_is_told_in_one_line(
     assert captured.out == ""
     (line,) = captured.err.splitlines()
     assert said in line
+
+
+def test_a_fault_that_is_not_found_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "--ranks", "2", "--seconds", "2", "--faults", "straggler:1@1"]) == 1
+    assert "straggler:1@1: not found" in capsys.readouterr().out
 
 
 def test_a_daemon_that_is_not_there_is_told_and_fails(

@@ -26,7 +26,7 @@ def add_parser(subparsers: Any) -> None:
         help="drive a real daemon with many synthetic ranks, and see what they cost it",
         description="Synthetic ranks speak to a real daemon over real sockets, as agents do: hello, heartbeats, "
         "frames, resending, stacks when asked. They train nothing and measure nothing. Ends with 1 where a "
-        "message was lost.",
+        "message was lost or a fault was not found.",
     )
     parser.add_argument("--ranks", type=int, default=64, metavar="N", help="default: %(default)s")
     parser.add_argument("--step-seconds", type=float, default=1.0, metavar="S", help="default: %(default)s")
@@ -53,7 +53,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command's exit code: 1 if a message was lost."""
+    """The command's exit code: 1 if a message was lost or a fault not found."""
     # Here, so that no other command loads what only this one uses.
     from sosa_stream.daemon.run import recording_path
     from sosa_stream.errors import ProtocolError
@@ -77,6 +77,9 @@ def run(arguments: argparse.Namespace) -> int:
     except ProtocolError as error:
         raise UsageError(f"--run: {error.detail}") from None
     faults = parse_faults(arguments.faults, arguments.ranks)
+    for fault in faults:
+        if fault.step * arguments.step_seconds >= arguments.seconds:
+            raise UsageError(f"--faults {fault}: there are {arguments.seconds / arguments.step_seconds:.0f} steps in all")
     processes = arguments.processes or -(-arguments.ranks // RANKS_PER_PROCESS)
     connections = -(-arguments.ranks // arguments.ranks_per_connection)
     files = most_files()
@@ -98,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     outcome = simulate(plan, lambda text: print(text, file=sys.stderr))
     print(json.dumps(outcome.as_dict()) if arguments.json else outcome.words())
-    return 1 if outcome.num_lost else 0
+    return 1 if outcome.num_lost or any(found.delay_seconds is None for found in outcome.found) else 0
 
 
 def _check(flag: str, value: float, low: float, high: float) -> None:

@@ -2,8 +2,8 @@
 
 A step that comes late is no hang. What is usual is learned from the run itself, for each activity (steps, loading
 data, evaluation, checkpoints) apart, and what the ranks are at is read off their stacks: the run is asked for them
-(`Inquiry`) once it stands for half of what it may, and each second after that. A training thread that computes, or
-that does not stand where it stood a second ago, is at work.
+(`Inquiry`) once it stands for half of what it may, soon again, and then ever less often, for all ranks answer. A
+training thread that computes, or that does not stand where it stood when it was asked before, is at work.
 
 The bound is a multiple of the longest that was seen, with a floor, as dlrover's and NVIDIA's resiliency extension have
 it, but for each activity by itself: their bounds on any gap raise false alarms in evaluation (dlrover 1727).
@@ -36,9 +36,9 @@ CERTAIN_SECONDS, CERTAIN_ALONE_SECONDS = 60.0, 900.0
 """Where a rank is left that may come back by itself, this is only a warning before. A process that is alone may wait
 for a person."""
 SUSPECT_SHARE = 0.5
-ASK_SECONDS, ASK_OFTEN_SECONDS, ASK_SELDOM_SECONDS = 0.9, 30.0, 10.0
-"""Between two inquiries, while the run has not stood for ``ASK_OFTEN_SECONDS``, and later."""
-LOOK_SECONDS = 0.2
+ASK_SECONDS, ASK_SELDOM_SECONDS, ASK_GROWTH = 0.9, 10.0, 1.5
+"""Between two inquiries: at first, at most, and by how much more each time from the third on."""
+LOOK_SECONDS, LOOK_SECONDS_A_RANK = 0.2, 5e-5
 SILENT_SECONDS = 2.5
 """Heartbeats come every second."""
 AWAY_SECONDS = 3.0
@@ -96,7 +96,8 @@ class Hangs:
         self._moved_at = math.nan
         self._num_moves = 0
         self._event_at = self._asked_at = self._looked_at = -math.inf
-        self._number = 0
+        self._number = self._num_asked = 0
+        """Inquiries so far, and since the last move."""
         self._over = self._saw_stopped = False
 
     @property
@@ -154,7 +155,7 @@ class Hangs:
         now = self._event_at
         standing = now - self._moved_at
         suspect = SUSPECT_SHARE * self._bound(Activity.STEP)
-        is_quiet = not standing >= suspect or now - self._looked_at < LOOK_SECONDS  # NaN: nobody has stepped yet
+        is_quiet = not standing >= suspect or now - self._looked_at < self._look_seconds  # NaN: nobody has stepped yet
         if is_quiet or self._over or self._num_moves < LEARNED_MOVES:
             return None
         if self._world_size > len(self._ranks):
@@ -186,10 +187,11 @@ class Hangs:
                 certain=certain,
             )
             return None
-        if now - self._asked_at < (ASK_SECONDS if standing < ASK_OFTEN_SECONDS else ASK_SELDOM_SECONDS):
+        if now - self._asked_at < min(ASK_SELDOM_SECONDS, ASK_SECONDS * ASK_GROWTH ** max(self._num_asked - 2, 0)):
             return None
         self._asked_at = now
         self._number += 1
+        self._num_asked += 1
         silent = tuple(
             SilentRank(rank=rank, host=known.host, pid=known.pid)
             for rank, known in self._ranks.items()
@@ -197,9 +199,14 @@ class Hangs:
         )
         return Inquiry(run=self._run, generation=self._generation, number=self._number, silent=silent[:MAX_ASKED])
 
+    @property
+    def _look_seconds(self) -> float:
+        return LOOK_SECONDS + LOOK_SECONDS_A_RANK * self._world_size
+
     def _move(self) -> None:
         gap, self._moved_at = self._event_at - self._moved_at, self._event_at
         self._num_moves += 1
+        self._num_asked = 0
         activity, self._activity = self._activity, Activity.STEP
         hang, self.current = self.current, None
         saw_stopped, self._saw_stopped = self._saw_stopped, False

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,13 +59,11 @@ class Course:
     def rows(self, rank: int, first: int, last: int) -> NDArray[np.float64]:
         """`COLUMNS` of the steps ``first`` to ``last`` - 1."""
         steps = np.arange(first, last)
-        noise = np.random.default_rng((self.seed, rank, first)).standard_normal(last - first)
+        draws = [_draws(self.seed, step, self.num_ranks) for step in range(first, last)]
         rows = np.zeros((last - first, len(COLUMNS)))
         rows[:, 0] = steps + 1
-        rows[:, 1] = 1.8 + 2.7 * np.exp(-steps / 120) + 0.05 * noise
-        rows[:, 2] = [
-            np.exp(0.1 * np.random.default_rng((self.seed, step)).standard_normal()) for step in range(first, last)
-        ]
+        rows[:, 1] = 1.8 + 2.7 * np.exp(-steps / 120) + 0.05 * np.array([drawn[rank] for drawn in draws])
+        rows[:, 2] = [np.exp(0.1 * drawn[-1]) for drawn in draws]
         rows[:, 3:6] = 1e-3, 1.0, self.step_seconds
         slow = [fault.step for fault in self.faults if fault.kind == "straggler" and fault.rank == rank]
         is_slow = steps[:, None] >= min(slow, default=math.inf)
@@ -77,3 +76,9 @@ class Course:
         if hang is not None and hang.rank == rank and self.num_done(now) >= hang.step:
             return Phase.FORWARD, HANGING
         return Phase.BACKWARD, WAITING
+
+
+@lru_cache(maxsize=256)
+def _draws(seed: int, step: int, num_ranks: int) -> NDArray[np.float64]:
+    """A step's noise of every rank, and one more that all have in common."""
+    return np.random.default_rng((seed, step)).standard_normal(num_ranks + 1)
