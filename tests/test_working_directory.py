@@ -33,12 +33,11 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.05)
 
 
-def daemon_of(job: subprocess.Popen[bytes]) -> int:
-    """The pid of the daemon that the job has started, or 0."""
-    found = subprocess.run(
-        ["ps", "-o", "pid=,args=", "--ppid", str(job.pid)], stdout=subprocess.PIPE, text=True, check=False
-    )
-    return next((int(line.split()[0]) for line in found.stdout.splitlines() if "daemon --embedded" in line), 0)
+def daemon_of(folder: Path) -> int:
+    """The pid of the daemon that the job in this folder has started, or 0."""
+    found = subprocess.run(["ps", "-ww", "-e", "-o", "pid=,args="], stdout=subprocess.PIPE, text=True, check=True)
+    ours = [line for line in found.stdout.splitlines() if "daemon --embedded" in line and str(folder) in line]
+    return next((int(line.split()[0]) for line in ours), 0)
 
 
 def test_kill_file_stop_mark_and_a_daemons_successor_stay_where_a_job_was_started_that_goes_elsewhere(
@@ -65,9 +64,10 @@ def test_kill_file_stop_mark_and_a_daemons_successor_stay_where_a_job_was_starte
         wait_for(lambda: killed in sosa("commands"), "the fix to be refused")
         (tmp_path / "runs" / "kill").unlink()
 
-        first = daemon_of(job)
+        first = daemon_of(tmp_path)
+        assert first > 0
         os.kill(first, signal.SIGKILL)
-        wait_for(lambda: daemon_of(job) not in (0, first), "another daemon")
+        wait_for(lambda: daemon_of(tmp_path) not in (0, first), "another daemon")
         wait_for(lambda: sosa("fix", "one", "stop") and job.poll() is not None, "it to take over")
         assert job.wait(DEADLINE_SECONDS) == 76
         assert (tmp_path / "runs" / "one" / "stopped").exists()

@@ -276,6 +276,7 @@ def processes_of(folder: Path) -> list[tuple[int, list[str]]]:
 
 
 def kill(pid: int, number: int = signal.SIGKILL) -> None:
+    assert pid > 1, "not a process, but all of ours"
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
 
