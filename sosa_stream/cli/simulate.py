@@ -16,7 +16,7 @@ MOST_RANKS = 65536
 MOST_SECONDS = 86400.0
 FILES_PER_CONNECTION = 8
 """Descriptors of a connection in a sending process, at most; the daemon has two of each."""
-RANKS_PER_PROCESS = 4096
+RANKS_PER_PROCESS = 8192
 
 
 def add_parser(subparsers: Any) -> None:

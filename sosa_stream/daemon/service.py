@@ -35,7 +35,7 @@ from sosa_stream.grafana.annotations import Annotator, annotator_of
 from sosa_stream.metrics.collector import Snapshot
 from sosa_stream.processes import most_files
 from sosa_stream.protocol.body import Reject
-from sosa_stream.protocol.channels import DaemonChannel
+from sosa_stream.protocol.channels import MAX_DRAINED, DaemonChannel
 from sosa_stream.protocol.codec import decode, encode
 from sosa_stream.protocol.keys import DaemonKeys
 from sosa_stream.protocol.messages import AgentMessage, ControlMessage, Hello, Received
@@ -264,15 +264,16 @@ class Daemon:
                 pass
 
     async def _ingest(self) -> None:
-        taken_at = -math.inf
+        taken_at, is_full = -math.inf, False
         while not self._stop.is_set():
-            if time.monotonic() - taken_at < GATHER_SECONDS:  # many speak: what each wakes us up for costs more than it
+            # Many speak: what each wakes us up for costs more than it. Where more is left than was taken, at once.
+            if not is_full and time.monotonic() - taken_at < GATHER_SECONDS:
                 await asyncio.sleep(GATHER_SECONDS)
             wait = ACKNOWLEDGE_SECONDS if self._unacknowledged else DRAIN_POLL_SECONDS
             batch = await self._channel.drain(timeout_seconds=wait)
             # What came in during a replay is in this batch, and reaches the engines before another task has a turn.
             self._is_behind = False
-            self._num_waiting = len(batch)
+            self._num_waiting, is_full = len(batch), len(batch) == MAX_DRAINED
             if batch:
                 await self._take(batch)
                 taken_at = time.monotonic()

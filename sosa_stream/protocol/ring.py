@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-MOST_PATIENCE = 16.0
+RESEND_SECONDS = 3.0
+"""A connection that stands loses nothing, so this is for a daemon that is behind, which gets it twice."""
+MOST_PATIENCE = 5.0
 """Times the first wait for an acknowledgement that the longest one takes."""
 
 
@@ -17,7 +19,7 @@ class Ring:
     twice as long each time: a daemon that is behind gets no more to do for it (RFC 6298, 5.5).
     """
 
-    def __init__(self, max_frames: int, resend_seconds: float = 1.0) -> None:
+    def __init__(self, max_frames: int, resend_seconds: float = RESEND_SECONDS) -> None:
         self._frames: deque[bytes] = deque()
         self._max_frames = max_frames
         self._resend_seconds = self._patience = resend_seconds

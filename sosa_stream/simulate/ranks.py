@@ -61,6 +61,7 @@ class Connection:
         self.told: list[Told] = []
         self._run = run
         self._reconnects = 0
+        self._has_left = False
         self._ranks = {f"synthetic-{rank}": _Rank(rank) for rank in ranks}
         self._channel = AgentChannel(address, run, sources=self._ranks, context=context)
         for one in self._ranks.values():
@@ -104,14 +105,16 @@ class Connection:
             for one in self._ranks.values():
                 one.ring.rewind()
         for one in self._ranks.values():
-            self._flush(one, now)
+            if not self._has_left:
+                self._flush(one, now)
             if now >= one.beat_at:
                 one.beat_at += HEARTBEAT_SECONDS
                 self._beat(one, now)
             one.ring.send(self._channel.send, now)
 
     def leave(self) -> None:
-        """Every rank says goodbye."""
+        """Every rank says goodbye, and no more than that is to be sent."""
+        self._has_left = True
         for one in self._ranks.values():
             one.beat_at = math.inf
             self._add(one, lambda header: Bye(header=header, reason="end", exit_code=0, dropped=0))
