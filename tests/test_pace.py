@@ -147,3 +147,14 @@ def test_the_median_of_others_leaves_each_one_out(values: list[float]) -> None:
             assert np.isnan(found)
         else:
             assert found == pytest.approx(np.median(others))
+
+
+def test_where_steps_take_seconds_a_straggler_is_found_within_tens_of_them_and_noise_is_silent() -> None:
+    pace, random = Pace(8), np.random.default_rng(2)
+    for step in range(1000):
+        pace.take(step, 40.0 * _seconds([{}] * 8, random)[[0, 1, 2, 3, 5, 4]])
+        assert not pace.slow.on.any()
+    for step in range(1000, 1040):
+        seconds = _seconds([{"backward": 0.06} if rank == 5 else {} for rank in range(8)], random)
+        pace.take(step, 40.0 * seconds[[0, 1, 2, 3, 5, 4]])
+    assert np.flatnonzero(pace.slow.on).tolist() == [5]

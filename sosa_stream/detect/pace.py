@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 WINDOW_STEPS, WINDOW_SECONDS = 16, 1.0
 """A window has so many steps and takes so long, at least: shorter ones show who had the processor, not who is slow."""
+FEW_STEPS, LONG_SECONDS = 4, 8.0
+"""Or this, where steps are long: their noise is a smaller share of them, and 16 may take minutes."""
 SHOWN = 4
 """Newest windows that are told in numbers."""
 FIRST_STEPS = 16
@@ -120,7 +122,8 @@ class Pace:
         self._sums[:, known] += seconds[:, known]
         self._num += known
         self._recent.append((step, (seconds[STEP] - seconds[WAIT]).astype(np.float32)))
-        if self._num.max() >= WINDOW_STEPS and self._sums[STEP].max() >= WINDOW_SECONDS:
+        num, span = self._num.max(), self._sums[STEP].max()
+        if (num >= WINDOW_STEPS and span >= WINDOW_SECONDS) or (num >= FEW_STEPS and span >= LONG_SECONDS):
             self._close()
 
     def _close(self) -> None:
