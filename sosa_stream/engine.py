@@ -263,7 +263,7 @@ class Engine:
                 self._report(Reports(leak=leak))
         elif isinstance(event, MetricFrame):
             self._note_rank(header, step=int(event.steps[-1]) if len(event.steps) else -1)
-            self._hangs.note(header, int(event.steps[-1]) + 1 if len(event.steps) else -1)
+            self._hangs.note(header, int(event.steps[-1]) + 1 if len(event.steps) else -1, _last_tick(event))
             self._windows.columns.update(event.columns)
             self._alignment.add(event)
             if self._attendance.is_dead(header.rank):
@@ -561,3 +561,11 @@ class Engine:
         """``firing`` while its incident is open, or where it has joined another's at this step."""
         is_open = any(known.incident.kind == detector.kind for known in self._tracker.open)
         return detector.state(self._windows, is_open or self._firing.get(detector.kind) == self._windows.step)
+
+
+def _last_tick(frame: MetricFrame) -> int:
+    """Of its newest row; -1 where it has none."""
+    if not len(frame.steps) or "tick" not in frame.columns:
+        return -1
+    tick = float(frame.values[-1, frame.columns.index("tick")])
+    return int(tick) if math.isfinite(tick) else -1

@@ -74,7 +74,7 @@ class StandingRun:
                     self.hand(
                         Stacks(
                             header=head,
-                            tick=self.next_step,
+                            tick=self.next_step - 1,
                             phase=Phase.FORWARD,
                             training=self.frames[rank],
                             works=rank == self.works,
@@ -85,7 +85,7 @@ class StandingRun:
                     self.hand(
                         Heartbeat(
                             header=head,
-                            tick=self.next_step,
+                            tick=self.next_step - 1,  # that of the last frame
                             step=self.next_step,
                             phase=Phase.FORWARD,
                             oldest=1,
@@ -106,6 +106,12 @@ def test_a_rank_that_sleeps_while_others_reduce_is_named_within_five_seconds() -
     assert "rest" in found.message
     assert "main" in found.message
     assert found.evidence["value"] < 5.0
+
+
+def test_heartbeats_that_say_what_frames_have_said_are_no_moves() -> None:
+    run = StandingRun([BACKWARD, BACKWARD, SLEEP, BACKWARD])
+    run.stand(4.25)
+    assert len(run.hangs) == 1
 
 
 def test_a_rank_waits_in_a_collective_whose_wait_we_time() -> None:
