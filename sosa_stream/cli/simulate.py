@@ -79,7 +79,9 @@ def run(arguments: argparse.Namespace) -> int:
     faults = parse_faults(arguments.faults, arguments.ranks)
     for fault in faults:
         if fault.step * arguments.step_seconds >= arguments.seconds:
-            raise UsageError(f"--faults {fault}: there are {arguments.seconds / arguments.step_seconds:.0f} steps in all")
+            raise UsageError(
+                f"--faults {fault}: there are {arguments.seconds / arguments.step_seconds:.0f} steps in all"
+            )
     processes = arguments.processes or -(-arguments.ranks // RANKS_PER_PROCESS)
     connections = -(-arguments.ranks // arguments.ranks_per_connection)
     files = most_files()

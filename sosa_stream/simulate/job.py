@@ -90,7 +90,9 @@ def simulate(plan: Plan, say: Callable[[str], None]) -> Outcome:
     course = Course(num_ranks=plan.num_ranks, step_seconds=plan.step_seconds, faults=plan.faults, seed=plan.seed)
     with ExitStack() as closing:
         daemon = _Daemon(address=plan.daemon) if plan.daemon else closing.enter_context(_own_daemon())
-        say(f"waiting for the daemon at {daemon.address} to take {plan.num_ranks} ranks in: {JOIN_SECONDS:.0f} s at most")
+        say(
+            f"waiting {JOIN_SECONDS:.0f} s at most for the daemon at {daemon.address} to take {plan.num_ranks} ranks in"
+        )
         pipes = [closing.enter_context(_sender(share)) for share in _shares(plan, course, daemon.address)]
         if not all(_hear(pipe, JOIN_SECONDS + SPARE_SECONDS) for pipe in pipes):
             raise SosaError(f"the daemon at {daemon.address} did not take all ranks in within {JOIN_SECONDS:.0f} s")
