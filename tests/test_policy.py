@@ -319,3 +319,13 @@ def test_parted_replicas_are_brought_together_only_where_they_still_reduce_their
     now = _situation("rank_desync", evidence=evidence)
     built = [fix.build(now) for fix in LADDERS["rank_desync"]]
     assert next((actions[0].action for actions in built if actions), None) == action
+
+
+def test_frozen_parameters_are_copied_from_a_rank_that_still_has_them_and_never_rolled_back() -> None:
+    resync, rollback = LADDERS["rank_desync"]
+    known = _situation("rank_desync", evidence={"has_majority": True, "equal_until": None, "frozen": 5})
+    unknown = _situation("rank_desync", evidence={"has_majority": False, "equal_until": None, "frozen": 5})
+    assert [action.params["frozen"] for action in resync.build(known)] == [5]
+    assert not rollback.build(known)
+    assert not resync.build(unknown)
+    assert not rollback.build(unknown)

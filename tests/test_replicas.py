@@ -9,7 +9,7 @@ from torch.optim import SGD, AdamW
 
 from sosa_stream.agent.watch.digests import Digests
 from sosa_stream.detect.replicas import Replicas
-from sosa_stream.protocol.columns import DIGEST_CHUNKS
+from sosa_stream.protocol.columns import DIGEST_CHUNKS, DIGEST_PARTS
 
 
 def after(*digests: tuple[float, ...], owed: float = 0.0) -> Replicas:
@@ -103,6 +103,30 @@ def test_many_small_parameters_beside_large_ones_have_no_more_chunks_than_there_
     digests = Digests(lambda: [optimizer], 1)
     looks = [digests.take(step) for step in range(4, 104)]
     assert max(columns["digest_chunk"] for columns in looks if columns) < DIGEST_CHUNKS
+
+
+def test_another_part_of_a_table_of_each_rank_s_own_has_not_moved() -> None:
+    table = torch.nn.Parameter(torch.randn(4 << 18))
+    optimizer = SGD([table], lr=0.1)
+    digests, replicas = Digests(lambda: [optimizer], 1), Replicas()
+    for step in range(4, 40):
+        if columns := digests.take(step):
+            value = float(columns["digest"])
+            is_last = columns["digest_chunk"] >= 3 * DIGEST_PARTS  # where ranks have used different rows
+            row = np.array([value, value + is_last])
+            replicas.take(step, row, np.full(2, columns["digest_chunk"]), np.zeros(2))
+    assert not replicas.parted
+
+
+def test_counters_move_no_state() -> None:
+    model = torch.nn.Linear(4, 4)
+    optimizer = AdamW(model.parameters())
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    before = all_digests(model, optimizer)
+    for state in optimizer.state.values():
+        state["step"] += 1
+    assert all_digests(model, optimizer) == before
 
 
 def test_other_optimizers_begin_anew() -> None:

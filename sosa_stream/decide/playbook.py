@@ -259,7 +259,8 @@ def _resync(now: Situation) -> tuple[Action, ...]:
     if not evidence.get("has_majority") or not evidence.get("reduced", True):
         return ()
     source = next(rank for rank in itertools.count() if rank not in now.incident.ranks)
-    return (Action(action="resync", params={"source": source}),)
+    frozen = {"frozen": evidence["frozen"]} if evidence.get("frozen") else {}
+    return (Action(action="resync", params={"source": source, **frozen}),)
 
 
 def _to_when_equal(now: Situation) -> tuple[Action, ...]:

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
-from sosa_stream.protocol.columns import DIGEST_CHUNKS
+from sosa_stream.detect.frozen import Frozen
+from sosa_stream.detect.parted import MAJORITY, Parted
+from sosa_stream.protocol.columns import DIGEST_CHUNKS, DIGEST_PARTS
 
-MAJORITY = 0.5
 MIN_OTHERS = 4
 """Chunks beside those that differ, without which it cannot be told that these alone do."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parted:
-    """A chunk that ranks no longer share since ``step``. ``odd``: those outside the majority, or all without one."""
-
-    step: int
-    equal_until: int | None
-    """The last step at which it was seen to be equal; None where it never was."""
-    odd: tuple[int, ...]
-    has_majority: bool
 
 
 class Replicas:
@@ -32,6 +20,8 @@ class Replicas:
     """
 
     def __init__(self) -> None:
+        self.frozen = Frozen()
+        """What no optimizer steps."""
         self._plan = 0
         self.parted: dict[int, Parted] = {}
         """By chunk, until its ranks are seen to be equal."""
@@ -42,6 +32,7 @@ class Replicas:
         self.num_shared = 0
         """Chunks that are expected to be equal."""
         self._last: dict[int, float] = {}
+        """By chunk and part: another part has another digest, and has not moved by that."""
         self._equal_at: dict[int, int] = {}
         self._shared: set[int] = set()
         self._free: set[int] = set()
@@ -74,7 +65,8 @@ class Replicas:
         known = np.flatnonzero(np.isfinite(digests) & np.isfinite(chunks))
         if len(known) < 2 or (chunks[known] != chunks[known[0]]).any():
             return
-        chunk, values = int(chunks[known[0]]), digests[known]
+        place, values = int(chunks[known[0]]), digests[known]
+        chunk = place % DIGEST_PARTS
         if chunk // DIGEST_CHUNKS != self._plan:  # other parameters, or others beside them
             self._begin(chunk // DIGEST_CHUNKS)
         kinds, counts = np.unique(values, return_counts=True)
@@ -86,7 +78,7 @@ class Replicas:
             self.parted.pop(chunk, None)
             self._equal_at[chunk] = step
             value = float(kinds[0])
-            if chunk not in self._free and self._last.setdefault(chunk, value) != value:
+            if chunk not in self._free and self._last.setdefault(place, value) != value:
                 self._shared.add(chunk)
                 self.num_shared = len(self._shared)
         elif chunk in self._shared:

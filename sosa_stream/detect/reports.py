@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from sosa_stream.detect.frozen import Frozen
 from sosa_stream.detect.incidents import Finding, Severity
 from sosa_stream.detect.memory import is_out_of_memory
 from sosa_stream.detect.replicas import Replicas
@@ -123,6 +124,8 @@ def rank_desync(windows: RunWindows) -> Finding | None:
         )
     if windows.replicas.news and not digests:
         return _drifted(windows)
+    if windows.replicas.frozen.news and not digests:
+        return _frozen_parted(windows.replicas.frozen)
     if len(set(digests.values())) < 2:
         return None
     groups: dict[str, list[int]] = {}
@@ -146,7 +149,7 @@ def rank_desync(windows: RunWindows) -> Finding | None:
 
 def together(windows: RunWindows) -> bool:
     """Whether ranks that parted at a step have been brought together since."""
-    return not windows.came_apart and not windows.replicas.parted
+    return not (windows.came_apart or windows.replicas.parted or windows.replicas.frozen.parted)
 
 
 def _drifted(windows: RunWindows) -> Finding | None:
@@ -181,6 +184,32 @@ def _drifted(windows: RunWindows) -> Finding | None:
         f"{what} that must be equal on all ranks {since}: {who}",
         evidence,
         (never, differs) if replicas.never_equal else (differs, flip),
+    )
+
+
+def _frozen_parted(frozen: Frozen) -> Finding:
+    """Nobody trains these: on ranks that differ they were written to, or have changed by themselves."""
+    parted = frozen.parted.values()
+    odd = tuple(sorted({rank for one in parted for rank in one.odd}))
+    first = min(one.step for one in parted)
+    has_majority = all(one.has_majority for one in parted)
+    who = name_ranks(odd) if has_majority else f"one of {name_ranks(odd)}"
+    return _apart(
+        odd,
+        first,
+        f"frozen parameters that were equal on all ranks have changed on {who}, since step {first} at the latest",
+        {
+            "chunks_differ": len(parted),
+            "chunks_shared": frozen.num_shared,
+            "has_majority": has_majority,
+            "in": "frozen parameters",
+            "equal_until": None,  # of them no snapshot is kept that a rollback could put back
+            "frozen": frozen.chunks,
+        },
+        (
+            "a bit that flipped in this host's memory or device; if it comes again, take the host out",
+            "the script writes to frozen parameters, or loads others, on some ranks only",
+        ),
     )
 
 

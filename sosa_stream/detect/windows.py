@@ -34,6 +34,7 @@ LOSS_SCALE = AT["loss_scale"]
 PACE = [AT[f"{name}_seconds"] for name in ("data", "forward", "backward", "optimizer", "step", "wait")]
 LOCAL_NORM, LOCAL_NONFINITE = AT["local_norm"], AT["local_nonfinite"]
 DATA_SECONDS, WAIT_SECONDS = AT["data_seconds"], AT["wait_seconds"]
+FROZEN_DIGEST, FROZEN_PLACE = AT["frozen_digest"], AT["frozen_place"]
 DIGEST, DIGEST_CHUNK, DIGEST_OWED = AT["digest"], AT["digest_chunk"], AT["digest_owed"]
 NUM_OBJECTIVES, FINGERPRINT = AT["num_objectives"], AT["fingerprint"]
 FIRST_SAMPLED = AT[SAMPLED_COLUMNS[0]]
@@ -287,6 +288,7 @@ class RunWindows:
         if len(values) > 1:
             digests, chunks, owed = values[:, DIGEST], values[:, DIGEST_CHUNK], values[:, DIGEST_OWED]
             self.replicas.take(self.step, digests, chunks, owed)
+            self.replicas.frozen.take(self.step, values[:, FROZEN_DIGEST], values[:, FROZEN_PLACE])
         self.row = row
         if seen[LOSS_SCALE]:
             overflows = self.skipped and self.grad_norm is None and not self.bad_loss

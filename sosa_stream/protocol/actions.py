@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sosa_stream.errors import RefusedError
+from sosa_stream.protocol.columns import FROZEN_CHUNKS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +88,15 @@ ACTIONS: Mapping[str, ActionSpec] = MappingProxyType(
         "split_batch": ActionSpec(params={"num_parts": Param(type=int, low=1, high=1024)}, stands=True),
         # Set the scale of every GradScaler.
         "set_loss_scale": ActionSpec(params={"scale": Param(type=float, low=2.0**-20, high=2.0**40)}),
-        # Copy parameters and optimizer state from this rank to all others; what the others held is gone.
-        "resync": ActionSpec(params={"source": Param(type=int, low=0, high=2**16)}, irreversible=True),
+        # Copy parameters and optimizer state from this rank to all others; what the others held is gone. ``frozen``:
+        # the sum of 2^i for each chunk i of frozen parameters to be copied as well; ranks may differ in the others.
+        "resync": ActionSpec(
+            params={
+                "source": Param(type=int, low=0, high=2**16),
+                "frozen": Param(type=int, low=0, high=2**FROZEN_CHUNKS - 1, required=False),
+            },
+            irreversible=True,
+        ),
         # Set a knob that the script has registered, within the knob's own bounds.
         "set_knob": ActionSpec(params={"name": Param(type=str), "value": Param(type=float)}, stands=True),
         # Write a checkpoint to disk, named ``<name>_<step>``, or ``last``.

@@ -58,12 +58,18 @@ SAMPLED_COLUMNS = (
     "stale_parameters",  # parameters of the optimizer that got no gradient
     "kept_gradients",  # 1 where the last update's gradients were still there when the next backward began, else 0
     "digest",  # 53-bit digest of one chunk of parameters or optimizer state after the update: equal on replicas
-    "digest_chunk",  # which one: even of parameters, odd of optimizer state; 32 more with each new set of optimizers
+    # Which one: even of parameters, odd of optimizer state; 32 more with each new set of optimizers, 2^32 for each part
+    # of large tensors.
+    "digest_chunk",
     "digest_owed",  # 1 where DDP reduces all gradients on all ranks, so that it must be equal from the first update on
+    "frozen_digest",  # the same of one chunk of the model's parameters that no optimizer steps
+    "frozen_place",  # which one: 16 more with each new set of optimizers, 2^32 for each part of large tensors
     "local_norm",  # norm of this rank's own gradient before the reduction, unscaled; of several backwards the largest
     "local_nonfinite",  # how many of its elements are NaN or infinite, over all backwards of the step
 )
 DIGEST_CHUNKS = 32
+FROZEN_CHUNKS = DIGEST_CHUNKS // 2
+DIGEST_PARTS = 1 << 32
 COLUMNS = STEP_COLUMNS + SAMPLED_COLUMNS
 EVAL_LOSS = "eval_loss"
 LOG_PREFIX = "log/"

@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--layers", type=int, default=0, help="small ones that do nothing, so that there are many")
-    parser.add_argument("--fault", choices=("rate", "raw", "clip", "weight", "state", "gradient", "nan"))
+    parser.add_argument("--fault", choices=("rate", "raw", "clip", "weight", "state", "gradient", "nan", "frozen"))
     arguments = parser.parse_args()
     dist.init_process_group("gloo")
     rank, fault = dist.get_rank(), arguments.fault
@@ -41,13 +41,17 @@ def main() -> None:
     for _ in range(arguments.layers):
         network.append(nn.Linear(1, 1))
         nn.init.ones_(network[-1].weight)
+    trained = list(network.parameters())
+    if fault == "frozen":
+        network.append(nn.Linear(1, 1).requires_grad_(False))  # which no optimizer has
+        nn.init.ones_(network[-1].weight)
     brings = {"gradient": 1e4, "nan": math.nan}
     steps = itertools.count()
     if fault in brings and rank == dist.get_world_size() - 1:
         network[3].weight.register_hook(lambda grad: grad * brings[fault] if next(steps) // 2 >= FAULT_STEP else None)
     model = DistributedDataParallel(network, broadcast_buffers=False, find_unused_parameters=True)
     frozen = list(network[3].parameters())
-    optimizer = AdamW(network.parameters(), lr=1e-2)
+    optimizer = AdamW(trained, lr=1e-2)
     generator = torch.Generator().manual_seed(1 + rank)
     with (arguments.out / f"steps-rank{rank}.jsonl").open("a", encoding="utf-8", buffering=1) as lines:
         for step in range(arguments.steps):
@@ -67,6 +71,8 @@ def main() -> None:
                 flip(network[3].weight)
             if struck and step == FAULT_STEP and fault == "state":
                 flip(optimizer.state[network[3].weight]["exp_avg_sq"])
+            if struck and step == FAULT_STEP and fault == "frozen":
+                flip(network[-1].weight)
             optimizer.step()
             optimizer.zero_grad()
             lines.write(json.dumps({"step": step, "pid": os.getpid(), "at": time.time()}) + "\n")

@@ -232,6 +232,29 @@ def test_resync_gives_every_rank_the_bits_of_one(two_ranks: TwoRanks, source: in
     assert results[0][2:4] == results[1][2:4]
 
 
+def resyncs_frozen(rank: int, wanted: int) -> Any:
+    net = nn.Sequential(*(nn.Linear(4, 4).requires_grad_(False) for _ in range(20)), toy())
+    model = DistributedDataParallel(net)
+    optimizer = AdamW(net[-1].parameters(), lr=0.01)
+    with Watch(alone=False).installed() as watch:
+        train(model, optimizer, batches(2, seed=rank))
+        for layer in net[:-1]:
+            nn.init.constant_(layer.weight, float(rank))
+        before = [len(chunk) for chunk in watch.state.frozen_chunks]
+        watch.fence.due[2] = command(act("resync", source=0, frozen=wanted))
+        train(model, optimizer, batches(1, seed=8))
+    return before, [float(layer.weight.mean()) for layer in net[:-1]], outcome(watch)[0]
+
+
+def test_resync_copies_the_frozen_parameters_that_it_is_told_and_leaves_the_others_apart(two_ranks: TwoRanks) -> None:
+    (sizes, held, outcome_of_one), (_, other, _) = two_ranks.run(resyncs_frozen, 0b10)
+    assert sizes == [32, 8]
+    assert held == [0.0] * 20
+    assert other == [1.0] * 16 + [0.0] * 4
+    assert outcome_of_one[0] == "applied"
+    assert outcome_of_one[1].endswith("copied to all ranks, 8 of the parameters frozen")
+
+
 def resyncs_lbfgs_and_halves(rank: int) -> Any:
     """State of lists and plain numbers, and types that gloo does not know."""
     net = toy()

@@ -74,6 +74,20 @@ def test_where_it_is_allowed_ranks_are_brought_together_by_the_majority_or_back_
     assert len(set(ends)) == 1
 
 
+def test_a_frozen_parameter_that_changes_on_one_of_two_ranks_is_told_and_copied_from_the_other(
+    start: Callable[..., Job],
+) -> None:
+    settings = {**SETTINGS, "SOSA_MODE": "auto", "SOSA_AUTO_ALLOW": "resync,rollback"}
+    job = start("--fault", "frozen", script=SCRIPT, settings=settings)
+    job.ended()
+    (found,) = parted(job)
+    assert (found["ranks"], found["evidence"]["in"], found["state"]) == ([1], "frozen parameters", "resolved")
+    assert FAULT_STEP <= found["first_step"] <= FAULT_STEP + WITHIN_STEPS
+    (command,) = job.commands("verified")
+    assert [(one["action"], one["params"]) for one in command["actions"]] == [("resync", {"source": 0, "frozen": 1})]
+    job.digest()
+
+
 def test_buffers_accumulation_and_layers_unfrozen_later_part_nobody(start: Callable[..., Job]) -> None:
     job = start(script=SCRIPT, settings=SETTINGS)
     job.ended()

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 from weakref import WeakSet
 
+import torch
+
 from sosa_stream.agent.repair.actuator import Actuator, InForce, Moment, Undo
 from sosa_stream.agent.repair.copies import Copy, copy_all, fill, outline, room_for, tensors_in
 from sosa_stream.agent.repair.optimizer_state import (
@@ -34,7 +36,7 @@ class Resync(Actuator):
         self._in_force = in_force
         self._state = state
         self._aside: list[Any] = []
-        """Of each optimizer a copy of its parameters, and of their state by position."""
+        """Of each optimizer a copy of its parameters, and of their state by position; at the end frozen parameters."""
 
     def refusal(self, params: Mapping[str, Any], step: int) -> str:
         num_ranks = world_size()
@@ -54,6 +56,8 @@ class Resync(Actuator):
         if why:
             raise RefusedError(f"resync: {why}")
         live = [(list(parameters_of(optimizer)), dict(by_position(optimizer))) for optimizer in optimizers]
+        frozen = self._frozen(params.get("frozen", 0))
+        live.append((frozen, {}))
         plan = ranks.spread(ranks.all_manage(lambda: self._put_aside(live)), source)
         rooms = ranks.all_manage(lambda: self._prepare(live, plan, ranks.rank == source))
         was_stale, held = self._in_force.stale_gradients.copy(), self._aside
@@ -61,7 +65,8 @@ class Resync(Actuator):
         def undo() -> None:
             if not held:
                 raise RefusedError("what the ranks held before resync is gone")
-            for optimizer, (copies, state) in zip(optimizers, held, strict=True):
+            fill(frozen, held[-1][0])
+            for optimizer, (copies, state) in zip(optimizers, held[:-1], strict=True):
                 fill(list(parameters_of(optimizer)), copies)
                 set_state(optimizer, fill(room_for_state(optimizer, state), state))
             self._in_force.stale_gradients = was_stale
@@ -72,13 +77,19 @@ class Resync(Actuator):
         except HalfAppliedError as error:  # a peer is gone: this rank is at least what it was
             undo()
             raise SosaError(str(error)) from error
-        for optimizer, room in zip(optimizers, rooms, strict=True):
+        for optimizer, room in zip(optimizers, rooms[:-1], strict=True):
             set_state(optimizer, room)
         self._in_force.stale_gradients = WeakSet(optimizers)
-        return undo, f"parameters and optimizer state of rank {source} copied to all ranks"
+        more = f", {len(frozen)} of the parameters frozen" if frozen else ""
+        return undo, f"parameters and optimizer state of rank {source} copied to all ranks{more}"
 
     def keep(self) -> None:
         self._aside.clear()
+
+    def _frozen(self, wanted: int) -> list[torch.Tensor]:
+        """The frozen parameters of the chunks whose bits are set; those of the others may differ on purpose."""
+        chunks = self._state.frozen_chunks if wanted else []
+        return [parameter for i, chunk in enumerate(chunks) if wanted >> i & 1 for parameter in chunk]
 
     def _put_aside(self, live: list[Any]) -> bytes:
         """Keep a copy for the way back; returns its outline."""

@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from sosa_stream.agent.repair import random_numbers
+from sosa_stream.agent.repair.chunks import cut
 from sosa_stream.agent.repair.copies import (
     copy_all,
     copy_tensor,
@@ -101,6 +103,19 @@ class TrainingState:
             id(p): p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]
         }
         return list(unique.values())
+
+    @property
+    def frozen_chunks(self) -> list[list[torch.Tensor]]:
+        """Parameters of the models that no optimizer steps, by chunk.
+
+        Not those that are trained and have a gradient, for the script may step them by itself, nor shards.
+        """
+        owned = {id(p) for p in self.parameters}
+        found: dict[int, torch.Tensor] = {
+            id(p): p for model in self.models for p in model.parameters() if id(p) not in owned
+        }
+        frozen = [p for p in found.values() if _is_here(p) and (p.grad is None or not p.requires_grad)]
+        return [frozen[each] for each in cut(frozen)]
 
     @property
     def buffers(self) -> list[torch.Tensor]:
@@ -287,3 +302,9 @@ class TrainingState:
         if not self._looked:
             self._looked = True
             self._models.find(self.parameters, self.registry.note)
+
+
+def _is_here(parameter: torch.Tensor) -> bool:
+    """Whether this process holds all of it."""
+    is_whole = to_local(parameter) is parameter and type(parameter).__name__ != "FlatParameter"
+    return is_whole and not parameter.is_meta and not is_lazy(parameter) and parameter.numel() > 0

@@ -106,7 +106,8 @@ class Probe:
         self._norm = StepNorm(taps, alone=alone)
         self.looks = Looks(lambda error: on_error(error, False))
         self.looks.forward.before = self.before_forward
-        digests = Digests(lambda: state.optimizers, 0 if alone else digest_every, self._norm.are_shared)
+        every = 0 if alone else digest_every
+        digests = Digests(lambda: state.optimizers, every, self._norm.are_shared, lambda: state.frozen_chunks)
         self._rows = Rows(outbox, taps, self.looks, self._in_force, digests)
         self._last: Callable[[], Optimizer | None] = lambda: None
         self._alone = alone
