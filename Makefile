@@ -8,7 +8,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 PROMETHEUS ?= http://127.0.0.1:9090
 
-.PHONY: help demo test test-faults servers lint types pictures bench bench-seeds bench-rescue clean
+.PHONY: help demo test test-faults servers lint types docs pictures bench bench-seeds bench-rescue clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make test-faults  process faults in real jobs, from three seeds (make test has one), and the longer tests of faults between ranks"
 	@echo "make lint    check style and formatting"
 	@echo "make types   check types"
+	@echo "make docs    build the pages of docs/ into site/, with strict links"
 	@echo "make pictures  draw the dashboards and sosa watch again, after make demo DEMO_ARGS=--prometheus"
 	@echo "make bench   run the benchmarks; make bench-seeds: the demo from ten seeds (20 minutes)"
 	@echo "make bench-rescue  what is rescued of 68 sick trainings, and what others rescue (2 hours, resumable)"
@@ -58,6 +59,9 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+docs: $(STAMP)
+	$(BIN)/python -m mkdocs build --strict
 
 # After make demo DEMO_ARGS=--prometheus, while that Prometheus runs. Needs npm and chromium, and says so.
 pictures: $(STAMP)
