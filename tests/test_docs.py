@@ -72,3 +72,24 @@ def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
     assert "rolled back to the state before step" in mended
     assert "is over" in mended
     assert "it helped" in told
+
+
+def outline(text: str) -> dict[str, list[str]]:
+    """What two languages of a page have in common: levels of headings, code, links, pictures, first cells of tables."""
+    code = re.findall(r"```[\s\S]*?```|^(?:    [^\n]*\n)+", text, re.MULTILINE)
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    cells = [line.split("|")[1] for line in prose.splitlines() if line.startswith("|")]
+    return {
+        "headings": re.findall(r"^#+(?= )", prose, re.MULTILINE),
+        "code": [re.sub(r"\s+$", "", block) for block in code],
+        "links": re.findall(r"\]\((?!README)([^)]*)\)", prose),
+        "tables": [" ".join(re.findall(r"`[^`]+`", cell)) for cell in cells],
+        "points": re.findall(r"^\* ", prose, re.MULTILINE),
+    }
+
+
+def test_the_readme_says_the_same_in_chinese() -> None:
+    english, chinese = ((ROOT / name).read_text("utf-8") for name in ("README.md", "README.zh-CN.md"))
+    assert outline(chinese) == outline(english)
+    assert "(README.md)" in chinese
+    assert "(README.zh-CN.md)" in english
