@@ -207,10 +207,15 @@ class AgentSettings:
     digest_after_fix: bool = False
     """Send a digest of parameters and optimizer state after each fix, compared over ranks by the daemon."""
 
+    layers_every: int = 0
+    """Steps between two looks at every parameter: gradient, weights, update. Rarer in long runs; 0: norms alone."""
+    features: bool = False
+    """Send statistics of each feature of the model's input, every ``layers_every`` or 8 steps."""
+
     def __post_init__(self) -> None:
         _at_least(0.001, 60, flush_seconds=self.flush_seconds)
         _at_least(16, ring_frames=self.ring_frames)
-        _at_least(0, digest_every=self.digest_every)
+        _at_least(0, digest_every=self.digest_every, layers_every=self.layers_every)
         _at_least(1, snapshot_every_ticks=self.snapshot_every_ticks, snapshot_keep=self.snapshot_keep)
         _at_least(1, checkpoint_keep=self.checkpoint_keep)
         _at_least(0.1, 3600, sigterm_seconds=self.sigterm_seconds)

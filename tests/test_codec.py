@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from sosa_stream.errors import ProtocolError
 from sosa_stream.protocol.actions import Action
@@ -20,6 +21,7 @@ from sosa_stream.protocol.messages import (
     Bye,
     Command,
     ExceptionReport,
+    Features,
     Header,
     Heartbeat,
     Hello,
@@ -76,6 +78,41 @@ actions = st.one_of(
     st.builds(lambda n: Action(action="rollback", params={"before_step": n}), numbers),
     st.just(Action(action="stop")),
 )
+
+
+def arrays(kind: str, num: int) -> st.SearchStrategy[NDArray[Any]]:
+    items = st.integers(0, 2**62) if kind == "<i8" else st.floats(width=32)
+    return st.lists(items, min_size=num, max_size=num).map(lambda values: np.array(values, dtype=kind))
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> Layers:
+    known = tuple(draw(st.lists(texts, max_size=4)))
+    more = ("num_nan", "num_inf", "weights", "updates") if draw(st.booleans()) else ()
+    return Layers(
+        header=draw(headers()),
+        step=draw(numbers),
+        names=known,
+        norms=draw(arrays("<f4", len(known))),
+        orphans=tuple(draw(st.lists(texts, max_size=3))),
+        **{name: draw(arrays("<i8" if name.startswith("num") else "<f4", len(known))) for name in more},
+    )
+
+
+@st.composite
+def features(draw: st.DrawFn) -> Features:
+    num = draw(st.integers(1, 4))
+    floats = {name: draw(arrays("<f4", num)) for name in ("means", "stds", "lows", "highs", "z")}
+    return Features(
+        header=draw(headers()),
+        step=draw(numbers),
+        name=draw(texts),
+        shape=tuple(draw(st.lists(numbers.filter(lambda size: size < 2**62), max_size=4))),
+        num_nonfinite=draw(arrays("<i8", num)),
+        **floats,
+    )
+
+
 messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(
         Hello,
@@ -100,6 +137,8 @@ messages: st.SearchStrategy[Message] = st.one_of(
         gpu_uuid=st.one_of(st.just(""), names),
     ),
     frames(),
+    layers(),
+    features(),
     st.builds(
         ExceptionReport,
         header=headers(),
@@ -341,7 +380,42 @@ GOLDEN: list[tuple[Message, str]] = [
         "86 a176 01 a46b696e64 a7696e7175697279 a372756e a172 aa67656e65726174696f6e a167 a66e756d626572 03"
         " a673696c656e74 91 93 01 a168 07",
     ),
+    (
+        Layers(
+            header=HEADER,
+            step=3,
+            names=("w",),
+            norms=np.array([1.5], dtype=np.float32),
+            num_nan=np.array([2]),
+            num_inf=np.array([1]),
+            weights=np.array([2.0], dtype=np.float32),
+            updates=np.array([0.5], dtype=np.float32),
+        ),
+        f"de0011 {_HEAD} a66c6179657273 a473746570 03 a56e616d6573 91a177 a56e6f726d73 c4040000c03f a76f727068616e73 90"
+        " a76e756d5f6e616e c4080200000000000000 a76e756d5f696e66 c4080100000000000000"
+        " a777656967687473 c40400000040 a775706461746573 c4040000003f",
+    ),
+    (
+        Features(
+            header=HEADER,
+            step=3,
+            name="Net(x)",
+            shape=(32, 1),
+            means=np.array([1.5], dtype=np.float32),
+            stds=np.array([2.0], dtype=np.float32),
+            lows=np.array([0.5], dtype=np.float32),
+            highs=np.array([np.nan], dtype=np.float32),
+            num_nonfinite=np.array([2]),
+            z=np.array([np.inf], dtype=np.float32),
+        ),
+        f"de0012 {_HEAD} a86665617475726573 a473746570 03 a46e616d65 a64e6574287829 a57368617065 92 20 01"
+        " a56d65616e73 c4040000c03f a473746473 c40400000040 a46c6f7773 c4040000003f a56869676873 c4040000c07f"
+        " ad6e756d5f6e6f6e66696e697465 c4080200000000000000 a17a c4040000807f",
+    ),
 ]
+LAYERS, FEATURES = (
+    next(i for i, (message, _) in enumerate(GOLDEN) if isinstance(message, kind)) for kind in (Layers, Features)
+)
 
 
 @pytest.mark.parametrize(("message", "golden"), GOLDEN, ids=lambda value: type(value).__name__)
@@ -350,8 +424,8 @@ def test_the_wire_is_frozen(message: Message, golden: str) -> None:
     assert decode(bytes.fromhex(golden)) == message
 
 
-def altered(**fields: Any) -> bytes:
-    body = {**msgpack.unpackb(encode(GOLDEN[2][0])), **fields}
+def altered(number: int = 2, **fields: Any) -> bytes:
+    body = {**msgpack.unpackb(encode(GOLDEN[number][0])), **fields}
     packed: bytes = msgpack.packb(body)
     return packed
 
@@ -378,6 +452,19 @@ def altered(**fields: Any) -> bytes:
         (altered(steps=bytes(7)), Reject.BAD_FIELD),
         (altered(values=bytes(16)), Reject.BAD_FIELD),
         (altered(values="12345678"), Reject.BAD_FIELD),
+        (altered(LAYERS, norms=b""), Reject.BAD_FIELD),
+        (altered(LAYERS, num_nan=bytes(4)), Reject.BAD_FIELD),
+        (altered(LAYERS, updates=bytes(8)), Reject.BAD_FIELD),
+        (altered(FEATURES, means=b"", z=b""), Reject.BAD_FIELD),
+        (altered(FEATURES, means=bytes(8)), Reject.BAD_FIELD),
+        (altered(FEATURES, num_nonfinite=bytes(4)), Reject.BAD_FIELD),
+        (altered(FEATURES, z=None), Reject.BAD_FIELD),
+        (altered(FEATURES, shape=[-1]), Reject.BAD_FIELD),
+        (altered(FEATURES, shape=[1] * 65), Reject.BAD_FIELD),
+        (
+            altered(FEATURES, **dict.fromkeys(("means", "stds", "lows", "highs", "z"), bytes(4 * 4097))),
+            Reject.BAD_FIELD,
+        ),
     ],
 )
 def test_each_fault_has_its_reason(data: bytes, reason: Reject) -> None:

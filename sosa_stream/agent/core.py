@@ -142,6 +142,8 @@ class Agent:
             attribution=self._attribution,
             digest_after_fix=settings.agent.digest_after_fix,
             digest_every=settings.agent.digest_every,
+            layers_every=settings.agent.layers_every,
+            features=settings.agent.features,
             alone=world_size == 1,
             on_error=self._on_error,
             tell=self._tell,
@@ -151,6 +153,7 @@ class Agent:
         self.taps.on_compile = self.probe.looks.forward.give_up
         if rank == 0:
             self.probe.looks.tell_layers = self._tell_layers
+            self.probe.looks.tell_look = lambda look: self._outbox.add_message(look.message, urgent=False)
         self._last_checkpoint = LastCheckpoint(
             self.checkpoints, self.probe, settings.agent.sigterm_seconds, self.say, self._say_here
         )

@@ -23,6 +23,7 @@ from sosa_stream.protocol.messages import (
     Bye,
     Command,
     ExceptionReport,
+    Features,
     Header,
     Heartbeat,
     Hello,
@@ -40,6 +41,14 @@ from sosa_stream.protocol.messages import (
 )
 
 _INT64, _FLOAT64, _FLOAT32 = np.dtype("<i8"), np.dtype("<f8"), np.dtype("<f4")
+Kinds = Mapping[str, np.dtype[Any]]
+_LAYER_ARRAYS: Kinds = {"num_nan": _INT64, "num_inf": _INT64, "weights": _FLOAT32, "updates": _FLOAT32}
+_FEATURE_ARRAYS: Kinds = {
+    **dict.fromkeys(("means", "stds", "lows", "highs"), _FLOAT32),
+    "num_nonfinite": _INT64,
+    "z": _FLOAT32,
+}
+MAX_FEATURES, MAX_DIMENSIONS = 4096, 64
 HEADER_FIELDS = tuple(field.name for field in fields(Header))
 
 
@@ -90,6 +99,15 @@ def encode(message: Message) -> bytes:
                 "norms": np.ascontiguousarray(message.norms, dtype="<f4").tobytes(),
                 "orphans": list(message.orphans),
             }
+            body |= {name: data for name, data in _arrays(message, _LAYER_ARRAYS).items() if data}
+        case Features():
+            body |= _header(message.header) | {
+                "kind": "features",
+                "step": message.step,
+                "name": message.name,
+                "shape": list(message.shape),
+            }
+            body |= _arrays(message, _FEATURE_ARRAYS)
         case Knobs():
             body |= _header(message.header) | {
                 "kind": "knobs",
@@ -205,6 +223,18 @@ def _header(header: Header) -> dict[str, Any]:
     return {name: getattr(header, name) for name in HEADER_FIELDS}
 
 
+def _arrays(message: Message, kinds: Kinds) -> dict[str, bytes]:
+    """The bytes of a message's arrays."""
+    return {name: np.ascontiguousarray(getattr(message, name), dtype=kind).tobytes() for name, kind in kinds.items()}
+
+
+def _array(body: Body, name: str, kind: np.dtype[Any], num: int) -> np.ndarray[Any, Any]:
+    data = body.binary(name)
+    if len(data) != num * kind.itemsize:
+        raise ProtocolError(Reject.BAD_FIELD, f"{name} must hold {num} {kind.name}")
+    return np.frombuffer(data, kind)
+
+
 def _known(message: Message, *names: str) -> dict[str, Any]:
     """The fields of these names that say something: a later release has added them, and older ones do without."""
     return {name: value for name in names if (value := getattr(message, name))}
@@ -261,15 +291,28 @@ def _metrics(body: Body) -> MetricFrame:
 
 
 def _layers(body: Body) -> Layers:
-    names, norms = body.texts("names"), body.binary("norms")
-    if len(norms) != 4 * len(names):
-        raise ProtocolError(Reject.BAD_FIELD, f"norms must hold {len(names)} float32")
+    names = body.texts("names")
+    more = {name: _array(body, name, kind, len(names)) for name, kind in _LAYER_ARRAYS.items() if body.has(name)}
     return Layers(
         header=body.header(),
         step=body.integer("step"),
         names=names,
-        norms=np.frombuffer(norms, _FLOAT32),
+        norms=_array(body, "norms", _FLOAT32, len(names)),
         orphans=body.texts("orphans"),
+        **more,
+    )
+
+
+def _features(body: Body) -> Features:
+    shape = body.items("shape", MAX_DIMENSIONS)
+    if not all(type(size) is int and 0 <= size < 2**62 for size in shape):
+        raise ProtocolError(Reject.BAD_FIELD, "shape must be sizes")
+    num = len(body.binary("means")) // _FLOAT32.itemsize
+    if not 0 < num <= MAX_FEATURES:
+        raise ProtocolError(Reject.BAD_FIELD, f"means must hold 1 to {MAX_FEATURES} float32")
+    arrays = {name: _array(body, name, kind, num) for name, kind in _FEATURE_ARRAYS.items()}
+    return Features(
+        header=body.header(), step=body.integer("step"), name=body.text("name"), shape=tuple(shape), **arrays
     )
 
 
@@ -401,6 +444,7 @@ _DECODERS: Mapping[str, Callable[[Body], Message]] = {
     "heartbeat": _heartbeat,
     "metrics": _metrics,
     "layers": _layers,
+    "features": _features,
     "knobs": _knobs,
     "exception": _exception,
     "ack": _ack,

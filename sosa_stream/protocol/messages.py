@@ -106,6 +106,11 @@ class Heartbeat:
     epoch_batches: int = 0
 
 
+def _are_equal(one: object, other: object, names: tuple[str, ...]) -> bool:
+    """Whether these arrays of two messages are, NaN for NaN."""
+    return all(np.array_equal(getattr(one, name), getattr(other, name), equal_nan=True) for name in names)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MetricFrame:
     """A columnar batch: ``steps`` int64 of shape (n,), ``values`` float64 of shape (n, len(columns))."""
@@ -132,7 +137,10 @@ class Layers:
     """Every parameter of the model at one step, once in a while: rank 0 sends it.
 
     ``norms`` float32 of shape (len(names),): the gradient's 2-norm, NaN where the parameter got none. ``orphans`` are
-    the names of those that got one and belong to no optimizer.
+    the names of those that got one and belong to no optimizer. The others have the shape of ``norms`` where
+    ``agent.layers_every`` asks for them, and shape (0,) elsewhere: ``num_nan`` and ``num_inf`` int64, elements of the
+    gradient that are not finite; ``weights`` float32, the parameter's 2-norm before the step; ``updates`` float32, that
+    of what the step did to it, NaN where it was kept from the weights.
     """
 
     header: Header
@@ -140,13 +148,52 @@ class Layers:
     names: tuple[str, ...]
     norms: NDArray[np.float32]
     orphans: tuple[str, ...] = ()
+    num_nan: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    num_inf: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    weights: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    updates: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Layers)
             and (self.header, self.step, self.names, self.orphans)
             == (other.header, other.step, other.names, other.orphans)
-            and np.array_equal(self.norms, other.norms, equal_nan=True)
+            and _are_equal(self, other, ("norms", "num_nan", "num_inf", "weights", "updates"))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Features:
+    """The largest floating-point input of one rank's batch, feature by feature, where ``agent.features`` asks for it.
+
+    A feature is a channel of what has four dimensions or more, else an element of the last dimension; an input with
+    more than 1,024 of them is one feature. Taken from at most 16,384 elements, spread over the batch.
+
+    ``name`` says where the input went in, as ``Model(x)``; ``shape`` is the whole input's. The arrays have shape
+    (num_features,): ``means``, ``stds``, ``lows``, ``highs`` float32 over what is finite, NaN where nothing is;
+    ``num_nonfinite`` int64 elements of the sample; ``z`` float32: how far mean or spread is from its median in the
+    rank's recent batches, in units of what is usual there (`agent.watch.baseline`; 12 is unusual), below 0 for less,
+    infinite where something is not finite, NaN in the first batches.
+    """
+
+    header: Header
+    step: int
+    name: str
+    shape: tuple[int, ...]
+    means: NDArray[np.float32]
+    stds: NDArray[np.float32]
+    lows: NDArray[np.float32]
+    highs: NDArray[np.float32]
+    num_nonfinite: NDArray[np.int64]
+    z: NDArray[np.float32]
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Features)
+            and (self.header, self.step, self.name, self.shape) == (other.header, other.step, other.name, other.shape)
+            and _are_equal(self, other, ("means", "stds", "lows", "highs", "num_nonfinite", "z"))
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -306,6 +353,6 @@ class Announcement:
     text: str
 
 
-AgentMessage = Hello | Heartbeat | MetricFrame | Layers | Knobs | ExceptionReport | Ack | Stacks | Bye
+AgentMessage = Hello | Heartbeat | MetricFrame | Layers | Features | Knobs | ExceptionReport | Ack | Stacks | Bye
 ControlMessage = Command | Received | Inquiry | Announcement
 Message = AgentMessage | ControlMessage

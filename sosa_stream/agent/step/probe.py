@@ -68,6 +68,8 @@ class Probe:
         attribution: Attribution | None = None,
         digest_after_fix: bool,
         digest_every: int = 0,
+        layers_every: int = 0,
+        features: bool = False,
         alone: bool,
         on_error: Callable[[BaseException, bool], None],
         tell: Callable[[str], None] = lambda text: None,
@@ -104,7 +106,12 @@ class Probe:
         self._primary = Primary(actuators.begin_anew)
         self._restore: list[Callable[[], None]] = []
         self._norm = StepNorm(taps, alone=alone)
-        self.looks = Looks(lambda error: on_error(error, False))
+        self.looks = Looks(
+            lambda error: on_error(error, False),
+            lambda: state.models,
+            layers_every=layers_every,
+            features=features,
+        )
         self.looks.forward.before = self.before_forward
         every = 0 if alone else digest_every
         digests = Digests(lambda: state.optimizers, every, self._norm.are_shared, lambda: state.frozen_chunks)
@@ -260,7 +267,7 @@ class Probe:
         skip = self._leave_out(optimizer, parameters)
         if parameters and in_force.max_norm is not None and norm.is_shared and not skip:
             norm.clip(local, in_force.max_norm)
-        if self.observing and not norm.sharded and self.looks.are_due(self.step):
+        if self.observing and not norm.sharded and self.looks.are_due(self.step, norm.value):
             self._look(optimizer, parameters, local, norms, skip)
         if in_force.accumulation is not None and not skip:
             waits, restore = in_force.accumulation.gather(optimizer)

@@ -31,6 +31,8 @@ SUDDEN_RATIO = 3.0
 USUAL_SMOOTHING = 0.1
 
 MAX_NAMES_PER_FRAME = 32
+MAX_UNUSUAL = 256
+"""Unusual batches whose features are sent outside of their turn."""
 MAX_RECENT = 32
 """Rows that `Outbox.recent` tells of."""
 
@@ -116,6 +118,7 @@ class Outbox:
         self._usual: list[float] = []
         self._baseline = InputBaseline()
         self._num_rows_dropped = 0
+        self._unusual_left = MAX_UNUSUAL
 
     def add_row(self, row: Row) -> None:
         """From the training thread. A value known to be non-finite, or far from its usual size, leaves at once."""
@@ -183,8 +186,22 @@ class Outbox:
         for columns, same in itertools.groupby(rows, key=lambda row: row.columns):
             while part := list(itertools.islice(same, MAX_ROWS_PER_FRAME)):
                 self.ring.append(encode(self._frame(header(self.ring.next_seq), columns, part)))
+                self._append_features(header, part)
         for _ in range(messages):
             self.ring.append(encode(self._messages.popleft()(header(self.ring.next_seq))))
+
+    def _append_features(self, header: Callable[[int], Header], rows: Sequence[Row]) -> None:
+        """The features of the inputs in a frame: those that are due, and those of unusual batches, within bounds."""
+        for row in rows:
+            inputs = row.inputs
+            if inputs is None or inputs.features is None or inputs.origin is None:
+                continue
+            if not inputs.is_told:
+                if not self._unusual_left:
+                    continue
+                self._unusual_left -= 1
+            message = inputs.features.message(header(self.ring.next_seq), row.step, *inputs.origin)
+            self.ring.append(encode(message))
 
     def heartbeat(self, header: Header, tick: int, step: int, phase: Phase, taken: Footprint) -> bytes:
         return encode(

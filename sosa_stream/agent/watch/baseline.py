@@ -63,6 +63,10 @@ class _Usual:
         """
         return self._moved(batch[..., None])[..., 0]
 
+    def direction(self, means: NDArray[np.float64]) -> NDArray[np.float64]:
+        """1 where a mean is above its median, -1 below."""
+        return np.where(means < self._center[0], -1.0, 1.0)
+
     @property
     def varies(self) -> bool:
         """Whether some feature has another value from sample to sample in most batches."""
@@ -100,6 +104,22 @@ class InputBaseline:
 
     def __init__(self) -> None:
         self._usual: dict[Hashable, _Usual] = {}
+
+    def z(self, key: Hashable, batch: Moments) -> NDArray[np.float64]:
+        """Each feature's score, below 0 where mean or spread is less than usual; shape (num_features,).
+
+        NaN before there is a usual, and infinite where the batch is not finite. To be asked before `judge`.
+        """
+        usual = self._usual.get(key)
+        if usual is None or usual.scale is None:
+            return np.full(len(batch.means), math.nan)
+        moved = usual.moved(np.stack([batch.means, batch.spreads]))
+        scores = np.where(moved >= MOVED, moved / usual.scale, 0.0)
+        scores[0] *= usual.direction(batch.means)
+        scores[2] *= -1.0
+        farthest = np.argmax(np.abs(np.nan_to_num(scores, nan=0.0)), axis=0)
+        z = np.take_along_axis(scores, farthest[None], axis=0)[0]
+        return np.where(np.isfinite(batch.means) & np.isfinite(batch.spreads), z, math.inf)
 
     def judge(self, key: Hashable, batch: Moments) -> tuple[float, float, float]:
         """Score, change and feature, as the columns ``input_score``, ``input_change`` and ``input_feature`` say."""

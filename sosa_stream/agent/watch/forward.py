@@ -21,7 +21,7 @@ from sosa_stream.agent.watch.inputs import Inputs, look
 class Forward:
     """One step's inputs and activations; ``roots`` are the outermost modules seen so far."""
 
-    def __init__(self, on_error: Callable[[Exception], None]) -> None:
+    def __init__(self, on_error: Callable[[Exception], None], *, names_inputs: bool = False) -> None:
         self.inputs: Inputs | None = None
         self.roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.compiles = False
@@ -30,6 +30,7 @@ class Forward:
         """Called before the first forward pass of a step, where a hook sees it."""
         self.failed = False
         self._on_error = on_error
+        self._names_inputs = names_inputs
         self._activations = Activations(self._fail)
         self._looking = False
         self._outermost: Any = None
@@ -69,7 +70,7 @@ class Forward:
             self._last_root = weakref.ref(module)
         if not self.failed:
             try:
-                self.inputs = look(module, *arguments)
+                self.inputs = look(module, *arguments, named=self._names_inputs)
             except Exception as error:
                 self._fail(error)
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sosa_stream.agent.watch.baseline import InputBaseline, Moments, fingerprint
+from sosa_stream.agent.watch.baseline import UNUSUAL, InputBaseline, Moments, fingerprint
+from sosa_stream.agent.watch.features import MAX_NAME, FeatureStatistics, statistics_of
 from sosa_stream.agent.watch.scalars import Scalars, Vector, fetch, fetch_vector
 
 INPUT_COLUMNS = (
@@ -59,6 +60,12 @@ class Inputs:
     """Lowest and highest of all elements, where the copy in ``floats`` does not hold them."""
     num_samples: float
     """The first dimension; NaN of a scalar."""
+    origin: tuple[str, tuple[int, ...]] | None = None
+    """Name and whole shape of ``floats``; None where its features are not wanted."""
+    is_told: bool = False
+    """Whether its features leave in any case; those of an unusual batch do too."""
+    features: FeatureStatistics | None = None
+    """What is to leave, once it was read."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -81,18 +88,23 @@ class Inputs:
             num_nonfinite = 0
             if not (math.isfinite(low) and math.isfinite(high)):  # perhaps outside the sample
                 num_nonfinite = max(1, values.size - int(np.count_nonzero(np.isfinite(values))))
+            features = None if self.origin is None else statistics_of(values)
             means = np.add.reduce(values, axis=0) / len(values)
             values -= means
             # einsum and not dot: BLAS would wake its threads up beside those of the training.
             std = math.sqrt(float(np.einsum("ij,ij->", values, values)) / values.size + float(means.var()))
             spreads = np.add.reduce(np.abs(values, out=values), axis=0) / len(values)
             moments = Moments(means=means, spreads=spreads, num_nonfinite=num_nonfinite)
-            judged = baseline.judge((self.module, sample.ndim, len(means)), moments)
+            key = (self.module, sample.ndim, len(means))
+            z = None if features is None else baseline.z(key, moments)
+            judged = baseline.judge(key, moments)
+        if features is not None and z is not None and (self.is_told or judged[0] >= UNUSUAL or num_nonfinite):
+            self.features = features.with_z(z)
         whole = (float(means.mean()), std, low, high, float(num_nonfinite))
         return (*whole, *judged, self.num_samples, fingerprint(*marks))
 
 
-def look(module: object, *arguments: object) -> Inputs | None:
+def look(module: object, *arguments: object, named: bool = False) -> Inputs | None:
     """Copy the tensors among ``arguments``, which go into ``module``, or samples of them; None where there are none."""
     floats: torch.Tensor | None = None
     integers: torch.Tensor | None = None
@@ -104,10 +116,33 @@ def look(module: object, *arguments: object) -> Inputs | None:
     mark = None if integers is None else _copy(integers, 1024)
     if floats is None:
         return None if integers is None else Inputs(id(module), None, mark, None, _num_samples(integers))
+    origin = (_name(module, floats, arguments), tuple(floats.shape)) if named else None
     if floats.requires_grad:
         floats = floats.detach()
     ends = None if _is_small(floats) else fetch(torch.aminmax(_searched(floats)))
-    return Inputs(id(module), _copy(floats, MOST_ELEMENTS), mark, ends, _num_samples(floats))
+    return Inputs(id(module), _copy(floats, MOST_ELEMENTS), mark, ends, _num_samples(floats), origin)
+
+
+def _name(module: object, tensor: torch.Tensor, arguments: tuple[object, ...]) -> str:
+    """Where ``tensor`` goes into ``module``: ``Model(x)``, or ``Model(0)`` of what has no name but a place."""
+    inner = (
+        getattr(module, "module", module) if isinstance(module, torch.nn.parallel.DistributedDataParallel) else module
+    )
+    paths = (path for each in arguments for path, found in _paths(each) if found is tensor)
+    return f"{type(inner).__name__}({next(paths, '')})"[:MAX_NAME]
+
+
+def _paths(value: object, path: str = "", depth: int = MAX_DEPTH) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in nested sequences and mappings, and where each lies."""
+    if isinstance(value, torch.Tensor):
+        yield path, value
+        return
+    if depth and isinstance(value, (tuple, list)):
+        items: Iterable[tuple[object, object]] = enumerate(value[:MAX_TENSORS])
+    else:
+        items = value.items() if depth and isinstance(value, Mapping) else ()
+    for key, item in items:
+        yield from _paths(item, f"{path}.{key}" if path else str(key), depth - 1)
 
 
 def _num_samples(tensor: torch.Tensor) -> float:
