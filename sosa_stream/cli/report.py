@@ -1,4 +1,7 @@
-"""``sosa report RUN``: what happened in a run, what was done about it and by whom, and what auto would have done."""
+"""``sosa report RUN``: what happened in a run, what was done about it and by whom, and what auto would have done.
+
+With ``--out`` a folder for a colleague, of any log as well.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from sosa_stream.cli.home import add_home, home_of, local_time
 from sosa_stream.cli.incident_words import words_of
 from sosa_stream.daemon.schema import RECORDING_NAME, STORE_NAME, json_line, opened_store
 from sosa_stream.errors import UsageError
+from sosa_stream.replay.sources import FORMATS
 from sosa_stream.visible import visible
 
 SCHEMA_VERSION = 1
@@ -31,9 +35,16 @@ def add_parser(subparsers: Any) -> None:
         "report",
         help="what happened in a run, and what auto would have done",
         description="Of a run that was observed or only suggested to, also what auto would have done: the first fix of "
-        "each incident, with everything allowed that can be taken back, or with what --allow names.",
+        "each incident, with everything allowed that can be taken back, or with what --allow names. With --out, of a "
+        "run, a recording or any log that `sosa replay` reads: report.html, pictures and tables.",
     )
-    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("run", metavar="RUN_OR_LOG", help="a run of the home, a recording, or a log")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="a folder for report.html, pictures, CSV and JSON")
+    parser.add_argument("--format", choices=FORMATS, default="auto", help="of a log, instead of guessing it")
+    parser.add_argument(
+        "--map", metavar="OURS=THEIRS,...", default="", help="columns of a log: loss=train/loss,step=global_step"
+    )
+    parser.add_argument("--pattern", metavar="REGEX", help="of lines of text, with named groups")
     parser.add_argument("--allow", metavar="ACTIONS", help="comma-separated, as [auto] allow")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     add_home(parser)
@@ -41,9 +52,55 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    path = Path(arguments.run)
+    of_log = not (home_of(arguments) / arguments.run / RECORDING_NAME).is_file() and path.exists()
+    if arguments.out is not None or of_log:
+        return _write(arguments, path if of_log else home_of(arguments) / arguments.run / RECORDING_NAME)
+    if arguments.format != "auto" or arguments.map or arguments.pattern is not None:
+        raise UsageError(f"--format, --map and --pattern are for logs, and there is no {arguments.run!r}")
     allow = None if arguments.allow is None else tuple(filter(None, map(str.strip, arguments.allow.split(","))))
     found = report(home_of(arguments), arguments.run, allow)
     print(json_line(found) if arguments.json else "\n".join(visible(line) for line in pages(found)))
+    return 0
+
+
+def _write(arguments: argparse.Namespace, source: Path) -> int:
+    """The folder, or, where none is named, the verdict alone."""
+    from sosa_stream.replay.guess import parse_map
+    from sosa_stream.replay.patterns import family_of
+    from sosa_stream.report.folder import write_folder
+    from sosa_stream.report.telling import tell
+    from sosa_stream.report.verdict import verdict
+
+    if not source.exists():
+        raise UsageError(
+            f"there is neither a run nor a log {arguments.run!r}; known runs: {_known(home_of(arguments))}"
+        )
+    if arguments.pattern is not None and arguments.format not in ("auto", "text"):
+        raise UsageError(f"--pattern is for text, not for {arguments.format}")
+    try:
+        story = tell(
+            source,
+            format="text" if arguments.pattern is not None else arguments.format,
+            mapping=parse_map(arguments.map),
+            family=family_of(arguments.pattern) if arguments.pattern is not None else None,
+        )
+    except UsageError as error:
+        raise UsageError(visible(f"{source}: {error}")) from None
+    found = verdict(story)
+    written = [] if arguments.out is None else write_folder(story, arguments.out)
+    if arguments.json:
+        from sosa_stream.report.tables import as_json, document
+
+        print(json_line(as_json(document(story, found))))
+        return 0
+    print(visible(found.sentence))
+    for moment in found.timeline:
+        print(visible(f"  step {moment.step}: {moment.text}"))
+    for text in story.missing:
+        print(visible(f"missing: {text}"))
+    for path in written:
+        print(visible(f"wrote {path}"))
     return 0
 
 
@@ -58,8 +115,7 @@ def report(home: Path, name: str, allow: tuple[str, ...] | None) -> dict[str, An
 
     path = home / name / RECORDING_NAME
     if not path.is_file():
-        known = sorted(found.parent.name for found in home.glob(f"*/{RECORDING_NAME}"))
-        raise UsageError(f"no run {name!r} is recorded in {home}; known are {', '.join(known) or 'none'}")
+        raise UsageError(f"no run {name!r} is recorded in {home}; known are {_known(home)}")
     replay = replay_recording(path)
     view = replay.view
     would: dict[str, Any] | None = None
@@ -96,6 +152,10 @@ def report(home: Path, name: str, allow: tuple[str, ...] | None) -> dict[str, An
         "people": _audit(home, name),
         "auto_would_have": would,
     }
+
+
+def _known(home: Path) -> str:
+    return ", ".join(sorted(found.parent.name for found in home.glob(f"*/{RECORDING_NAME}"))) or "none"
 
 
 def _audit(home: Path, name: str) -> list[dict[str, Any]]:

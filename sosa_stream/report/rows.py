@@ -1,0 +1,72 @@
+"""The steps of a recording or log, one after another, for tables: read anew, so that no run is too long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sosa_stream.errors import ProtocolError
+from sosa_stream.protocol.messages import Features, Layers, MetricFrame
+from sosa_stream.protocol.recording import decode_record, read_recording
+from sosa_stream.report.story import Story
+
+KEPT_LAYERS = 64
+"""Looks at layers that wait for their step's row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Row:
+    """One rank's step: its columns by name, and the look at its layers, if there was one."""
+
+    step: int
+    rank: int
+    values: Mapping[str, float]
+    layers: Layers | None
+
+
+def rows(story: Story) -> Iterator[Row]:
+    """Of a recording each rank's rows; of a log, whose rows its story has in bins, one row a bin."""
+    if story.kind != "recording":
+        yield from _of_bins(story)
+        return
+    looks: dict[tuple[int, int], Layers] = {}
+    for event in _events(story):
+        if isinstance(event, Layers):
+            looks[event.header.rank, event.step] = event
+            while len(looks) > KEPT_LAYERS:
+                del looks[next(iter(looks))]
+        elif isinstance(event, MetricFrame) and {"loss", "grad_norm"} & set(event.columns):
+            for step, values in zip(event.steps.tolist(), event.values, strict=True):
+                look = looks.pop((event.header.rank, step), None)
+                named = dict(zip(event.columns, values.tolist(), strict=True))
+                yield Row(step=step, rank=event.header.rank, values=named, layers=look)
+
+
+def features(story: Story) -> Iterator[Features]:
+    """Every look at the features of an input."""
+    if story.kind == "recording":
+        yield from (event for event in _events(story) if isinstance(event, Features))
+
+
+def _events(story: Story) -> Iterator[Any]:
+    for _, payload in read_recording(story.source):
+        try:
+            yield decode_record(payload)
+        except ProtocolError:
+            continue
+
+
+def _of_bins(story: Story) -> Iterator[Row]:
+    names = [name for name in ("loss", "grad_norm", "lr") if name in story.curves]
+    steps = sorted({int(step) for name in names for step in story.curves[name].steps})
+    found: dict[str, dict[int, float]] = {}
+    for name in names:
+        curve = story.curves[name]
+        means = np.where((curve.num_nonfinite > 0) & np.isnan(curve.mean), np.nan, curve.mean)
+        found[name] = dict(zip(curve.steps.tolist(), means.tolist(), strict=True))
+    for step in steps:
+        values = {name: of[step] for name, of in found.items() if step in of}
+        yield Row(step=step, rank=0, values=values, layers=None)

@@ -1,0 +1,214 @@
+"""A run in one sentence, what happened first and where, in which order things happened, and what to try next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from sosa_stream.decide.commands import CommandRecord, CommandState
+from sosa_stream.detect.incidents import Incident, IncidentState, Severity
+from sosa_stream.detect.wording import name_ranks
+from sosa_stream.protocol.actions import Action
+from sosa_stream.report.story import Story
+
+NOTHING = "none"
+"""Severity of a run in which nothing was found."""
+OUTCOMES = {
+    "helped": "which helped",
+    "no_effect": "which changed nothing",
+    "harmed": "which did harm",
+    "inconclusive": "and whether it helped cannot be told",
+    "not_applied": "which was not applied",
+}
+MAX_MOMENTS = 200
+OF_GRADIENTS = frozenset({"nan_loss", "nonfinite_gradient", "exploding_gradient"})
+OUTSTANDING = 10.0
+"""Times its own usual norm that a layer's is at least, to be named."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """Something that happened. ``severity``: that of an incident, ``fix`` for what was done, ``over`` for its end."""
+
+    step: int
+    text: str
+    severity: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What a colleague reads first.
+
+    Attributes:
+        sentence: what went wrong, when and where, what was done, what came of it.
+        severity: ``critical``, ``warning``, ``info`` or ``none``.
+        first: what happened first, and where: rank, host, layer, feature, as far as it is known.
+        timeline: in the order of steps, at most `MAX_MOMENTS`.
+        next_steps: likely causes and advice, the likeliest first.
+    """
+
+    sentence: str
+    severity: str
+    first: str
+    timeline: tuple[Moment, ...]
+    next_steps: tuple[str, ...]
+
+
+def verdict(story: Story) -> Verdict:
+    """The verdict on a run."""
+    worst = _worst(story.incidents)
+    if worst is None:
+        return _of_quiet_run(story)
+    earliest = min(story.incidents, key=lambda incident: incident.first_step)
+    return Verdict(
+        sentence=_sentence(story, worst),
+        severity=str(worst.severity),
+        first=f"step {earliest.first_step}: {earliest.kind}{_where(earliest, story)}: {earliest.message}",
+        timeline=tuple(sorted(_moments(story), key=lambda moment: moment.step)[:MAX_MOMENTS]),
+        next_steps=tuple(dict.fromkeys(_next_steps(story, worst))),
+    )
+
+
+def _worst(incidents: tuple[Incident, ...]) -> Incident | None:
+    """The earliest of the highest severity."""
+    return min(incidents, key=lambda incident: (-incident.severity, incident.first_step), default=None)
+
+
+def _of_quiet_run(story: Story) -> Verdict:
+    blind = [kind for kind, state in story.states.items() if state == "blind"]
+    unseen = f"; {len(blind)} kinds of faults could not be looked for" if blind else ""
+    raised = next(iter(story.raised), None)
+    if raised is not None:
+        text = f"{story.name} ended at step {raised.step} by {raised.type} on rank {raised.rank}: {raised.message}"
+        moment = Moment(step=raised.step, text=text, severity="critical")
+        return Verdict(sentence=text, severity="critical", first=text, timeline=(moment,), next_steps=())
+    if "loss" not in story.curves:
+        sentence = f"whether {story.name} is well cannot be told: it has no loss{unseen}"
+    else:
+        sentence = f"nothing was found in the {story.num_steps} steps of {story.name}{unseen}"
+    return Verdict(sentence=sentence, severity=NOTHING, first="", timeline=(), next_steps=())
+
+
+def _sentence(story: Story, worst: Incident) -> str:
+    others = len(story.incidents) - 1
+    parts = [
+        f"at step {worst.first_step} {story.name} had {_article(worst.kind)}{_where(worst, story)}: {worst.message}"
+    ]
+    tried = _tried(story, worst)
+    if tried is not None:
+        what = _words(tried.actions)
+        came = OUTCOMES.get(str(tried.verdict), "and is still on trial")
+        parts.append(f"{what} was applied at step {tried.applied_step}, {came}")
+    elif any(record.incident == worst.id for record in story.commands):
+        parts.append("a fix was proposed and nobody applied it")
+    elif worst.severity > Severity.INFO:
+        parts.append("nothing was done about it")
+    if worst.state is IncidentState.RESOLVED:
+        parts.append(f"it was over at step {worst.resolved_step}")
+    else:
+        parts.append("it was not over at the end")
+    if others:
+        parts.append(f"{others} more {'incident' if others == 1 else 'incidents'}")
+    return "; ".join(parts)
+
+
+def _tried(story: Story, incident: Incident) -> CommandRecord | None:
+    """The last fix for an incident that was applied; one that helped before others."""
+    applied = [r for r in story.commands if r.incident == incident.id and r.applied_step is not None]
+    helped = [record for record in applied if str(record.verdict) == "helped"]
+    return next(reversed(helped or applied), None)
+
+
+def _words(actions: tuple[Action, ...]) -> str:
+    """``scale_lr(factor=0.5), rollback(before_step=600)``."""
+    return ", ".join(
+        f"{action.action}({', '.join(f'{name}={_number(value)}' for name, value in action.params.items())})"
+        for action in actions
+    )
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _where(incident: Incident, story: Story) -> str:
+    """Rank, host, layer and feature, as far as the incident knows them."""
+    parts = []
+    ranks = _guilty(incident)
+    if ranks:
+        hosts = ", ".join(dict.fromkeys(incident.hosts))
+        parts.append(f"on {name_ranks(ranks)}" + (f" ({hosts})" if hosts else ""))
+    layers = incident.evidence.get("parameters")
+    if isinstance(layers, list | tuple) and layers:
+        parts.append(f"in {', '.join(map(str, layers[:3]))}{' and others' if len(layers) > 3 else ''}")
+    elif layer := _outstanding(incident, story):
+        parts.append(f"most in {layer}")
+    feature = incident.evidence.get("feature")
+    if isinstance(feature, int | float) and feature == feature:
+        parts.append(f"in feature {int(feature)} of the input")
+    return f" {', '.join(parts)}" if parts else ""
+
+
+def _outstanding(incident: Incident, story: Story) -> str:
+    """The layer whose gradient was not finite, or the farthest above its own median, when it began."""
+    grid = story.layers
+    if grid is None or incident.kind not in OF_GRADIENTS:
+        return ""
+    at = int(np.searchsorted(grid.steps, incident.first_step))
+    if at >= len(grid.steps):
+        return ""
+    now, before = grid.values[:, at], grid.values[:, :at]
+    if np.isinf(now).any():
+        return grid.names[int(np.flatnonzero(np.isinf(now))[-1])]
+    usual = np.array([np.median(row[np.isfinite(row)]) if np.isfinite(row).any() else np.nan for row in before])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = now / usual
+    if not np.isfinite(ratio).any() or np.nanmax(ratio[np.isfinite(ratio)]) < OUTSTANDING:
+        return ""
+    return grid.names[int(np.nanargmax(np.where(np.isfinite(ratio), ratio, np.nan)))]
+
+
+def _guilty(incident: Incident) -> tuple[int, ...]:
+    """Ranks, unless it is simply all of them."""
+    num_ranks = incident.evidence.get("num_ranks")
+    return () if isinstance(num_ranks, int) and len(incident.ranks) >= num_ranks else incident.ranks
+
+
+def _moments(story: Story) -> Iterator[Moment]:
+    for incident in story.incidents:
+        text = f"{incident.kind}{_where(incident, story)}: {incident.message}"
+        yield Moment(step=incident.first_step, text=text, severity=str(incident.severity))
+        if incident.resolved_step is not None:
+            yield Moment(step=incident.resolved_step, text=f"{incident.kind} is over", severity="over")
+    for record in story.commands:
+        yield from _of_command(record)
+    for raised in story.raised:
+        text = f"rank {raised.rank} raised {raised.type}: {raised.message}"
+        yield Moment(step=raised.step, text=text, severity="critical")
+
+
+def _of_command(record: CommandRecord) -> Iterator[Moment]:
+    what = _words(record.actions)
+    if record.applied_step is None:
+        yield Moment(step=max(record.made_step, 0), text=f"{what}: {record.state}, not applied", severity="fix")
+        return
+    left = ", and was taken back" if record.state is CommandState.REVERTED else ""
+    came = OUTCOMES.get(str(record.verdict), "and is still on trial")
+    yield Moment(step=record.applied_step, text=f"{what} was applied, {came}{left}", severity="fix")
+
+
+def _next_steps(story: Story, worst: Incident) -> Iterator[str]:
+    mine = [record for record in story.commands if record.incident == worst.id]
+    proposed = next((record for record in mine if record.applied_step is None), None)
+    if proposed is not None and len(mine) == 1:
+        what = _words(proposed.actions)
+        names = ",".join(dict.fromkeys(action.action for action in proposed.actions))
+        yield f"{what} was proposed; SOSA_MODE=auto SOSA_AUTO_ALLOW={names} applies it without a person"
+    for incident in sorted(story.incidents, key=lambda one: (one.id != worst.id, -one.severity, one.first_step)):
+        for cause in incident.causes:
+            yield f"{incident.kind}: {cause}"
+    for raised in story.raised:
+        if raised.explanation:
+            yield raised.explanation
