@@ -93,9 +93,7 @@ def _of_quiet_run(story: Story) -> Verdict:
 
 def _sentence(story: Story, worst: Incident) -> str:
     others = len(story.incidents) - 1
-    parts = [
-        f"at step {worst.first_step} {story.name} had {_article(worst.kind)}{_where(worst, story)}: {worst.message}"
-    ]
+    parts = [f"{worst.kind} at step {worst.first_step} of {story.name}{_where(worst, story)}: {worst.message}"]
     tried = _tried(story, worst)
     if tried is not None:
         what = _words(tried.actions)
