@@ -17,18 +17,14 @@ from sosa_stream.cli.replay_words import findings, head_of, summary, table_of
 from sosa_stream.daemon.schema import json_line
 from sosa_stream.detect.incidents import Incident, Severity
 from sosa_stream.errors import NoLossError, UsageError
-from sosa_stream.protocol.columns import plain
 from sosa_stream.replay.feed import LogFeed
-from sosa_stream.replay.folders import find_logs, named
+from sosa_stream.replay.folders import find_logs, named, run_name
 from sosa_stream.replay.log import Log
 from sosa_stream.replay.piped import STDIN, is_piped, kept
 from sosa_stream.replay.recordings import replay_recording
 from sosa_stream.replay.runs import runs_of
 from sosa_stream.replay.sources import FORMATS, format_of, read_log
 from sosa_stream.visible import visible
-
-_USUAL = frozenset({"metrics", "results", "log", "logs", "trainer_state", "events", "progress", "history", "train"})
-"""Names of logs that do not tell runs apart."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -73,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.follow:
         if len(given) > 1:
             raise UsageError("--follow takes one path")
-        return options.exit_code(follow(given[0], _run_name(given[0]), options))
+        return options.exit_code(follow(given[0], run_name(given[0]), options))
     with ExitStack() as pipes:
         sources, failed = [], False
         for path in given:
@@ -107,16 +103,16 @@ def _sources(path: Path, options: Options, pipes: ExitStack) -> list[_Source]:
     """The logs that a path means; one from a pipe is kept until ``pipes`` are closed."""
     with Blaming(path):
         if is_piped(path):
-            return [_Source(shown=path, path=pipes.enter_context(kept(path)), run=_run_name(path))]
+            return [_Source(shown=path, path=pipes.enter_context(kept(path)), run=run_name(path))]
         if options.format == "tensorboard":
-            return [_Source(shown=path, path=path, run=_run_name(path))]
+            return [_Source(shown=path, path=path, run=run_name(path))]
         found = find_logs(path)
     if not found.is_sure:
-        run = _run_name(path)
+        run = run_name(path)
         return [_Source(shown=log, path=log, run=f"{run}/{visible(log.stem)}", is_sure=False) for log in found.logs]
     (log,) = found.logs
     note = f"also there, and not read: {visible(named(path, found.others))}" if found.others else ""
-    return [_Source(shown=log, path=log, run=_run_name(path), note=note)]
+    return [_Source(shown=log, path=log, run=run_name(path), note=note)]
 
 
 def _replay_all(groups: Mapping[str, list[_Source]], options: Options, *, failed: bool) -> int:
@@ -153,17 +149,6 @@ def _say(text: str, options: Options) -> None:
 def _tell_failure(error: UsageError) -> bool:
     print(visible(f"sosa: {error}"), file=sys.stderr)
     return True
-
-
-def _run_name(path: Path) -> str:
-    """What a run is called after its log, or after the folder that the log is in.
-
-    Logs with one of the usual names are told apart by the folder that they are in.
-    """
-    folder = path.parent.resolve().name
-    if folder and plain(path.name.partition(".")[0]) in _USUAL and not path.is_dir():
-        return visible(f"{folder}/{path.stem}")
-    return visible(path.stem or path.resolve().name or "log")
 
 
 def _joined_name(stems: list[str]) -> str:

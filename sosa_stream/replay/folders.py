@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sosa_stream.errors import UsageError
+from sosa_stream.protocol.columns import plain
 from sosa_stream.replay.lines import decoded
 from sosa_stream.replay.sources import head_of, sniff
 from sosa_stream.replay.tensorboard import MARK
+from sosa_stream.visible import visible
 
 _LAYOUTS = ("run.sosa", "trainer_state.json", "metrics.csv", "results.csv", "progress.csv", "measurements.csv")
 """What training programs call the log that they leave in a folder."""
 _ENDINGS = frozenset({"", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt", ".log", ".out", ".err", ".sosa"})
 _LOSS = re.compile("loss|cost", re.IGNORECASE)
 MAX_NAMED = 8
+_USUAL = frozenset({"metrics", "results", "log", "logs", "trainer_state", "events", "progress", "history", "train"})
+"""Names of logs that do not tell runs apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,3 +106,14 @@ def _may_be_log(file: Path, mark: re.Pattern[str] = re.compile("")) -> bool:
 def _natural(path: Path) -> list[tuple[int, str]]:
     """``version_10`` after ``version_9``."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]
+
+
+def run_name(path: Path) -> str:
+    """What a run is called after its log, or after the folder that the log is in.
+
+    Logs with one of the usual names are told apart by the folder that they are in.
+    """
+    folder = path.parent.resolve().name
+    if folder and plain(path.name.partition(".")[0]) in _USUAL and not path.is_dir():
+        return visible(f"{folder}/{path.stem}")
+    return visible(path.stem or path.resolve().name or "log")

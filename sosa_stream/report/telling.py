@@ -20,7 +20,7 @@ from sosa_stream.protocol.messages import AgentMessage, ExceptionReport, Hello, 
 from sosa_stream.protocol.messages import Features as FeaturesMessage
 from sosa_stream.protocol.recording import decode_record, read_recording
 from sosa_stream.replay.feed import LogFeed
-from sosa_stream.replay.folders import find_logs
+from sosa_stream.replay.folders import find_logs, run_name
 from sosa_stream.replay.patterns import Family
 from sosa_stream.replay.recordings import RecordingFeed, is_recording
 from sosa_stream.replay.runs import runs_of
@@ -97,7 +97,7 @@ def _of_log(source: Path, name: str, format: str, mapping: Mapping[str, str], fa
     if len(runs) > 1:
         raise UsageError(f"{source} holds {len(runs)} runs ({', '.join(list(runs)[:4])}); a report is of one")
     teller = Teller()
-    feed = _Listening(name or source.stem or "log", teller, mapping)
+    feed = _Listening(name or run_name(source), teller, mapping)
     feed.take_whole(next(iter(runs.values())))
     feed.finish()
     story = teller.story(feed.engine.view(), source, words)

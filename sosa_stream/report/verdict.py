@@ -101,7 +101,7 @@ def _sentence(story: Story, worst: Incident) -> str:
         parts.append(f"{what} was applied at step {tried.applied_step}, {came}")
     elif any(record.incident == worst.id for record in story.commands):
         parts.append("a fix was proposed and nobody applied it")
-    elif worst.severity > Severity.INFO:
+    elif worst.severity > Severity.INFO and story.kind == "recording":
         parts.append("nothing was done about it")
     if worst.state is IncidentState.RESOLVED:
         parts.append(f"it was over at step {worst.resolved_step}")
