@@ -8,15 +8,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sosa_stream.agent.explain import explain
     from sosa_stream.agent.wrapper import SOSATrainingWrapper, wrap_training
 
 __version__ = "0.1.0"
 
-__all__ = ["SOSATrainingWrapper", "__version__", "wrap_training"]
+__all__ = ["SOSATrainingWrapper", "__version__", "explain", "wrap_training"]
 
 
 def __getattr__(name: str) -> Any:
-    # The daemon imports this package without torch; the wrapper is the one name here that needs it.
+    # The daemon imports this package without torch; these names need it.
+    if name == "explain":
+        from sosa_stream import extras
+
+        with extras.needed("agent", name):
+            from sosa_stream.agent import explain
+        return explain.explain
     if name in ("SOSATrainingWrapper", "wrap_training"):
         from sosa_stream import extras
 

@@ -43,6 +43,16 @@ class Switch(StrEnum):
     OFF = "off"
 
 
+class SinkChoice(StrEnum):
+    """Which of the logs that the script itself has open incidents are written to."""
+
+    AUTO = "auto"
+    TENSORBOARD = "tensorboard"
+    WANDB = "wandb"
+    MLFLOW = "mlflow"
+    OFF = "off"
+
+
 class Sensitivity(StrEnum):
     """How little it takes to raise an incident: ``low`` for few false alarms, ``high`` for few missed faults."""
 
@@ -206,6 +216,9 @@ class AgentSettings:
     """Steps between two digests of a chunk of parameters or optimizer state, compared over ranks; 0: none."""
     digest_after_fix: bool = False
     """Send a digest of parameters and optimizer state after each fix, compared over ranks by the daemon."""
+    sinks: SinkChoice = SinkChoice.AUTO
+    """Write incidents and fixes into the log that the script itself writes, by rank 0: ``tensorboard``, ``wandb`` or
+    ``mlflow``; ``auto``: all of them that it has open; ``off``: into none."""
 
     layers_every: int = 0
     """Steps between two looks at every parameter: gradient, weights, update. Rarer in long runs; 0: norms alone."""

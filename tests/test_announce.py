@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sosa_stream.daemon.announce import Announcer
+from sosa_stream.announce import Announcer
 from sosa_stream.testing import SimulatedJob
 
 

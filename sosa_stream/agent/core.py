@@ -37,6 +37,7 @@ from sosa_stream.agent.repair.saving import Checkpoints, SaveCheckpoint
 from sosa_stream.agent.repair.snapshots import SnapshotRing
 from sosa_stream.agent.repair.stopping import StopMark
 from sosa_stream.agent.repair.training_state import TrainingState
+from sosa_stream.agent.sinks import Sinks
 from sosa_stream.agent.splitting.memory import breakdown, is_out_of_memory
 from sosa_stream.agent.stacks import Stacks
 from sosa_stream.agent.step.attribution import Attribution
@@ -51,7 +52,7 @@ from sosa_stream.agent.watch.metrics import Libraries, columns_of
 from sosa_stream.agent.watch.taps import Taps
 from sosa_stream.protocol import messages
 from sosa_stream.protocol.messages import Layers, Phase
-from sosa_stream.settings import Mode, Settings, Switch
+from sosa_stream.settings import Mode, Settings, SinkChoice, Switch
 
 EXIT_RESTART = 79
 """Exit code of a rank that a `restart` ended, with its training thread stuck; torch elastic starts them all again."""
@@ -158,6 +159,9 @@ class Agent:
             self.checkpoints, self.probe, settings.agent.sigterm_seconds, self.say, self._say_here
         )
         self._libraries = Libraries(self.log)
+        self._sinks = Sinks(
+            settings.agent.sinks if rank == 0 else SinkChoice.OFF, lambda: max(0, self.probe.step - 1), self.say
+        )
         self._stacks: Stacks | None = None
         self._courier: Courier | None = None
         self._tee: LocalLink | None = None
@@ -208,6 +212,7 @@ class Agent:
         """Watch with the Engine in this process: detection and repair happen inside the step."""
         self._stop_mark.heed()
         self._local = True
+        link.hear = self._sinks.hear
         self.probe.install(self._optimizer)
         self.registry.install()
         self._join(self._place.alone(), link, MemoryStore())
@@ -349,6 +354,7 @@ class Agent:
             pod=pod_name(os.environ),
             refusal=lambda command: self.actuators.refusal(command, self.probe.step),
             say=self.say,
+            hear=self._sinks.hear,
         )
         self.probe.fence = fence
         return self._courier
@@ -366,6 +372,7 @@ class Agent:
     def _after_tick(self) -> None:
         if self.probe.tick % LOOK_EVERY == 1:
             self._libraries.find()
+            self._sinks.look(self.actuators.history)
             self._tell_knobs()
             self._last_checkpoint.look()
         if self._local:
@@ -399,10 +406,11 @@ class Agent:
             optimizers = [self._optimizer] if self._optimizer is not None else self.state.optimizers
             self._memory = breakdown(optimizers)
 
-    def report_exception(self, error: BaseException, *, ends: bool = False, num_parts: int = 0) -> None:
+    def report_exception(self, error: BaseException, *, ends: bool = False, num_parts: int = 0) -> str:
         """The script raised; ``ends`` where nobody catches it and the script is about to tell of it itself.
 
-        With ``num_parts`` it did not get that far: memory had run out, and the batch was run in so many parts.
+        With ``num_parts`` it did not get that far: memory had run out, and the batch was run in so many parts. Returns
+        what explains the error, several lines; empty where nothing does.
         """
         if ends and self._courier is not None:
             self._courier.ending = True
@@ -410,9 +418,15 @@ class Agent:
             self.measure_memory()
         memory, self._memory = self._memory, {}
         phase = Phase.FORWARD if num_parts else self.taps.phase
-        self._outbox.add_message(
-            failure.report(error, step=self.probe.step, phase=phase, memory=memory, num_parts=num_parts)
+        explanation = "" if num_parts else failure.explanation(error, memory)
+        told = failure.report(
+            error, step=self.probe.step, phase=phase, memory=memory, num_parts=num_parts, explanation=explanation
         )
+        self._outbox.add_message(told)
+        if ends:
+            kind = "oom" if is_out_of_memory(error) else "exception"
+            self._sinks.script_raised(kind, failure.in_words(error, explanation), self.probe.step)
+        return explanation
 
     def close(self, reason: str = "end of script", exit_code: int = 0, checkpoint: str = "final") -> None:
         """Put torch back as it was, say goodbye, and wait, within bounds, until the daemon has everything.
@@ -436,6 +450,7 @@ class Agent:
             self._thread.close(reason, exit_code)
         if self._stacks is not None:
             self._stacks.close()
+        self._sinks.close(self.actuators.history)
 
     def close_at_exit(self) -> None:
         """The interpreter ends, and nobody has said how: it remembers an exception that nobody caught."""

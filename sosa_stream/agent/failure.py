@@ -7,11 +7,34 @@ from collections.abc import Callable, Mapping
 
 from sosa_stream.protocol.messages import ExceptionReport, Header, Phase
 
+MAX_LINE_LENGTH = 500
 MAX_FRAMES, MAX_FRAME_LENGTH, MAX_MESSAGE_LENGTH = 20, 500, 2000
 
 
+def explanation(error: BaseException, memory: Mapping[str, int]) -> str:
+    """What ``error`` means, in several lines; empty where nobody knows. The error is left as it is."""
+    try:
+        from sosa_stream.agent.explain import explain  # only where something has failed
+
+        found = explain(error, memory)
+    except Exception:
+        return ""
+    return str(found) if found is not None else ""
+
+
+def in_words(error: BaseException, explanation: str) -> str:
+    """The error, and under it what explains it."""
+    return "\n".join([f"{type(error).__qualname__}: {error}"[:MAX_LINE_LENGTH], explanation]).rstrip()
+
+
 def report(
-    error: BaseException, *, step: int, phase: Phase, memory: Mapping[str, int], num_parts: int
+    error: BaseException,
+    *,
+    step: int,
+    phase: Phase,
+    memory: Mapping[str, int],
+    num_parts: int,
+    explanation: str = "",
 ) -> Callable[[Header], ExceptionReport]:
     """What is to be sent of ``error``: the innermost frames of its traceback, and its notes behind its words."""
     frames = traceback.extract_tb(error.__traceback__)[-MAX_FRAMES:]
@@ -26,4 +49,5 @@ def report(
         phase=phase,
         memory=dict(memory),
         num_parts=num_parts,
+        explanation=explanation[:MAX_MESSAGE_LENGTH],
     )

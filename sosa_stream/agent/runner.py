@@ -173,10 +173,13 @@ def _run(code: CodeType, module: types.ModuleType, target: Target, agent: Agent 
         raise
     except BaseException as error:
         _trim(error)
+        explanation = ""
         if agent is not None and not isinstance(error, KeyboardInterrupt):  # a person who stops a job is no fault
-            agent.report_exception(error, ends=True)
+            explanation = agent.report_exception(error, ends=True)
         sys.excepthook(type(error), error, error.__traceback__)
         if agent is not None:
+            if explanation:
+                agent.say(explanation, every_rank=True)
             agent.close(f"{type(error).__name__}", 1, _ending(error))
         if isinstance(error, KeyboardInterrupt):
             # Python ends by the signal, after its own clean-up, only if the exception reaches it; it is told already.

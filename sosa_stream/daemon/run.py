@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
-from sosa_stream.daemon.announce import Announcer
+from sosa_stream.announce import Announcer
 from sosa_stream.daemon.ingest import Intake, Ledger
 from sosa_stream.daemon.mutes import Mute
 from sosa_stream.daemon.notify import Criticals, Notification

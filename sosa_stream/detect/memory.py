@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from sosa_stream.detect.explained import as_evidence, explained
 from sosa_stream.detect.incidents import Finding, Severity
 from sosa_stream.detect.windows import RunWindows
 from sosa_stream.protocol.messages import ExceptionReport
@@ -45,8 +46,10 @@ def oom(windows: RunWindows) -> Finding | None:
             "lost_peer": False,
             "memory": dict(report.memory),
             "num_parts": report.num_parts or None,
+            **as_evidence(report),
         },
         causes=(
+            *explained(report),
             *_held(report.memory),
             "the batch or the sequence is too large for the device",
             "memory grows from step to step: a kept graph",

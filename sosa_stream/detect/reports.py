@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from sosa_stream.detect.explained import as_evidence, explained
 from sosa_stream.detect.frozen import Frozen
 from sosa_stream.detect.incidents import Finding, Severity
 from sosa_stream.detect.memory import is_out_of_memory
@@ -99,7 +100,7 @@ def shape_mismatch(windows: RunWindows) -> Finding | None:
             "shapes": _SHAPE.findall(report.message)[:8],
             "raised_in": where[0] if where else None,
         },
-        causes=(cause + (f", in {where[0]}" if where else ""),),
+        causes=((" ".join(explained(report)) or cause) + (f", in {where[0]}" if where else ""),),
     )
 
 
@@ -285,8 +286,9 @@ def _exception(windows: RunWindows, kind: str) -> Finding:
             "stack": list(report.stack),
             "phase": str(report.phase),
             "lost_peer": lost_peer,
+            **as_evidence(report),
         },
-        causes=causes,
+        causes=(*explained(report), *causes),
     )
 
 

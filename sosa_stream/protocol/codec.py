@@ -124,6 +124,7 @@ def encode(message: Message) -> bytes:
             }
             if message.memory or message.num_parts:
                 body |= {"memory": dict(message.memory), "num_parts": message.num_parts}
+            body |= _known(message, "explanation")
         case Ack():
             body |= _header(message.header) | {
                 "kind": "ack",
@@ -167,7 +168,14 @@ def encode(message: Message) -> bytes:
                 "approved": message.approved,
             }
         case Announcement():
-            body |= {"kind": "announcement", "run": message.run, "incident": message.incident, "text": message.text}
+            body |= {
+                "kind": "announcement",
+                "run": message.run,
+                "incident": message.incident,
+                "text": message.text,
+            }
+            if message.kind:
+                body["about"] = [message.kind, message.severity, message.state, message.step]
         case Inquiry():
             body |= {
                 "kind": "inquiry",
@@ -336,6 +344,7 @@ def _exception(body: Body) -> ExceptionReport:
         phase=body.phase(),
         memory=body.sizes("memory"),
         num_parts=body.integer("num_parts") if body.has("num_parts") else 0,
+        explanation=body.text("explanation") if body.has("explanation") else "",
     )
 
 
@@ -436,7 +445,22 @@ def _received(body: Body) -> Received:
 
 
 def _announcement(body: Body) -> Announcement:
-    return Announcement(run=body.name("run"), incident=body.text("incident"), text=body.text("text"))
+    run, incident, text = body.name("run"), body.text("incident"), body.text("text")
+    if not body.has("about"):
+        return Announcement(run=run, incident=incident, text=text)
+    about = body.items("about", 4)
+    if len(about) != 4:
+        raise ProtocolError(Reject.BAD_FIELD, "about must be kind, severity, state and step")
+    of = Body(dict(zip(("kind", "severity", "state", "step"), about, strict=True)), body.limits)
+    return Announcement(
+        run=run,
+        incident=incident,
+        text=text,
+        kind=of.name("kind"),
+        severity=of.text("severity"),
+        state=of.text("state"),
+        step=of.integer("step"),
+    )
 
 
 _DECODERS: Mapping[str, Callable[[Body], Message]] = {

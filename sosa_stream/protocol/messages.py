@@ -222,7 +222,8 @@ class ExceptionReport:
     """The script raised and did not catch. ``stack`` is innermost last, ``file:line function``.
 
     Where memory ran out, ``memory`` is what held it, in bytes by name, and ``num_parts``, if not 0, in how many parts
-    the batch was then run: the script has not seen the error.
+    the batch was then run: the script has not seen the error. ``explanation`` says what the error means, its first line
+    what and in which module; empty where nobody knows.
     """
 
     header: Header
@@ -233,6 +234,7 @@ class ExceptionReport:
     phase: Phase
     memory: Mapping[str, int] = field(default_factory=dict)
     num_parts: int = 0
+    explanation: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -346,11 +348,18 @@ class Inquiry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Announcement:
-    """A sentence for whoever looks at the job's own output: an incident, a proposal. Sent once, and may be missed."""
+    """A sentence for whoever looks at the job's own output: an incident, a proposal. Sent once, and may be missed.
+
+    Of an incident, ``kind``, ``severity``, ``state`` and the ``step`` at which it came into that state; else empty.
+    """
 
     run: str
     incident: str
     text: str
+    kind: str = ""
+    severity: str = ""
+    state: str = ""
+    step: int = 0
 
 
 AgentMessage = Hello | Heartbeat | MetricFrame | Layers | Features | Knobs | ExceptionReport | Ack | Stacks | Bye

@@ -83,6 +83,7 @@ class Courier:
         stacks: Stacks | None = None,
         restart: Callable[[str], None] | None = None,
         pod: str = "",
+        hear: Callable[[Announcement], None] = lambda told: None,
     ) -> None:
         self._settings = settings
         self._identity = identity
@@ -97,6 +98,7 @@ class Courier:
         self._restart_by: tuple[float, str] | None = None
         self._cannot = refusal
         self._say = say
+        self._hear = hear
         self._seen: set[str] = set()
         self._rejected: set[str] = set()
         self._next_heartbeat = 0.0
@@ -160,6 +162,7 @@ class Courier:
                 self._answer(message)
             elif isinstance(message, Announcement):
                 self._incidents.add(message.incident)
+                self._hear(message)
                 if not self.ending:  # what ended the script has been said by the script itself
                     self._say(message.text)
             elif message.id not in self._seen:

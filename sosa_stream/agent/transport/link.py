@@ -7,11 +7,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
+from sosa_stream.announce import Announcer
 from sosa_stream.effects import Effect, Publish, Withdraw
 from sosa_stream.engine import Engine
 from sosa_stream.errors import ProtocolError
 from sosa_stream.protocol.codec import decode
-from sosa_stream.protocol.messages import Ack, AgentMessage, Command, ControlMessage, Heartbeat, Hello, Received
+from sosa_stream.protocol.messages import (
+    Ack,
+    AgentMessage,
+    Announcement,
+    Command,
+    ControlMessage,
+    Heartbeat,
+    Hello,
+    Received,
+)
 
 
 class Link(Protocol):
@@ -42,6 +52,9 @@ class LocalLink:
         self.connected = True
         self.reconnects = 0
         self._on_effect = on_effect
+        self._announcer = Announcer()
+        self.hear: Callable[[Announcement], None] = lambda told: None
+        """Given what a daemon would announce."""
         self._published: dict[str, Command] = {}
         self._acknowledged: Received | None = None
 
@@ -55,12 +68,15 @@ class LocalLink:
         return True
 
     def hand_over(self, event: AgentMessage) -> None:
-        for effect in self.engine.handle(event, time.time()):
+        effects = self.engine.handle(event, time.time())
+        for effect in effects:
             if isinstance(effect, Publish):
                 self._published[effect.command.id] = effect.command
             elif isinstance(effect, Withdraw):
                 self._published.pop(effect.command, None)
             self._on_effect(effect)
+        for told in self._announcer.tell(effects):
+            self.hear(told)
 
     def receive(self) -> list[ControlMessage]:
         acknowledged, self._acknowledged = self._acknowledged, None

@@ -1,4 +1,4 @@
-"""What the daemon says of a run to whoever looks at the job's own output."""
+"""What is said of a run to whoever looks at the job's own output."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Announcer:
                 actions = ", ".join(action.action for action in record.actions)
                 why = f" ({record.detail})" if record.detail else ""
                 text = f"{actions} may help; apply: sosa approve {record.id}{why}"
-                yield _announcement(record.run, record.incident, text)
+                yield Announcement(run=record.run, incident=record.incident, text=text[:MAX_TEXT])
 
     def _incident(self, incident: Incident) -> Iterator[Announcement]:
         now = (incident.kind, incident.severity, incident.state)
@@ -40,11 +40,17 @@ class Announcer:
         if now == before:
             return
         if incident.state is IncidentState.RESOLVED:
-            text = f"step {incident.resolved_step}: {incident.kind} of step {incident.first_step} is over"
+            step = incident.resolved_step
+            text = f"step {step}: {incident.kind} of step {incident.first_step} is over"
         else:
-            text = f"step {incident.detected_step}: {incident.severity}: {incident.kind}: {incident.message}"
-        yield _announcement(incident.run, incident.id, text)
-
-
-def _announcement(run: str, incident: str, text: str) -> Announcement:
-    return Announcement(run=run, incident=incident, text=text[:MAX_TEXT])
+            step = incident.detected_step
+            text = f"step {step}: {incident.severity}: {incident.kind}: {incident.message}"
+        yield Announcement(
+            run=incident.run,
+            incident=incident.id,
+            text=text[:MAX_TEXT],
+            kind=incident.kind,
+            severity=str(incident.severity),
+            state=str(incident.state),
+            step=max(0, step or 0),
+        )
