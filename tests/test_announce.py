@@ -18,6 +18,14 @@ def test_an_incident_is_told_when_it_opens_and_when_it_is_over_and_info_is_not()
     assert texts[1].endswith("lr_jump of step 300 is over")
 
 
+def test_an_incident_is_told_with_what_a_log_needs_for_its_marker() -> None:
+    sim = SimulatedJob(seed=0, lr_factor=_jump).run()
+    first, last = Announcer().tell(sim.effects)
+    assert (first.kind, first.severity, first.state, first.step) == ("lr_jump", "critical", "open", 301)
+    assert (last.kind, last.state) == ("lr_jump", "resolved")
+    assert f"step {last.step}: " in last.text
+
+
 def test_a_proposal_is_told_with_the_words_that_apply_it() -> None:
     sim = SimulatedJob(seed=0, lr_factor=_jump, policy={"mode": "suggest"}, stop_at=310).run()
     open_effects = [effect for effect in sim.effects if "expired" not in repr(effect)]

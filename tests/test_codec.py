@@ -18,6 +18,7 @@ from sosa_stream.protocol.codec import decode, encode
 from sosa_stream.protocol.messages import (
     Ack,
     AckState,
+    Announcement,
     Bye,
     Command,
     ExceptionReport,
@@ -149,6 +150,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
         phase=st.sampled_from(Phase),
         memory=st.dictionaries(texts, numbers, max_size=4),
         num_parts=numbers,
+        explanation=texts,
     ),
     st.builds(
         Ack,
@@ -213,6 +215,10 @@ messages: st.SearchStrategy[Message] = st.one_of(
         approved=st.booleans(),
     ),
     st.builds(Received, run=names, sources=st.dictionaries(names, numbers, max_size=5)),
+    st.builds(Announcement, run=names, incident=texts, text=texts),
+    st.builds(
+        Announcement, run=names, incident=texts, text=texts, kind=names, severity=texts, state=texts, step=numbers
+    ),
 )
 
 
@@ -374,6 +380,20 @@ GOLDEN: list[tuple[Message, str]] = [
         ),
         f"8f {_HEAD} a6737461636b73 a47469636b 02 a57068617365 a464617461 a8747261696e696e67 91 a166"
         " a66f7468657273 90 a5776f726b73 c3 aa6e65696768626f757273 91 93 01 a4676f6e65 90",
+    ),
+    (
+        Announcement(run="r", incident="i", text="t"),
+        "85 a176 01 a46b696e64 ac616e6e6f756e63656d656e74 a372756e a172 a8696e636964656e74 a169 a474657874 a174",
+    ),
+    (
+        Announcement(run="r", incident="i", text="t", kind="k", severity="s", state="o", step=3),
+        "86 a176 01 a46b696e64 ac616e6e6f756e63656d656e74 a372756e a172 a8696e636964656e74 a169 a474657874 a174"
+        " a561626f7574 94 a16b a173 a16f 03",
+    ),
+    (
+        ExceptionReport(header=HEADER, type="T", message="m", stack=(), step=3, phase=Phase.FORWARD, explanation="e"),
+        f"8f {_HEAD} a9657863657074696f6e a474797065 a154 a76d657373616765 a16d a5737461636b 90"
+        " a473746570 03 a57068617365 a7666f7277617264 ab6578706c616e6174696f6e a165",
     ),
     (
         Inquiry(run="r", generation="g", number=3, silent=(SilentRank(rank=1, host="h", pid=7),)),

@@ -186,7 +186,11 @@ def _without_wrappers(root: nn.Module, name: str) -> str:
 
 
 def _is_library(file: str) -> bool:
-    if file.startswith("<frozen") or f"{os.sep}site-packages{os.sep}" in file or f"{os.sep}dist-packages{os.sep}" in file:
+    if (
+        file.startswith("<frozen")
+        or f"{os.sep}site-packages{os.sep}" in file
+        or f"{os.sep}dist-packages{os.sep}" in file
+    ):
         return True
     return os.path.abspath(file).startswith(_libraries())
 
@@ -195,5 +199,7 @@ def _libraries() -> tuple[str, ...]:
     paths = sysconfig.get_paths()
     folders = {paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     folders |= {os.path.dirname(torch.__file__), *site.getsitepackages()}
-    folders |= {os.path.join(_OURS, name) for name in ("agent", "faults")}  # our demo's script is a script like any other
+    folders |= {
+        os.path.join(_OURS, name) for name in ("agent", "faults")
+    }  # our demo's script is a script like any other
     return tuple(folder + os.sep for folder in folders)

@@ -20,7 +20,8 @@ _TABLE: tuple[tuple[re.Pattern[str], Kind, str, str], ...] = tuple(
             _TO_DEVICE,
         ),
         (
-            r"Expected all tensors to be on the same device, but got (\w+) is on (\S+), different from .* on ([^\s()]+)",
+            r"Expected all tensors to be on the same device, but got (\w+) is on (\S+), different from other tensors on "
+            r"([^\s()]+)",
             Kind.DEVICE,
             "{0} is on {1}, the other tensors on {2}",
             _TO_DEVICE,
@@ -99,7 +100,7 @@ _TABLE: tuple[tuple[re.Pattern[str], Kind, str, str], ...] = tuple(
             r"device-side assert triggered",
             Kind.INDEX,
             "a kernel on the GPU has found a value out of its range, most often an index or a label",
-            "the line may be a later one than the guilty: run it again with CUDA_LAUNCH_BLOCKING=1, or one batch on the CPU",
+            "the guilty line may be an earlier one: CUDA_LAUNCH_BLOCKING=1, or one batch on the CPU, shows it",
         ),
     )
 )

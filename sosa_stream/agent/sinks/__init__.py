@@ -57,7 +57,9 @@ class Sinks:
         if not told.kind or (self._error_told and told.kind in OF_SCRIPT_ERROR):
             return
         level = 0 if told.state == "resolved" else LEVELS.get(told.severity, 1)
-        self._offer(Entry(id=told.incident, kind=told.kind, level=level, step=told.step, at=time.time(), text=told.text))
+        self._offer(
+            Entry(id=told.incident, kind=told.kind, level=level, step=told.step, at=time.time(), text=told.text)
+        )
 
     def script_raised(self, kind: str, text: str, step: int) -> None:
         """The script ends by an error at ``step``: told here, for the daemon's word on it may come too late."""

@@ -34,7 +34,8 @@ class MLflow:
         self._client: Any = None
         self._restore: list[Callable[[], None]] = []
         self._writing = threading.local()
-        self._texts: list[str] = []
+        self._texts: list[tuple[str, str]] = []
+        """What was written, each behind the tag that it is in."""
 
     def find(self) -> None:
         client = getattr(sys.modules.get(CLIENT), "MlflowClient", None) if not self._restore else None
@@ -50,13 +51,16 @@ class MLflow:
 
     def write(self, entry: Entry) -> None:
         client, run = self._client, self._run
-        self._texts = [*self._texts, entry.text][-MAX_TEXTS:]
+        tag = f"sosa.{entry.kind}.{entry.id}"
+        self._texts = [*self._texts, (tag, entry.text)][-MAX_TEXTS:]
+        of_tag = "\n".join(text for its, text in self._texts if its == tag)
+        everything = "\n".join(text for _, text in self._texts) + "\n"
         self._writing.here = True
         try:
             at = int(1000 * entry.at)
             client.log_metric(run, entry.marker, entry.level, timestamp=at, step=self._axis.step_of(entry.step))
-            client.set_tag(run, f"sosa.{entry.kind}.{entry.id}", entry.text[:MAX_TAG])
-            client.log_text(run, "\n".join(self._texts) + "\n", FILE)
+            client.set_tag(run, tag, of_tag[:MAX_TAG])
+            client.log_text(run, everything, FILE)
         finally:
             self._writing.here = False
 
