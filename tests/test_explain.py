@@ -245,11 +245,11 @@ def test_a_killed_worker_is_told_with_its_signal_and_its_loader() -> None:
         (  # as NCCL's watchdog of torch 2.13 words it
             "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=12, OpType=ALLREDUCE, NumelIn=4, "
             "NumelOut=4, Timeout(ms)=600000) ran for 600012 milliseconds before timing out.",
-            "another rank did not come to the same allreduce operation within 600 s",
+            "another rank did not come to the same allreduce within 600 s",
         ),
         (
             "[Rank 0]: Rank 1 failed to pass monitoredBarrier in 1000 ms",
-            "rank 1 did not come to the same operation within 1 s",
+            "rank 1 did not come to the same collective within 1 s",
         ),
     ],
 )

@@ -29,7 +29,7 @@ def rank_1_stays_away(rank: int) -> str:
 def test_a_collective_that_timed_out_says_for_how_long_and_at_which_line(two_ranks: TwoRanks) -> None:
     said, _ = two_ranks.run(rank_1_stays_away)
     first, *rest = said.splitlines()
-    assert first == "collective timed out: another rank did not come to the same recv operation within 1 s"
+    assert first == "collective timed out: another rank did not come to the same collective within 1 s"
     assert rest[0].endswith("in rank_1_stays_away: dist.all_reduce(torch.ones(3), group=group)")
 
 

@@ -14,7 +14,7 @@ _LASTING = ("parameters", "gradients", "optimizer_state", "buffers")
 _BYTES = re.compile(r"(\d+) bytes")
 
 _TIMEOUTS = (
-    re.compile(r"Timed out waiting (\d+) ?ms for (recv|send) operation"),
+    re.compile(r"Timed out waiting (\d+) ?ms for (?:recv|send) operation"),
     re.compile(r"WorkNCCL\(.*?OpType=(\w+).*?Timeout\(ms\)=(\d+)"),
     re.compile(r"wait timeout after (\d+) ?ms"),
     re.compile(r"socket has timed out after (\d+) ?ms"),
@@ -59,11 +59,11 @@ def timed_out(message: str) -> Meaning | None:
     groups = [group for group in found.groups() if group]
     waited = next((int(group) for group in reversed(groups) if group.isdecimal()), 0)
     after = f" within {waited / 1000:g} s" if waited else ""
-    operation = next((group for group in groups if group.isalpha() or "_" in group), "")
+    operation = next((group.lower() for group in groups if group[0].isalpha()), "collective")
     who = f"rank {groups[0].strip()}" if "monitoredBarrier" in found.group() else "another rank"
     return Meaning(
         kind=Kind.TIMEOUT,
-        what=f"{who} did not come to the same {operation.lower() + ' ' if operation else ''}operation{after}",
+        what=f"{who} did not come to the same {operation}{after}",
         advice=(
             "look at the log of the rank that is missing: it has died, is busy elsewhere, or is behind",
             "all ranks must call the same collectives equally often: mind batches that do not divide evenly, and what "
