@@ -20,8 +20,8 @@ _TABLE: tuple[tuple[re.Pattern[str], Kind, str, str], ...] = tuple(
             _TO_DEVICE,
         ),
         (
-            r"Expected all tensors to be on the same device, but got (\w+) is on (\S+), different from other tensors on "
-            r"([^\s()]+)",
+            r"Expected all tensors to be on the same device, but got (\w+) is on (\S+), different from other "
+            r"tensors on ([^\s()]+)",
             Kind.DEVICE,
             "{0} is on {1}, the other tensors on {2}",
             _TO_DEVICE,
