@@ -49,7 +49,7 @@ class Announcer:
             run=incident.run,
             incident=incident.id,
             text=text[:MAX_TEXT],
-            kind=incident.kind,
+            incident_kind=incident.kind,
             severity=str(incident.severity),
             state=str(incident.state),
             step=max(0, step or 0),

@@ -21,8 +21,8 @@ def test_an_incident_is_told_when_it_opens_and_when_it_is_over_and_info_is_not()
 def test_an_incident_is_told_with_what_a_log_needs_for_its_marker() -> None:
     sim = SimulatedJob(seed=0, lr_factor=_jump).run()
     first, last = Announcer().tell(sim.effects)
-    assert (first.kind, first.severity, first.state, first.step) == ("lr_jump", "critical", "open", 301)
-    assert (last.kind, last.state) == ("lr_jump", "resolved")
+    assert (first.incident_kind, first.severity, first.state, first.step) == ("lr_jump", "critical", "open", 301)
+    assert (last.incident_kind, last.state) == ("lr_jump", "resolved")
     assert f"step {last.step}: " in last.text
 
 

@@ -217,7 +217,14 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(Received, run=names, sources=st.dictionaries(names, numbers, max_size=5)),
     st.builds(Announcement, run=names, incident=texts, text=texts),
     st.builds(
-        Announcement, run=names, incident=texts, text=texts, kind=names, severity=texts, state=texts, step=numbers
+        Announcement,
+        run=names,
+        incident=texts,
+        text=texts,
+        incident_kind=names,
+        severity=texts,
+        state=texts,
+        step=numbers,
     ),
 )
 
@@ -386,9 +393,9 @@ GOLDEN: list[tuple[Message, str]] = [
         "85 a176 01 a46b696e64 ac616e6e6f756e63656d656e74 a372756e a172 a8696e636964656e74 a169 a474657874 a174",
     ),
     (
-        Announcement(run="r", incident="i", text="t", kind="k", severity="s", state="o", step=3),
-        "86 a176 01 a46b696e64 ac616e6e6f756e63656d656e74 a372756e a172 a8696e636964656e74 a169 a474657874 a174"
-        " a561626f7574 94 a16b a173 a16f 03",
+        Announcement(run="r", incident="i", text="t", incident_kind="k", severity="s", state="o", step=3),
+        "89 a176 01 a46b696e64 ac616e6e6f756e63656d656e74 a372756e a172 a8696e636964656e74 a169 a474657874 a174"
+        " ad696e636964656e745f6b696e64 a16b a87365766572697479 a173 a57374617465 a16f a473746570 03",
     ),
     (
         ExceptionReport(header=HEADER, type="T", message="m", stack=(), step=3, phase=Phase.FORWARD, explanation="e"),

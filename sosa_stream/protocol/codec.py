@@ -173,9 +173,7 @@ def encode(message: Message) -> bytes:
                 "run": message.run,
                 "incident": message.incident,
                 "text": message.text,
-            }
-            if message.kind:
-                body["about"] = [message.kind, message.severity, message.state, message.step]
+            } | _known(message, "incident_kind", "severity", "state", "step")
         case Inquiry():
             body |= {
                 "kind": "inquiry",
@@ -445,21 +443,14 @@ def _received(body: Body) -> Received:
 
 
 def _announcement(body: Body) -> Announcement:
-    run, incident, text = body.name("run"), body.text("incident"), body.text("text")
-    if not body.has("about"):
-        return Announcement(run=run, incident=incident, text=text)
-    about = body.items("about", 4)
-    if len(about) != 4:
-        raise ProtocolError(Reject.BAD_FIELD, "about must be kind, severity, state and step")
-    of = Body(dict(zip(("kind", "severity", "state", "step"), about, strict=True)), body.limits)
     return Announcement(
-        run=run,
-        incident=incident,
-        text=text,
-        kind=of.name("kind"),
-        severity=of.text("severity"),
-        state=of.text("state"),
-        step=of.integer("step"),
+        run=body.name("run"),
+        incident=body.text("incident"),
+        text=body.text("text"),
+        incident_kind=body.name("incident_kind") if body.has("incident_kind") else "",
+        severity=body.text("severity") if body.has("severity") else "",
+        state=body.text("state") if body.has("state") else "",
+        step=body.integer("step") if body.has("step") else 0,
     )
 
 

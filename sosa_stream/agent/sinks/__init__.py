@@ -54,11 +54,13 @@ class Sinks:
 
     def hear(self, told: Announcement) -> None:
         """An incident has opened, changed or ended. Proposals are no events of the run, and left out."""
-        if not told.kind or (self._error_told and told.kind in OF_SCRIPT_ERROR):
+        if not told.incident_kind or (self._error_told and told.incident_kind in OF_SCRIPT_ERROR):
             return
         level = 0 if told.state == "resolved" else LEVELS.get(told.severity, 1)
         self._offer(
-            Entry(id=told.incident, kind=told.kind, level=level, step=told.step, at=time.time(), text=told.text)
+            Entry(
+                id=told.incident, kind=told.incident_kind, level=level, step=told.step, at=time.time(), text=told.text
+            )
         )
 
     def script_raised(self, kind: str, text: str, step: int) -> None:
