@@ -350,7 +350,8 @@ class Inquiry:
 class Announcement:
     """A sentence for whoever looks at the job's own output: an incident, a proposal. Sent once, and may be missed.
 
-    Of an incident, ``incident_kind``, ``severity``, ``state`` and the ``step`` at which it came into that state; else empty.
+    Of an incident, ``incident_kind``, ``severity``, ``state`` and the ``step`` at which it came into that state; else
+    empty.
     """
 
     run: str
