@@ -315,5 +315,6 @@ def test_the_incident_carries_the_explanation() -> None:
     engine.handle(report, NOW)
     (incident,) = engine.view().incidents
     assert incident.kind == "shape_mismatch"
+    assert incident.message.endswith(f"(step 7, forward): {text.splitlines()[0]}")
     assert incident.causes[0].startswith("shape mismatch in encoder.layers.3.mlp.fc2 (Linear): a linear layer made for")
     assert incident.evidence["explanation"] == text.splitlines()

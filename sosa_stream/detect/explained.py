@@ -12,6 +12,11 @@ def explained(report: ExceptionReport) -> tuple[str, ...]:
     return tuple(report.explanation.splitlines()[:1])
 
 
+def appended(report: ExceptionReport) -> str:
+    """That line, behind the error's own words."""
+    return "".join(f": {line}" for line in explained(report))
+
+
 def as_evidence(report: ExceptionReport) -> dict[str, Any]:
     """All its lines, as evidence; nothing where the agent knows nothing."""
     return {"explanation": report.explanation.splitlines()} if report.explanation else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sosa_stream.detect.explained import as_evidence, explained
+from sosa_stream.detect.explained import appended, as_evidence, explained
 from sosa_stream.detect.incidents import Finding, Severity
 from sosa_stream.detect.windows import RunWindows
 from sosa_stream.protocol.messages import ExceptionReport
@@ -37,7 +37,7 @@ def oom(windows: RunWindows) -> Finding | None:
         step=report.step,
         first_step=report.step,
         ranks=(report.header.rank,),
-        message=f"rank {report.header.rank}: {report.type}: {report.message} ({where}){told}",
+        message=f"rank {report.header.rank}: {report.type}: {report.message} ({where}){told}{appended(report)}",
         evidence={
             "type": report.type,
             "message": report.message,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from sosa_stream.detect.explained import as_evidence, explained
+from sosa_stream.detect.explained import appended, as_evidence, explained
 from sosa_stream.detect.frozen import Frozen
 from sosa_stream.detect.incidents import Finding, Severity
 from sosa_stream.detect.memory import is_out_of_memory
@@ -279,7 +279,7 @@ def _exception(windows: RunWindows, kind: str) -> Finding:
         step=report.step,
         first_step=report.step,
         ranks=(rank,),
-        message=f"rank {rank}: {report.type}: {report.message} (step {report.step}, {report.phase})",
+        message=f"rank {rank}: {report.type}: {report.message} (step {report.step}, {report.phase}){appended(report)}",
         evidence={
             "type": report.type,
             "message": report.message,
