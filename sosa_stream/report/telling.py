@@ -159,6 +159,7 @@ class Teller:
                     type=event.type,
                     message=event.message,
                     stack=event.stack,
+                    explanation=event.explanation,
                 )
             )
 
