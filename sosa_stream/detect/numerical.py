@@ -38,13 +38,16 @@ def nan_loss(windows: RunWindows) -> Finding | None:
     lost = not windows.skipped or windows.num_bad_loss >= 3
     harmless = windows.only_loss_is_bad
     found = origin(windows, windows.bad_loss)
+    damage = windows.damage
+    brought = damage.ranks if damage is not None else ()
     return Finding(
         kind="nan_loss",
         severity=Severity.CRITICAL if lost else Severity.WARNING,
         step=windows.step,
         first_step=windows.step,
-        ranks=windows.bad_loss,
+        ranks=brought or windows.bad_loss,
         message=f"non-finite loss{on_ranks(windows.bad_loss, windows.num_ranks)} at step {windows.step}"
+        + (f", after an update by a gradient that {name_ranks(brought)} brought" if brought else "")
         + (", while all gradients are finite" if harmless else ", update skipped" if windows.skipped else ""),
         evidence={
             "value": None,
@@ -56,6 +59,7 @@ def nan_loss(windows: RunWindows) -> Finding | None:
             "skipped": windows.skipped,
             "loss_of_others": windows.loss,
             **({"gradients_finite": True} if harmless else {}),
+            **({"brought_by": list(brought)} if brought else {}),
             **found.evidence,
         },
         causes=found.causes
@@ -65,7 +69,9 @@ def nan_loss(windows: RunWindows) -> Finding | None:
             else ()
         )
         + (
-            f"a non-finite or extreme input in the batch{on_ranks(windows.bad_loss, windows.num_ranks)}",
+            f"a non-finite or extreme input in the batch{on_ranks(windows.bad_loss, windows.num_ranks)}"
+            if damage is None
+            else f"the weights: the gradient of step {damage.step} was not finite, and its update was not left out",
             "an operation outside its domain: log(0), division by 0, sqrt of a negative",
             "overflow in half precision",
         ),

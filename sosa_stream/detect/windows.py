@@ -66,6 +66,14 @@ SAME_NORM = 1e-6
 _ORDINARY = np.isin(COLUMNS, list(ORDINARY))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damage:
+    """An update by gradients that were not finite, of finite losses. ``ranks``: who brought them, if it is known."""
+
+    step: int
+    ranks: tuple[int, ...]
+
+
 @dataclass(slots=True, kw_only=True)
 class Reports:
     """What arrives outside the metric rows.
@@ -131,6 +139,8 @@ class RunWindows:
         """Each rank's own gradient, before the reduction; None while none was looked at."""
         self.brought_by: tuple[int, ...] = ()
         """Ranks whose own gradient is not finite, or far above the others', at this step."""
+        self.damage: Damage | None = None
+        """The update that made the weights what no loss is finite with; None while all are finite."""
         self.norms_agree = False
         """Whether the last norms that were finite on all ranks were the same: replicas, with reduced gradients."""
         self.num_ranks = 0
@@ -254,6 +264,8 @@ class RunWindows:
     def take(self, row: Row) -> None:
         """Fold one complete step in."""
         values, sent = row.values, row.sent
+        if self.bad_grad and not self.bad_loss and not self.skipped:
+            self.damage = Damage(step=self.step, ranks=self.brought_by)
         self.step = row.step
         self.num_steps += 1
         self.num_points += 1
@@ -266,6 +278,8 @@ class RunWindows:
             self.bad_grad = tuple(np.flatnonzero(bad[:, GRAD_NORM]).tolist())
         else:
             self.bad_loss = self.bad_grad = ()
+        if not self.bad_loss:
+            self.damage = None
         self.num_bad_loss = self.num_bad_loss + 1 if self.bad_loss else 0
         self.num_bad_grad = self.num_bad_grad + 1 if self.bad_grad else 0
         losses = values[finite[:, LOSS], LOSS]

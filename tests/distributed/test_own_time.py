@@ -20,6 +20,8 @@ from two_ranks import TwoRanks
 from sosa_stream.agent.watch.local_gradients import OFFSET
 
 SLEEP_SECONDS = 0.03
+NAN_STEP = OFFSET - 8
+"""At which nothing is looked at."""
 WAYS = ("plain", "views", "parts", "no_sync", "static", "unused", "checkpoints", "reentrant", "scaled")
 
 
@@ -97,6 +99,37 @@ def test_the_rank_that_brings_what_is_not_finite_is_known(two_ranks: TwoRanks) -
     assert math.isfinite(well[0]["local_norm"])
     assert sick[0]["local_nonfinite"] > 0.0
     assert not math.isfinite(well[0]["grad_norm"]), "after the reduction both have it"
+
+
+def poisoned(gradient: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(gradient, math.nan)
+
+
+def brings_nan_once(rank: int) -> tuple[list[dict[str, float]], bool]:
+    """The rows up to a step that is not looked at, in which rank 1's gradient is NaN; whether hooks are left behind."""
+    network = Network("plain")
+    model = DistributedDataParallel(network)
+    optimizer = SGD(network.parameters(), lr=0.01)
+    with Watch(guard=False, alone=False).installed() as watch:
+        for step in range(NAN_STEP + 1):
+            if step == NAN_STEP and rank == 1:
+                network.last.register_forward_pre_hook(lambda _, inputs: inputs[0].register_hook(poisoned) and None)
+            loss = model(torch.randn(4, 8))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert not watch.errors, watch.errors
+    return watch.rows, any(parameter._backward_hooks for parameter in network.parameters())
+
+
+def test_a_nan_of_one_rank_in_any_single_step_is_known_by_the_first_layer_and_other_steps_say_nothing(
+    two_ranks: TwoRanks,
+) -> None:
+    (well, left), (sick, _) = two_ranks.run(brings_nan_once)
+    assert (well[-1]["local_nonfinite"], sick[-1]["local_nonfinite"]) == (0.0, 1.0)
+    assert math.isfinite(sick[-1]["loss"])
+    assert not any("local_nonfinite" in row for row in well[:-1] + sick[:-1])
+    assert not left
 
 
 def by_hand(rank: int) -> list[dict[str, Any]]:

@@ -429,7 +429,7 @@ class Probe:
         reduced = norm.gradients_are_shared and not self._alone
         found = taps.own_time.take(reduces=reduced, blind=norm.sharded or self._alone, on_device=on_device)
         if reduced:
-            found |= taps.local_gradients.take(taps.loss_scale)
+            found |= taps.local_gradients.take(taps.loss_scale, norm.value)
             taps.local_gradients.begin(self.step, optimizer, norm.value)
         return found
 
