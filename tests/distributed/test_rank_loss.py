@@ -65,6 +65,27 @@ def test_after_a_restart_the_next_generation_trains_on_and_the_loss_is_over(star
     assert [one["kind"] for one in job.incidents()] == ["rank_lost"]
 
 
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.faults)])
+def test_ctrl_c_on_a_job_that_hangs_ends_it_and_opens_no_incident_against_one_rank(
+    start: Callable[..., Job], rank: int
+) -> None:
+    job = start("--fault", f"sleep@{STEP}", "--rank", str(rank), script=SCRIPT)
+    job.wait(lambda: [one for one in job.incidents() if one["kind"] == "hang"], "the hang")
+    os.killpg(job.process.pid, signal.SIGINT)
+    job.process.wait(60)
+    wait_for(lambda: job.left_processes() == [], "the end of all processes")
+    assert [one["kind"] for one in job.incidents(serious=False)] == ["hang"]
+
+
+def test_ctrl_c_on_a_job_that_trains_opens_no_incident(start: Callable[..., Job]) -> None:
+    job = start(script=SCRIPT)
+    job.wait_step(STEP)
+    os.killpg(job.process.pid, signal.SIGINT)
+    job.process.wait(60)
+    wait_for(lambda: job.left_processes() == [], "the end of all processes")
+    assert job.incidents(serious=False) == []
+
+
 def test_a_job_that_is_cancelled_has_lost_no_rank(start: Callable[..., Job]) -> None:
     job = start(script=SCRIPT)
     job.wait_step(STEP)

@@ -34,6 +34,8 @@ LAST_JOIN_SECONDS = 3.0
 """How long the end of a very short script is held up for its ranks to find each other and hand their frames over."""
 CLOSE_SECONDS = 5.0
 DAEMON_STOP_SECONDS = 10.0
+FAILED_STOP_SECONDS = 0.5
+"""The same where this rank fails or is interrupted: others may wait in a collective until its process is gone."""
 
 Answer = TypeVar("Answer")
 
@@ -105,8 +107,14 @@ class AgentThread:
             self._on_error(error)
         finally:
             if self._embedded is not None:
-                self._embedded.stop(DAEMON_STOP_SECONDS if self._closing is not None else 0.0)
+                self._embedded.stop(self._stop_seconds())
                 self._pass_on(self._embedded)
+
+    def _stop_seconds(self) -> float:
+        if self._closing is None:
+            return 0.0
+        _, exit_code = self._closing
+        return FAILED_STOP_SECONDS if exit_code and self._place.world_size > 1 else DAEMON_STOP_SECONDS
 
     def _find_others(self) -> Courier | None:
         """Join a generation: through the job's store where there is a process group, else alone. None: unwatched."""
