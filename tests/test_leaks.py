@@ -131,6 +131,34 @@ def test_a_dataset_that_keeps_what_it_has_read_fills_itself_in_its_first_epoch_o
     assert watch(leaking, seconds=1200, epoch_batches=4000) != []
 
 
+def test_a_leak_in_steps_that_become_faster_or_slower_is_found_by_steps() -> None:
+    leaks = Leaks()
+    leaks.meet(replace(hello(0, 1), header=head(0, 1), memory_limit_bytes=16 * GIB))
+    steps = np.cumsum(np.where(np.arange(60) < 25, 10, 50)).tolist()
+    beats = [beat(0, 1, second, GIB + MIB * step, step=step) for second, step in enumerate(steps)]
+    found = [leak for second, one in enumerate(beats) if (leak := leaks.take(one, NOW + second)) is not None]
+    assert found[0].step < 1500, "while both paces are in the window"
+    assert found[0].bytes_per_step == pytest.approx(MIB, rel=0.05)
+
+
+def test_what_does_not_fit_until_the_epoch_ends_is_told_within_it() -> None:
+    found = watch(leaking, seconds=60, limit_bytes=4 * GIB, epoch_batches=100_000)
+    assert found[0].seconds_left == pytest.approx(3 * 1024 / 10 - 40, abs=15)
+    assert watch(leaking, seconds=60, limit_bytes=4 * GIB, epoch_batches=1000) == []
+
+
+def test_a_fast_leak_that_begins_after_hours_is_told_within_a_minute() -> None:
+    begun = 7200
+    found = watch(lambda second: GIB + 64 * MIB * max(0, second - begun), seconds=begun + 60)
+    assert found[0].step <= 10 * (begun + 60)
+    assert found[0].bytes_per_second == pytest.approx(64 * MIB, rel=0.1)
+
+
+def test_what_each_epoch_keeps_and_gives_back_is_told_in_the_first_of_them_at_most() -> None:
+    found = watch(lambda second: GIB + 50 * MIB * (max(0, second - 900) % 120), seconds=3600)
+    assert all(leak.step < 10 * (900 + 120) for leak in found)
+
+
 def test_a_device_has_a_limit_of_its_own() -> None:
     found = watch(lambda second: GIB + 64 * MIB * second, seconds=45, device_limit_bytes=8 * GIB)
     assert found[0].where == "device"

@@ -14,7 +14,10 @@ SOON_SECONDS = 600.0
 
 
 def memory_leak(windows: RunWindows) -> Finding | None:
-    """A rank's memory grows as steadily as it trains."""
+    """A rank's memory grows as steadily as it trains.
+
+    Not before half a minute of growth, and not where it may end with the first epoch. The phase is not known.
+    """
     leak = windows.reports.leak
     if leak is None:
         return None
