@@ -21,7 +21,7 @@ from sosa_stream.agent.watch.layers import MAX_COPIED, NUM_LOOKS, LayersLook, is
 from sosa_stream.agent.watch.weights import census
 from sosa_stream.config import load_settings
 from sosa_stream.engine import Engine
-from sosa_stream.protocol.messages import AgentMessage, Features, Layers
+from sosa_stream.protocol.messages import AgentMessage, Features, Layers, MetricFrame
 from sosa_stream.settings import Mode
 
 
@@ -32,11 +32,17 @@ class Heard(LocalLink):
         super().__init__(Engine("live"), lambda effect: None)
         self.layers: list[Layers] = []
         self.features: list[Features] = []
+        self.late: list[int] = []
+        """Steps whose layers came behind their row."""
+        self._last_row = -1
 
     def hand_over(self, event: AgentMessage) -> None:
         super().hand_over(event)
+        if isinstance(event, MetricFrame):
+            self._last_row = int(event.steps[-1])
         if isinstance(event, Layers):
             self.layers.append(event)
+            self.late += [event.step] * (event.step <= self._last_row)
         if isinstance(event, Features):
             self.features.append(event)
 
@@ -177,3 +183,4 @@ def test_without_being_asked_nothing_of_it_is_computed_or_sent() -> None:
     assert quiet.features == []
     assert [layers.weights.size + layers.updates.size + layers.num_nan.size for layers in quiet.layers] == [0]
     assert len(loud.layers) == len(loud.features) == 30
+    assert loud.late == [], "layers come before the row of their step"

@@ -131,6 +131,8 @@ class Agent:
             },
             self._stop_mark.leave,
         )
+        self.after_tick: Callable[[], None] | None = None
+        """Called after each step that is watched; does not raise."""
         self._local = False
         self._attribution = Attribution(alone=world_size == 1, tell=self.say) if settings.attribution_wanted else None
         self.probe = Probe(
@@ -154,7 +156,6 @@ class Agent:
         self.taps.on_compile = self.probe.looks.forward.give_up
         if rank == 0:
             self.probe.looks.tell_layers = self._tell_layers
-            self.probe.looks.tell_look = lambda look: self._outbox.add_message(look.message, urgent=False)
         self._last_checkpoint = LastCheckpoint(
             self.checkpoints, self.probe, settings.agent.sigterm_seconds, self.say, self._say_here
         )
@@ -234,6 +235,10 @@ class Agent:
                 self.say(f"log: {name!r} is not a number with a name; it is left out")
         except Exception as error:
             self._on_error(error, False)
+
+    def recent_losses(self, after: int) -> list[tuple[int, float]]:
+        """Step and loss of at most the last 32 steps behind step ``after``, as far as they are on the host."""
+        return self._outbox.losses(after)
 
     def standing_fixes(self) -> dict[str, Any]:
         """What fixes have changed and will go on changing, as it is written beside a checkpoint: JSON values.
@@ -370,6 +375,8 @@ class Agent:
     # -- in one process ----------------------------------------------------------------------------------------------
 
     def _after_tick(self) -> None:
+        if self.after_tick is not None:
+            self.after_tick()
         if self.probe.tick % LOOK_EVERY == 1:
             self._libraries.find()
             self._sinks.look(self.actuators.history)

@@ -12,7 +12,7 @@ import io
 import os
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, TracebackType
@@ -80,8 +80,18 @@ def parse(argv: list[str]) -> Target | None:
     raise UsageError(f"no script given\n{USAGE}")
 
 
-def main(argv: list[str] | None = None, env: Mapping[str, str] | None = None) -> int:
-    """Run the target. Returns an exit code, or leaves as the script left."""
+def main(
+    argv: list[str] | None = None,
+    env: Mapping[str, str] | None = None,
+    prepare: Callable[[Agent], None] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> int:
+    """Run the target. Returns an exit code, or leaves as the script left.
+
+    Args:
+        prepare: given the agent, if there is one, before the script begins.
+        say: gets the agent's sentences for the user; None: standard error.
+    """
     env = os.environ if env is None else env
     try:
         target = parse(sys.argv[1:] if argv is None else argv)
@@ -106,8 +116,10 @@ def main(argv: list[str] | None = None, env: Mapping[str, str] | None = None) ->
     if settings is not None:
         from sosa_stream.agent.core import Agent
 
-        agent = Agent(settings, run=run_name(settings, env, target.name), rank=rank, world_size=world_size)
+        agent = Agent(settings, run=run_name(settings, env, target.name), rank=rank, world_size=world_size, say=say)
         agent.start()
+        if prepare is not None:
+            prepare(agent)
     faults.install(injected, rank)  # after our hooks: see there
     return _run(code, module, target, agent)
 

@@ -66,6 +66,7 @@ SAMPLED_COLUMNS = (
     "frozen_place",  # which one: 16 more with each new set of optimizers, 2^32 for each part of large tensors
     "local_norm",  # norm of this rank's own gradient before the reduction, unscaled; of several backwards the largest
     "local_nonfinite",  # how many of its elements are NaN or infinite, over all backwards of the step
+    "epoch",  # passes over the longest DataLoader, this one included; at every step where somebody counts them
 )
 DIGEST_CHUNKS = 32
 FROZEN_CHUNKS = DIGEST_CHUNKS // 2

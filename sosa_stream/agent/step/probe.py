@@ -82,6 +82,10 @@ class Probe:
         self.controlling = True
         self.device: torch.device | None = None
         """Where the parameters of the newest optimizer are; of several devices, a GPU."""
+        self.epoch = 0
+        """Of the step under way, from 1, for its row; 0 where nobody counts them."""
+        self.before_tick: Callable[[], None] | None = None
+        """Called when a step is about to begin; may raise `StopTraining`, where it does on all ranks."""
         self.at_rest: Callable[[], None] | None = None
         """Called when an optimizer step is over; may raise, as a signal's handler does."""
         self._guard = guard
@@ -189,6 +193,8 @@ class Probe:
 
     def _begin(self, optimizer: Optimizer) -> None:
         """The first thing in a tick: apply what the ranks agreed to apply now."""
+        if self.before_tick is not None:
+            self.before_tick()
         if self._last() is not optimizer:
             is_new, self._last = self._state.meet(optimizer), weakref.ref(optimizer)
             self._norm.meet(optimizer)
@@ -410,6 +416,8 @@ class Probe:
                 if primary:  # the loss shown is its own, not a GAN's other one
                     found, self._found = self._found, {}
                     apart = self._look_apart(optimizer)
+                    if self.epoch:
+                        apart["epoch"] = float(self.epoch)
                     num_models, norm, skipped = self._primary.num_changes, self._norm.value, self._guard.skipped
                     self._rows.add(optimizer, step, self.tick - 1, num_models, loss, norm, skipped, found, apart)
                 if self._after_tick is not None:

@@ -57,7 +57,7 @@ class Rows:
         now = time.perf_counter()
         seconds = now - self._last_step_at if self._last_step_at else 0.0
         self._last_step_at = now
-        sampled, inputs, update = self._looks.take(step)
+        sampled, inputs, update, layers = self._looks.take(step)
         num_parts, self._taps.num_backwards = self._taps.num_backwards // max(1, self.num_objectives), 0
         if inputs is not None and num_parts > 1 and self._looks.sees_inputs:  # a hook sees the first part alone
             inputs.num_samples *= num_parts
@@ -83,6 +83,7 @@ class Rows:
                 tuple(sampled),
                 inputs,
                 update,
+                layers,
             )
         )
         self.num_objectives = 0

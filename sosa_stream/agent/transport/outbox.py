@@ -18,6 +18,7 @@ import torch
 from sosa_stream.agent.footprint import Footprint
 from sosa_stream.agent.watch.baseline import InputBaseline
 from sosa_stream.agent.watch.inputs import Inputs
+from sosa_stream.agent.watch.layers import LayersLook
 from sosa_stream.agent.watch.scalars import Scalars, fetch
 from sosa_stream.agent.watch.weights import Update
 from sosa_stream.protocol.codec import encode
@@ -57,9 +58,13 @@ class Row:
     inputs: Inputs | None = None
     update: Update | None = None
     """What the step did to the weights, where it was looked at: more sampled columns."""
+    layers: LayersLook | None = None
+    """What is told of every parameter: a message of its own, before the row."""
 
     def ready(self) -> bool:
-        return self.scalars.ready() and all(part is None or part.ready() for part in (self.inputs, self.update))
+        return self.scalars.ready() and all(
+            part is None or part.ready() for part in (self.inputs, self.update, self.layers)
+        )
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -138,6 +143,14 @@ class Outbox:
             for step, names, scalars in tuple(self._recent)
         ]
 
+    def losses(self, after: int) -> list[tuple[int, float]]:
+        """Step and loss of the last rows behind step ``after``, as far as their values are on the host."""
+        return [
+            (step, scalars.values[names.index("loss")])
+            for step, names, scalars in tuple(self._recent)
+            if step > after and "loss" in names and scalars.values
+        ]
+
     def _is_sudden(self, names: tuple[str, ...], values: tuple[float, ...]) -> bool:
         """Only about when to send, never about what is wrong: a false answer costs one early frame."""
         sudden = False
@@ -185,6 +198,9 @@ class Outbox:
         rows.sort(key=lambda row: bool(row.known))
         for columns, same in itertools.groupby(rows, key=lambda row: row.columns):
             while part := list(itertools.islice(same, MAX_ROWS_PER_FRAME)):
+                for row in part:
+                    if row.layers is not None:
+                        self.ring.append(encode(row.layers.message(header(self.ring.next_seq))))
                 self.ring.append(encode(self._frame(header(self.ring.next_seq), columns, part)))
                 self._append_features(header, part)
         for _ in range(messages):

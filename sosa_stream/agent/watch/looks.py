@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -67,16 +66,12 @@ class Looks:
         self.sees_inputs = False
         """Whether inputs are looked for by hooks; False where somebody hands them over."""
         self.tell_layers: Callable[[Census], None] | None = None
-        """Where every parameter's gradient goes once in a while; None on ranks that need not tell."""
-        self.tell_look: Callable[[LayersLook], None] | None = None
-        """Likewise, for what ``layers_every`` asks for."""
+        """Where every parameter's gradient goes once in a while; None on ranks that need not tell of parameters."""
         self._models = models
         self._layers_every = layers_every
         self._extra_left = MAX_EXTRA_LOOKS
         self._look_is_due = False
         self._look: LayersLook | None = None
-        self._told: deque[LayersLook] = deque(maxlen=64)
-        """On their way to the host."""
         self._on_error = on_error
         self._owners: Columns = {}
         self._census: Census | None = None
@@ -99,7 +94,7 @@ class Looks:
         return self._look_is_due or _is_regular(step)
 
     def _wants_look(self, step: int, norm: torch.Tensor | None) -> bool:
-        if not self._layers_every or self.tell_look is None:
+        if not self._layers_every or self.tell_layers is None:
             return False
         if is_due(step, self._layers_every):
             return True
@@ -162,15 +157,12 @@ class Looks:
         if self._look is not None:
             self._look.skip()
 
-    def take(self, step: int) -> tuple[Columns, Inputs | None, Update | None]:
-        """After the update of ``step``: its columns, its inputs, and what it did to the weights."""
+    def take(self, step: int) -> tuple[Columns, Inputs | None, Update | None, LayersLook | None]:
+        """After the update of ``step``: its columns, its inputs, what it did to the weights, and all its layers."""
         if self._census is not None and self._census.norms.ready() and self.tell_layers is not None:
             self.tell_layers(self._census)
             self._census = None
-        if self._look is not None:
-            self._end_look(self._look)
-        while self._told and self._told[0].ready() and self.tell_look is not None:
-            self.tell_look(self._told.popleft())
+        layers, self._look = self._end_look(), None
         update = None
         if _is_regular(step):
             update = self._weights.after()
@@ -179,16 +171,17 @@ class Looks:
         inputs, self.forward.inputs = self.forward.inputs, None
         if inputs is not None and inputs.origin is not None:
             inputs.is_told = is_due(step, self._layers_every or FEATURES_EVERY)
-        return columns, inputs, update
+        return columns, inputs, update, layers
 
-    def _end_look(self, look: LayersLook) -> None:
-        self._look = None
+    def _end_look(self) -> LayersLook | None:
         try:
-            look.after()
-            self._told.append(look)
+            if self._look is not None:
+                self._look.after()
         except Exception as error:
             self._layers_every = 0
             self._on_error(error)
+            return None
+        return self._look
 
     def remove(self) -> None:
         """Take every hook away."""
