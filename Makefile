@@ -13,7 +13,7 @@ PROMETHEUS ?= http://127.0.0.1:9090
 
 help:
 	@echo "make demo    train a small model three times: clean, with faults, with faults and sosa (2 minutes)"
-	@echo "make test    run the tests; as root it installs Prometheus, Alertmanager and systemd for them"
+	@echo "make test    run the tests; as root it installs Prometheus, Alertmanager, systemd and Chromium for them"
 	@echo "make test-faults  process faults in real jobs, from three seeds (make test has one), and the longer tests of faults between ranks"
 	@echo "make lint    check style and formatting"
 	@echo "make types   check types"
@@ -43,9 +43,9 @@ test-faults: $(STAMP)
 	$(BIN)/python -m benchmarks.drills
 	$(BIN)/python -m pytest --numprocesses 2 -m faults --ignore tests/distributed/test_drills.py
 
-# Alerts, dashboards, the exporter and the unit are tested against the real ones, which no package index of Python has.
+# Alerts, dashboards, the exporter, the unit and reports are tested against the real ones, which no package index of Python has.
 servers:
-	@missing=""; for each in prometheus:prometheus prometheus-alertmanager:prometheus-alertmanager systemd-analyze:systemd openssl:openssl; do \
+	@missing=""; for each in prometheus:prometheus prometheus-alertmanager:prometheus-alertmanager systemd-analyze:systemd openssl:openssl chromium:chromium; do \
 		command -v $${each%:*} >/dev/null || missing="$$missing $${each#*:}"; done; \
 	if [ -z "$$missing" ]; then exit 0; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \

@@ -27,6 +27,7 @@ PACKAGES = {
     "amtool": "prometheus-alertmanager",
     "systemd-analyze": "systemd",
     "openssl": "openssl",
+    "chromium": "chromium",
 }
 """The Debian package of each program."""
 SCRAPE_SECONDS = 1

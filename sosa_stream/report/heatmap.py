@@ -20,9 +20,11 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from sosa_stream.report.story import MAX_LAYERS, MAX_LOOKS, Grid
-from sosa_stream.report.theme import MAP, WIDTH, Theme, common_prefix, count_steps, short
+from sosa_stream.report.theme import MAP, WIDTH, Theme, common_prefix, count_steps, label_powers, short
 
 MOST_LABELS = 48
+MOST_SHOWN = 10.0
+"""Where a linear scale ends."""
 _ROW_INCHES, _MOST_INCHES = 0.19, 9.6
 _CROSS_PIXELS = 9
 
@@ -86,12 +88,21 @@ def draw_heatmap(
         colors[cells.values == 0] = to_rgba(theme.paper)
     colors[cells.nonfinite] = to_rgba(theme.nonfinite)
     axes.imshow(colors, aspect="auto", interpolation="nearest", origin="upper")
-    _cross(axes, cells.nonfinite, height)
+    _cross(axes, cells.nonfinite, height, theme)
     _label_rows(axes, grid.names, cells, rows, theme)
     _label_columns(axes, cells.steps)
     _mark(axes, cells.steps, marks, theme)
     axes.set_title(title, pad=22 if marks else 6)
-    bar = figure.colorbar(mpl.cm.ScalarMappable(scale, MAP), ax=axes, pad=0.01, fraction=0.025, aspect=30)
+    bar = figure.colorbar(
+        mpl.cm.ScalarMappable(scale, MAP),
+        ax=axes,
+        pad=0.01,
+        fraction=0.025,
+        aspect=30,
+        extend="max" if linear else "neither",
+    )
+    if not linear:
+        label_powers(bar.ax.yaxis)
     bar.set_label(unit)
     bar.outline.set_visible(False)
     keys: list[Any] = []
@@ -124,11 +135,11 @@ def _scale_of(values: NDArray[np.float64], linear: bool) -> Normalize:
         return Normalize(0.0, 1.0) if linear else LogNorm(1e-3, 1.0)
     low, high = (float(value) for value in np.percentile(finite, (0.2, 99.8)))
     if linear:
-        return Normalize(0.0, max(high, 1.0), clip=True)
+        return Normalize(0.0, min(max(float(finite.max()), 1.0), MOST_SHOWN), clip=True)
     return LogNorm(low, max(high, low * 10), clip=True)
 
 
-def _cross(axes: Any, nonfinite: NDArray[np.bool_], height: float) -> None:
+def _cross(axes: Any, nonfinite: NDArray[np.bool_], height: float, theme: Theme) -> None:
     """A cross in every cell that is not finite, as many as have room."""
     rows, columns = np.nonzero(nonfinite)
     if not rows.size:
@@ -137,7 +148,16 @@ def _cross(axes: Any, nonfinite: NDArray[np.bool_], height: float) -> None:
     down = max(1.0, _CROSS_PIXELS * nonfinite.shape[0] / (height * 90))
     place = (rows / down).astype(np.int64) * 100_000 + (columns / across).astype(np.int64)
     _, kept = np.unique(place, return_index=True)
-    axes.plot(columns[kept], rows[kept], linestyle="none", marker="x", color="black", markersize=5, markeredgewidth=1.4)
+    axes.plot(
+        columns[kept],
+        rows[kept],
+        linestyle="none",
+        marker="X",
+        markersize=7,
+        markerfacecolor="black",
+        markeredgecolor=theme.nonfinite,
+        markeredgewidth=1,
+    )
 
 
 def _label_rows(axes: Any, names: Sequence[str], cells: Cells, rows: str, theme: Theme) -> None:
@@ -158,7 +178,7 @@ def _label_rows(axes: Any, names: Sequence[str], cells: Cells, rows: str, theme:
     room = len(told) / MOST_LABELS
     ticks: list[tuple[float, str]] = []
     for first, size, name in blocks:
-        if first:
+        if first and len(blocks) <= MOST_LABELS:
             axes.axhline(first - 0.5, color=theme.paper, linewidth=0.6)
         middle = first + (size - 1) / 2
         if not ticks or middle - ticks[-1][0] >= room:
@@ -170,13 +190,14 @@ def _label_rows(axes: Any, names: Sequence[str], cells: Cells, rows: str, theme:
 def group(names: Sequence[str]) -> list[tuple[int, int, str]] | None:
     """Neighbours whose names begin alike, as (first, how many, what they begin with).
 
-    With as many parts of the name as leave no more than `MOST_LABELS` groups; None where none leaves two or more.
+    With as many parts of the name as leave no more than `MOST_LABELS` groups, or with the fewest that leave two or
+    more; None where names do not begin alike.
     """
     best = None
     for depth in range(1, 8):
         starts = [".".join(name.split(".")[:depth]) for name in names]
         runs = [(start, [row for row, _ in run]) for start, run in groupby(enumerate(starts), lambda pair: pair[1])]
-        if len(runs) > MOST_LABELS:
+        if len(runs) > MOST_LABELS and (best or len(runs) > len(names) / 2):
             break
         if len(runs) > 1:
             best = [(rows[0], len(rows), f"{start}.*" if len(rows) > 1 else names[rows[0]]) for start, rows in runs]
@@ -184,10 +205,16 @@ def group(names: Sequence[str]) -> list[tuple[int, int, str]] | None:
 
 
 def _label_columns(axes: Any, steps: NDArray[np.int64]) -> None:
-    ticks = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 10)).round().astype(np.int64))
-    axes.set_xticks(ticks, [count_steps(steps[tick]) for tick in ticks])
     gaps = np.diff(steps)
-    uneven = gaps.size and gaps.max() > 1.5 * gaps.min()
+    uneven = gaps.size and gaps.max() > 1.5 * gaps.min() + 1
+    if uneven or len(steps) < 10:
+        ticks = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 10)).round().astype(np.int64))
+        axes.set_xticks(ticks, [count_steps(steps[tick]) for tick in ticks])
+    else:
+        round_steps = mpl.ticker.MaxNLocator(nbins=10, integer=True).tick_values(steps[0], steps[-1])
+        round_steps = round_steps[(round_steps >= steps[0]) & (round_steps <= steps[-1])]
+        places = np.interp(round_steps, steps, np.arange(len(steps)))
+        axes.set_xticks(places, [count_steps(step) for step in round_steps])
     axes.set_xlabel("step (one column a look; looks lie unevenly)" if uneven else "step")
 
 
@@ -199,7 +226,7 @@ def _mark(axes: Any, steps: NDArray[np.int64], marks: Sequence[tuple[int, str, s
         if column < 0:
             continue
         color = theme.severity(severity)
-        axes.axvline(column, color=color, linewidth=1, linestyle=(0, (4, 3)))
+        axes.axvline(column, color="white", linewidth=1, linestyle=(0, (4, 3)), alpha=0.8)
         if column < end:
             continue
         right = column > 0.8 * len(steps)

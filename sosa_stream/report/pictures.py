@@ -28,6 +28,7 @@ from sosa_stream.report.theme import (
     common_prefix,
     drawing,
     fit_scale,
+    label_powers,
     label_steps,
     mark_nonfinite,
     short,
@@ -228,13 +229,14 @@ def _sparse(values: NDArray[np.float64]) -> bool:
 
 def _draw_loss(axes: Any, story: Story, loss: Curve, theme: Theme) -> None:
     _draw_curve(axes, loss, "loss", theme)
-    guilty = sorted({rank for each in story.incidents for rank in each.ranks} & story.by_rank.keys())
-    if not guilty or len(guilty) > max(1, len(story.by_rank) // 2):
+    some = [each.ranks for each in worst(story.incidents) if len(each.ranks) <= len(story.by_rank) // 2]
+    guilty = sorted({rank for ranks in some for rank in ranks} & story.by_rank.keys())
+    if not guilty:
         return
     for rank, color, style in zip(guilty[:3], theme.lines[1:], LINE_STYLES[1:], strict=False):
         curve = story.by_rank[rank]
         axes.plot(curve.steps, tame(curve.mean), color=color, linestyle=style, linewidth=1.4, label=f"rank {rank}")
-    axes.legend(loc="upper right")
+    axes.legend(loc="upper left")
 
 
 def _draw_rows(axes: Any, grid: Grid, label: str, theme: Theme) -> None:
@@ -260,12 +262,13 @@ def _draw_rows(axes: Any, grid: Grid, label: str, theme: Theme) -> None:
         )
     if np.isfinite(values).any():
         axes.set_yscale("log")
+        label_powers(axes.yaxis)
     axes.set_ylabel(label)
     axes.margins(y=0.12)
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(
-        handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, title=short(prefix, 34) or None
-    )
+    axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4, fontsize=8, borderpad=0.1)
+    if prefix:
+        axes.set_ylabel(f"{label}\n{short(prefix, 30)}*")
     mark_nonfinite(axes, grid.steps[np.isinf(grid.values).any(axis=0)], theme)
 
 
@@ -293,7 +296,7 @@ def _draw_input(axes: Any, mean: Curve, curves: Mapping[str, Curve], theme: Them
         for edge in (middle - width, middle + width):
             axes.plot(mean.steps, edge, color=theme.lines[1], linewidth=1, linestyle="--")
         axes.plot([], [], color=theme.lines[1], linewidth=1, linestyle="--", label="± standard deviation")
-        axes.legend(loc="upper right")
+        axes.legend(loc="upper left")
     count = curves.get("input_nonfinite")
     if count is not None:
         mark_nonfinite(axes, count.steps[tame(count.high) > 0], theme)

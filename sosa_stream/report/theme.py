@@ -76,7 +76,9 @@ def drawing(theme: Theme) -> Iterator[None]:
         "axes.facecolor": theme.paper,
         "figure.facecolor": theme.paper,
         "savefig.facecolor": theme.paper,
-        "legend.frameon": False,
+        "legend.facecolor": theme.paper,
+        "legend.edgecolor": "none",
+        "legend.framealpha": 0.85,
         "legend.fontsize": 9,
         "text.parse_math": False,
         **dict.fromkeys(
@@ -126,6 +128,22 @@ def fit_scale(axes: Any, values: NDArray[np.float64]) -> None:
         axes.set_yscale("log")
     else:
         axes.set_yscale("symlog", linthresh=max(float(np.median(positive)), 1e-12))
+    label_powers(axes.yaxis)
+
+
+def label_powers(axis: Any) -> None:
+    """``1e8`` at the powers of ten of a logarithmic axis; within one power, what lies between them, too."""
+    axis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: _power(value)))
+    low, high = sorted(abs(edge) or 1e-300 for edge in axis.get_view_interval())
+    if high / low < 10 and axis.get_scale() == "log":
+        axis.set_minor_formatter(mpl.ticker.FuncFormatter(lambda value, _: _power(value)))
+    else:
+        axis.set_minor_formatter(mpl.ticker.NullFormatter())
+
+
+def _power(value: float) -> str:
+    mantissa, _, exponent = f"{value:g}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
 
 def mark_nonfinite(axes: Any, steps: NDArray[np.int64], theme: Theme) -> None:
