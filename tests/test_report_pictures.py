@@ -19,7 +19,7 @@ from test_report_page import EMPTY
 
 from sosa_stream.report.heatmap import MOST_LABELS, draw_heatmap, group, pool
 from sosa_stream.report.pictures import PICTURES, shifts, telling_rows, write_pictures
-from sosa_stream.report.story import MAX_LAYERS, MAX_LOOKS, Story
+from sosa_stream.report.story import MAX_LAYERS, MAX_LOOKS
 from sosa_stream.report.theme import DARK, LIGHT, as_png, common_prefix, drawing, short
 
 
