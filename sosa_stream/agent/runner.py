@@ -37,7 +37,9 @@ Settings come from the file named by SOSA_CONFIG and from SOSA_* variables: SOSA
 SOSA_AUTO_ALLOW=skip_step,scale_lr,..., SOSA_HOME, SOSA_RUN, SOSA_DAEMON. SOSA_DISABLE=1 only runs the script."""
 
 # Scripts of our own package (the demo's) are scripts like any other.
-_OUR_FRAMES = tuple(str(Path(__file__).resolve().parent.parent / name) + os.sep for name in ("agent", "faults"))
+_OUR_FRAMES = tuple(
+    str(Path(__file__).resolve().parent.parent / name) + os.sep for name in ("agent", "doctor", "faults")
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +100,7 @@ def main(
         if target is None:
             print(USAGE)
             return 0
-        code, module = _load(target)
+        code, module = load(target)
         if is_disabled(env):
             return _run(code, module, target, None)
         injected = faults.parse_faults(target.inject)
@@ -124,7 +126,7 @@ def main(
     return _run(code, module, target, agent)
 
 
-def _load(target: Target) -> tuple[CodeType, types.ModuleType]:
+def load(target: Target) -> tuple[CodeType, types.ModuleType]:
     """The script's code and the fresh ``__main__`` that it will run in."""
     module = types.ModuleType("__main__")
     if target.is_module:
@@ -184,7 +186,7 @@ def _run(code: CodeType, module: types.ModuleType, target: Target, agent: Agent 
             agent.close("the script exited", _exit_code(error), _ending(error))
         raise
     except BaseException as error:
-        _trim(error)
+        trim(error)
         explanation = ""
         if agent is not None and not isinstance(error, KeyboardInterrupt):  # a person who stops a job is no fault
             explanation = agent.report_exception(error, ends=True)
@@ -220,12 +222,12 @@ def _say_nothing(*error: object) -> None:
     """An excepthook for what has been printed."""
 
 
-def _trim(error: BaseException | None, seen: frozenset[int] = frozenset()) -> None:
+def trim(error: BaseException | None, seen: frozenset[int] = frozenset()) -> None:
     """Take our frames out of the traceback of ``error`` and of those that led to it."""
     if error is not None and id(error) not in seen:
         error.__traceback__ = _without_our_frames(error.__traceback__)
         for other in (error.__cause__, error.__context__):
-            _trim(other, seen | {id(error)})
+            trim(other, seen | {id(error)})
 
 
 def _without_our_frames(trace: TracebackType | None) -> TracebackType | None:

@@ -22,6 +22,7 @@ from sosa_stream.cli import (
     control,
     daemon,
     demo,
+    doctor,
     feedback,
     grafana,
     keys,
@@ -36,7 +37,22 @@ from sosa_stream.errors import SosaError, UsageError
 
 __all__ = ["main"]
 
-COMMANDS = (demo, daemon, watch, records, control, alarms, feedback, policy, replay, report, simulate, grafana, keys)
+COMMANDS = (
+    demo,
+    doctor,
+    daemon,
+    watch,
+    records,
+    control,
+    alarms,
+    feedback,
+    policy,
+    replay,
+    report,
+    simulate,
+    grafana,
+    keys,
+)
 
 
 class Parser(argparse.ArgumentParser):

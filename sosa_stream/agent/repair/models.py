@@ -27,7 +27,7 @@ class Models:
     @property
     def unwrapped(self) -> list[nn.Module]:
         """The script's own, out of `DistributedDataParallel` and `torch.compile`."""
-        return [_unwrapped(model) for model in self.outermost]
+        return [unwrapped(model) for model in self.outermost]
 
     @property
     def buffers(self) -> list[torch.Tensor]:
@@ -59,7 +59,8 @@ class Models:
         self._buffers = list(buffers.values())
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The script's own module, out of what wraps it."""
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module

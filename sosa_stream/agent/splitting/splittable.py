@@ -56,7 +56,7 @@ def check_loss(model: nn.Module, batch: Any, loss_of: Loss, reduction: Reduction
     if num_samples < 2:
         raise RefusedError("the batch is one sample")
     try:
-        with _no_trace(model), reduction.silence(), torch.no_grad(), _silent():
+        with _no_trace(model), reduction.silence(), torch.no_grad(), no_collectives():
             try:
                 _look(batch, loss_of, reduction, num_samples, min(FEW, num_samples))
             except Exception as error:
@@ -109,7 +109,8 @@ class _NoCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def _silent() -> contextlib.AbstractContextManager[Any]:
+def no_collectives() -> contextlib.AbstractContextManager[Any]:
+    """Inside, what would talk to other ranks raises `RefusedError`."""
     return _NoCollectives()  # type: ignore[no-untyped-call]
 
 
