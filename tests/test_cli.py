@@ -82,6 +82,7 @@ def test_the_commands_and_flags_are_frozen() -> None:
     both = ["--help", "-h"]
     assert surface == {
         "": sorted([*both, "--version"]),
+        "doctor": sorted([*both, *("--fail-on", "--json", "--only", "--out", "--seconds", "--steps", "SCRIPT")]),
         "daemon": sorted(
             [
                 *both,

@@ -26,6 +26,8 @@ from sosa_stream.visible import shown
 NAME = "doctor.json"
 SPARE_SECONDS = 20.0
 """Beyond its limit, after which a check that cannot be interrupted is ended with its process."""
+START_SECONDS = 900.0
+"""For the script to come to its last step that is looked at."""
 POLL_SECONDS = 0.1
 
 
@@ -36,8 +38,8 @@ def add_parser(subparsers: Any) -> None:
         help="a few steps of a training script, and a list of questions answered from them",
         usage="sosa doctor [options] -- SCRIPT [ARG]...   (or: -- -m MODULE [ARG]...)",
         description="Runs a few steps of SCRIPT, unchanged, then leaves it, and tries on copies what can be tried. "
-        "What the script itself does in these steps (files, logs) it does. Under torchrun: torchrun --nproc-per-node 2 -m "
-        "sosa_stream.cli doctor -- SCRIPT. Ends with 3 where a check found what --fail-on names, 1 where the script "
+        "What the script itself does in these steps (files, logs) it does. Under torchrun: torchrun --nproc-per-node 2 "
+        "-m sosa_stream.cli doctor -- SCRIPT. Ends with 3 where a check found what --fail-on names, 1 where the script "
         "failed before a check could be made.",
     )
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="to look at (default: %(default)s)")
@@ -108,15 +110,18 @@ def _script(words: list[str]) -> list[str]:
 
 def _examine(order: dict[str, Any], result: Path, seconds: float) -> int:
     """Run the process that is looked at; its exit code, negative for a signal."""
-    environment = {"WANDB_MODE": "disabled", **os.environ}  # a preflight is no run that anybody wants to see there
+    # A preflight is no run that anybody wants to see there; and what is compiled cannot be looked into.
+    environment = {"WANDB_MODE": "disabled", **os.environ, "TORCHDYNAMO_DISABLE": "1"}
     command = [sys.executable, "-m", "sosa_stream.doctor", json.dumps(order)]
     with _ended_with_us(), subprocess.Popen(command, env=environment, stdout=sys.stderr.fileno()) as process:
         try:
-            limit = seconds + SPARE_SECONDS
+            limit, began = seconds + SPARE_SECONDS, time.monotonic()
             while process.poll() is None:
                 time.sleep(POLL_SECONDS)
                 events = _read(result)
                 last = events[-1]["event"] if events else ""
+                if not events and time.monotonic() - began > START_SECONDS:
+                    process.terminate()
                 if last in ("began", "done") and time.time() - result.stat().st_mtime > limit:
                     process.kill()
         except BaseException:

@@ -53,7 +53,7 @@ def check(context: Context) -> Finding:
         "shapes": [list(each.shape) for each in passes[0].constants[:8]],
         "loaders": [_of_loader(loader) for loader in context.seen.loaders],
     }
-    says = f"{len(passes)} batches of {_sizes(sizes)} samples"
+    says = f"{len(passes)} batch{'es' if len(passes) > 1 else ''} of {_sizes(sizes)} samples"
     problems: list[str] = []
     warnings: list[str] = []
     advice: list[str] = []
@@ -78,14 +78,14 @@ def check(context: Context) -> Finding:
         same = [rank for rank, share in shared.items() if share > MANY]
         if same:
             ranks = ", ".join(map(str, same))
-            text = f"rank {ranks} trains on the samples of rank 0: {max(shared.values()):.0%} of them are the same"
+            text = f"rank {ranks} trains on samples of rank 0: {max(shared.values()):.0%} of them are the same"
             (problems if context.seen.is_replicated else warnings).append(text)
             advice.append("give the DataLoader a DistributedSampler, or shard the data or seed its order by rank")
         else:
             says += f"; the {len(context.others)} ranks have different ones"
     status = Status.PROBLEM if problems else Status.WARNING if warnings else Status.OK
     if status is Status.OK and not num_repeated:
-        says += ", none of them twice"
+        says += ", none of them twice" if len(passes) > 1 else ""
     return Finding(
         status=status,
         says=". ".join([*problems, *warnings, says]),

@@ -125,9 +125,13 @@ class Recorder:
         self._is_over = True
         self.tape.on = False
         self.tape.remove()
+        self.close()
+        self.taps.remove()
+
+    def close(self) -> None:
+        """Nothing of torch is wrapped by us any more."""
         while self._restore:
             self._restore.pop()()
-        self.taps.remove()
 
     def keep_unfinished(self) -> None:
         """The script has ended within a pass: its batch was seen all the same."""

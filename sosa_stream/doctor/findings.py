@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -145,15 +146,17 @@ def finite(value: Any) -> Any:
 def lines(answers: Iterable[Answer], num_ranks: int = 1) -> list[str]:
     """The answers as text; the same answer of several ranks once."""
     found: list[str] = []
+    answers = list(answers)
+    asked = Counter(answer.check for answer in answers)
     for ranks, answer in _merged(answers):
-        where = "" if num_ranks == 1 or len(ranks) == num_ranks else f" [rank {', '.join(map(str, ranks))}]"
+        where = "" if num_ranks == 1 or len(ranks) == asked[answer.check] else f" [rank {', '.join(map(str, ranks))}]"
         told = answer.finding
         found += _wrapped(f"{told.status:8} {answer.check:14}", told.says + where)
         for text in told.details:
             found += _wrapped(" " * 23 + "- ", text)
         for text in told.advice:
             found += _wrapped(" " * 23 + "→ ", text)
-        if told.source:
+        if told.source and told.status is not Status.OK:
             found += _wrapped(" " * 23 + "  ", f"({told.source})")
     return found
 

@@ -16,7 +16,7 @@ FEW_UNITS = 4
 def check(context: Context) -> Finding:
     """After each backward pass: which gradients are there, which are all zero, which are not finite; dead units."""
     seen = context.seen
-    if not seen.gradients and not (seen.passes and seen.parameters):
+    if not seen.gradients:
         return unknown("no backward pass of a model with parameters has ended")
     owned = {id(p) for optimizer in seen.optimizers for group in optimizer.param_groups for p in group["params"]}
     reached = seen.gradients

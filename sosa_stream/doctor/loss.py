@@ -23,13 +23,10 @@ def check(context: Context) -> Finding:
     calls = context.seen.losses.of(*CLASS_LOSSES, *BINARY_LOSSES, F.mse_loss)
     first = next((call for call in calls if call.pass_index == 0 and not math.isnan(call.value)), None)
     value = context.seen.passes[0].loss_value if context.seen.passes else math.nan
-    if any(call.pass_index == 0 and math.isnan(call.value) and call.num_targets for call in calls):
-        return Finding(
-            status=Status.PROBLEM if context.seen.passes else Status.UNKNOWN,
-            says="the first loss is NaN"
-            if context.seen.passes
-            else "the script failed before the first loss was there",
-        )
+    if first is None and context.seen.error is not None and math.isnan(value):
+        return unknown("the script failed before its first loss was there")
+    if first is None and any(call.pass_index == 0 for call in calls):
+        return Finding(status=Status.PROBLEM, says="the first loss is NaN", evidence={"loss": value})
     if first is None:
         if math.isnan(value):
             return unknown("no loss was seen")

@@ -20,6 +20,10 @@ SHARE = 0.8
 """Of what is free, which nothing that is tried may be expected to take."""
 MOST_TRIED = 8 << 30
 """Bytes on the host that a try may be expected to take: others work there too."""
+FURTHEST = 16
+"""Times the largest that was tried: no line is drawn beyond."""
+UNSEEN = 1 << 17
+"""Bytes that a process's peak does not show."""
 TIGHT = 0.1
 """Of the whole: with less free at its peak, the next longer batch may not fit."""
 
@@ -66,6 +70,8 @@ def check(context: Context) -> Finding:
     largest = tried[-1][0]
     slope = _slope(tried)
     guess = int(SHARE * free / slope) if slope > 0.0 and len(tried) > 1 else 0
+    if guess > FURTHEST * largest:
+        guess = 0
     took = tried[0][1]
     evidence: dict[str, Any] = {
         "device": str(device),
@@ -79,7 +85,8 @@ def check(context: Context) -> Finding:
         "largest_expected": max(guess, largest),
         "stopped": stopped,
     }
-    says = f"a step on {batch_size or 'one'} samples takes {size(took)} beyond the {size(before)} at rest"
+    much = size(took) if took > UNSEEN else "hardly anything"
+    says = f"a step on {batch_size or 'one'} samples takes {much} beyond the {size(before)} at rest"
     says += f"; {size(free)} of the {where} are free. {largest} samples were tried"
     if guess > largest:
         says += f"; about {_round(guess)} should fit, by {size(slope)} a sample (extrapolated)"

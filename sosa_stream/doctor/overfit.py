@@ -14,7 +14,8 @@ from sosa_stream.doctor.loss import SOURCE as RECIPE
 from sosa_stream.doctor.replay import Copies, alone, first_pass, fresh_optimizer, without_dropout
 
 SOURCE = RECIPE.rpartition(":")[0] + ": overfit one batch"
-MOST_STEPS = 300
+MOST_STEPS, FEWEST_STEPS = 300, 40
+"""With fewer nothing can be said against a model."""
 LEARNED, HARDLY = 0.5, 0.1
 """Of the first loss, by which it must fall; less than the second is nothing."""
 ENOUGH = 0.9
@@ -55,6 +56,14 @@ def check(context: Context) -> Finding:
             evidence=evidence,
             advice=("the model can learn it, the script's optimizer is slow at it: see the learning rate below",),
             source=SOURCE,
+        )
+    if best["fall"] < LEARNED and max(each["steps"] for each in tries) < FEWEST_STEPS:
+        return Finding(
+            status=Status.UNKNOWN,
+            says=f"there was time for {best['steps']} steps only, in which the loss of one batch went from "
+            f"{number(best['first'])} to {number(best['best'])}",
+            evidence=evidence,
+            advice=("give it more by --seconds",),
         )
     if best["fall"] < HARDLY:
         return Finding(

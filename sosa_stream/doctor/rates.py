@@ -64,7 +64,8 @@ def check(context: Context) -> Finding:
     steepest, upper, lost_at = found
     evidence |= {"suggestion": steepest, "upper": upper, "diverges_at": lost_at}
     details = [_draw(context.out, rates, np.array(losses), curve, found, script_rate)] if context.out else []
-    says = f"the loss falls fastest at {number(steepest)}; up to {number(upper)} is safe"
+    says = f"the loss falls fastest at {number(steepest)}"
+    says += f"; up to {number(upper)} is safe" if upper > steepest else ""
     says += f"; the script has {number(script_rate)}"
     status = Status.OK
     advice: tuple[str, ...] = ()

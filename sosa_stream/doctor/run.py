@@ -17,7 +17,6 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from sosa_stream.agent import runner
@@ -79,6 +78,8 @@ class Examination:
             ending = f"failed with {type(error).__name__}"
             if isinstance(error, KeyboardInterrupt):
                 return 130
+        finally:
+            self.recorder.close()
         del ours
         self.recorder.finish()
         self.recorder.keep_unfinished()
@@ -187,5 +188,4 @@ def main(argv: Sequence[str]) -> int:
     except UsageError as error:
         print(f"sosa: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
-    torch._dynamo.config.disable = True  # what is compiled cannot be looked into; its gain is measured by itself
     return Examination(order).run(code, module, target)

@@ -6,6 +6,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,10 @@ MUCH_LOADING, LITTLE_LOADING = 0.3, 0.05
 ROUNDS, MOST_ROUNDS = 5, 15
 NUM_BATCHES = 20
 """That a try of a DataLoader hands out, the first two not timed."""
+NOISY = 0.3
+"""Median deviation from the median, of the median: more, and a gain that is smaller is none."""
+LARGER_GAIN, MOST_GAIN = 1.3, 2.2
+"""In samples a second, of twice the batch: worth it; more than there can be."""
 WORTH_IT = 1.1
 """Times as fast: less lies within the noise of so few tries."""
 SHARE = 0.3
@@ -49,11 +54,11 @@ def check(context: Context) -> Finding:
     details: list[str] = []
     advice: list[str] = []
     details += _loaders(context, share, tried, advice)
-    for trial in (_amp, _larger):
+    for name, trial in (("AMP", _amp), ("a larger batch", _larger)):
         try:
             details.append(trial(context, tried, advice))
         except Exception as error:  # the script's own code runs: one trial is not all
-            details.append(f"{trial.__name__[1:]}: not measured: {describe(error)}")
+            details.append(f"{name}: not measured: {describe(error)}")
     evidence["tried"] = tried
     if share >= MUCH_LOADING and not advice:
         advice.append("loading is the bottleneck: make the dataset's own code faster, or store what it computes")
@@ -81,20 +86,41 @@ def check_compile(context: Context) -> Finding:
         compiled().backward()  # type: ignore[no-untyped-call]
         compiled().backward()  # type: ignore[no-untyped-call]
         took = time.perf_counter() - began
-        times = interleaved(context, [lambda: run().backward(), lambda: compiled().backward()])  # type: ignore[no-untyped-call]
-    gain = times[0] / times[1]
-    evidence = {"eager_seconds": times[0], "compiled_seconds": times[1], "compile_seconds": took, "gain": gain}
-    says = f"forward and backward {_times(gain)}: {duration(times[0])} to {duration(times[1])}"
-    says += f"; compiling took {duration(took)}"
-    advice = ("torch.compile(model)",) if gain >= WORTH_IT else ()
+        timing = interleaved(context, lambda: run().backward(), lambda: compiled().backward())  # type: ignore[no-untyped-call]
+    evidence = {**_measured(timing), "compile_seconds": took}
+    says = f"forward and backward: {timing.words} ({_spans(timing)}); compiling took {duration(took)}"
+    advice = ("torch.compile(model)",) if timing.is_worth_it else ()
     return Finding(status=Status.OK, says=says, evidence=evidence, advice=advice)
 
 
-def interleaved(context: Context, runs: list[Callable[[], Any]]) -> list[float]:
-    """The median seconds of each, called in turns so that what else the machine does hits them alike."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Seconds of one thing and of another, as medians; ``is_clear`` where their spread lets them be compared."""
+
+    plain: float
+    other: float
+    is_clear: bool
+
+    @property
+    def words(self) -> str:
+        if not self.is_clear:
+            return "cannot be told, this machine is too busy"
+        gain = self.plain / self.other
+        if 1 / WORTH_IT < gain < WORTH_IT:
+            return "as fast, within the noise"
+        return f"{gain:.2g} times as fast" if gain > 1 else f"{1 / gain:.2g} times slower"
+
+    @property
+    def is_worth_it(self) -> bool:
+        return self.is_clear and self.plain / self.other >= WORTH_IT
+
+
+def interleaved(context: Context, plain: Callable[[], Any], other: Callable[[], Any]) -> Timing:
+    """Both in turns, so that what else the machine does hits them alike."""
+    runs = (plain, other)
     for run in runs:
         run()
-    times: list[list[float]] = [[] for _ in runs]
+    times: tuple[list[float], list[float]] = ([], [])
     until = context.time_left * (1.0 - SHARE)
     while len(times[0]) < ROUNDS or (len(times[0]) < MOST_ROUNDS and context.time_left > until):
         for run, its in zip(runs, times, strict=True):
@@ -103,13 +129,11 @@ def interleaved(context: Context, runs: list[Callable[[], Any]]) -> list[float]:
             if context.seen.device.type == "cuda":
                 torch.cuda.synchronize()
             its.append(time.perf_counter() - began)
-    return [statistics.median(its) for its in times]
-
-
-def _times(gain: float) -> str:
-    if 1 / WORTH_IT < gain < WORTH_IT:
-        return "as fast, within the noise"
-    return f"{gain:.2g} times as fast" if gain > 1 else f"{1 / gain:.2g} times slower"
+    medians = [statistics.median(its) for its in times]
+    off = (statistics.median(abs(t / m - 1.0) for t in its) for its, m in zip(times, medians, strict=True))
+    noise = max(off)
+    gain = abs(medians[0] / medians[1] - 1.0)
+    return Timing(plain=medians[0], other=medians[1], is_clear=noise < max(gain, NOISY))
 
 
 def _amp(context: Context, tried: dict[str, Any], advice: list[str]) -> str:
@@ -125,12 +149,11 @@ def _amp(context: Context, tried: dict[str, Any], advice: list[str]) -> str:
         loss.backward()  # type: ignore[no-untyped-call]
 
     with alone():
-        plain, half = interleaved(context, [lambda: copies.step(recorded, reseed=False), with_amp])
-    gain = plain / half
-    tried["amp_bfloat16"] = {"seconds": plain, "with_seconds": half, "gain": gain}
-    if gain >= WORTH_IT:
+        timing = interleaved(context, lambda: copies.step(recorded, reseed=False), with_amp)
+    tried["amp_bfloat16"] = _measured(timing)
+    if timing.is_worth_it:
         advice.append(f'torch.autocast("{device}", dtype=torch.bfloat16) around forward and loss')
-    return f"AMP in bfloat16: forward and backward {_times(gain)} ({duration(plain)} to {duration(half)})"
+    return f"AMP in bfloat16: {timing.words} (forward and backward, {_spans(timing)})"
 
 
 def _larger(context: Context, tried: dict[str, Any], advice: list[str]) -> str:
@@ -139,15 +162,31 @@ def _larger(context: Context, tried: dict[str, Any], advice: list[str]) -> str:
         raise CannotReplayError("the batch's size cannot be told")
     copies = context.copies()
     with alone():
-        once, twice = interleaved(
+        timing = interleaved(
             context,
-            [lambda: copies.step(recorded, reseed=False), lambda: copies.step(recorded, times=2, reseed=False)],
+            lambda: copies.step(recorded, reseed=False),
+            lambda: copies.step(recorded, times=2, reseed=False),
         )
-    gain = 2.0 * once / twice
-    tried["double_batch"] = {"seconds": once, "with_seconds": twice, "gain_in_samples_per_second": gain}
-    if gain >= 1.3:
+    gain = 2.0 * timing.plain / timing.other
+    tried["double_batch"] = {**_measured(timing), "gain": gain}
+    if not timing.is_clear or gain > MOST_GAIN:
+        return f"a batch twice as large: cannot be told, this machine is too busy ({_spans(timing)})"
+    if gain >= LARGER_GAIN:
         advice.append("a larger batch (and a rate that fits it) uses this machine better")
-    return f"a batch twice as large: {gain:.2g} times the samples a second ({duration(once)} to {duration(twice)})"
+    return f"a batch twice as large: {gain:.2g} times the samples a second ({_spans(timing)})"
+
+
+def _measured(timing: Timing) -> dict[str, Any]:
+    return {
+        "seconds": timing.plain,
+        "with_seconds": timing.other,
+        "gain": timing.plain / timing.other,
+        "is_clear": timing.is_clear,
+    }
+
+
+def _spans(timing: Timing) -> str:
+    return f"{duration(timing.plain)} to {duration(timing.other)}"
 
 
 def _loaders(context: Context, share: float, tried: dict[str, Any], advice: list[str]) -> list[str]:
