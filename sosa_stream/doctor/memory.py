@@ -127,7 +127,7 @@ def _total(device: torch.device) -> int:
 def _free(device: torch.device) -> int:
     """On the host the less of what the machine has available and what the container may still take."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return int(torch.cuda.mem_get_info(device)[0])
     free = limit_bytes()
     with contextlib.suppress(OSError, LookupError, ValueError):
         told = Path("/proc/meminfo").read_text(encoding="ascii").partition("MemAvailable:")[2]

@@ -117,9 +117,8 @@ class Tape(TorchFunctionMode):
         if self._original is not None:
             nn.Module.__call__ = self._original  # type: ignore[method-assign]
             self._original = None
-            if (
-                torch.overrides._get_current_function_mode() is self
-            ):  # else it lies under one of the script's, and stays
+            # Where it lies under a mode of the script's, it stays.
+            if torch.overrides._get_current_function_mode() is self:  # type: ignore[no-untyped-call]
                 self.__exit__(None, None, None)
 
     @contextlib.contextmanager
