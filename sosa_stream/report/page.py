@@ -89,7 +89,7 @@ def _tag(story: Story, verdict: Verdict) -> str:
 def _summary(story: Story) -> str:
     ranks = f"{story.num_ranks:,} ranks" if story.num_ranks > 1 else "one process"
     steps = f"{story.num_steps:,} steps" if story.num_steps else "no step"
-    return f"{story.name}: {steps}, {ranks}, read from {story.source}"
+    return f"{story.name}: {steps}, {ranks}, read from {Path(*story.source.parts[-2:])}"
 
 
 def _earliest(story: Story) -> Incident | None:
