@@ -19,6 +19,7 @@ from typing import NoReturn
 from sosa_stream import __version__
 from sosa_stream.cli import (
     alarms,
+    compare,
     control,
     daemon,
     demo,
@@ -49,6 +50,7 @@ COMMANDS = (
     policy,
     replay,
     report,
+    compare,
     simulate,
     grafana,
     keys,

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 # Okabe and Ito's colours, told apart with any colour vision; the line style tells them apart in grey, too.
 STYLES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-"), ("#CC79A7", "-."))
 SMOOTHING_STEPS = 15
+LOOK = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -42,24 +43,31 @@ class Mark:
 
 def draw_curves(path: Path, *, title: str, curves: Sequence[Curve], marks: Sequence[Mark] = ()) -> None:
     """Write the picture of ``curves`` and ``marks`` as a PNG to ``path``. Needs no display."""
-    with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+    with mpl.rc_context(LOOK):
         figure = Figure(figsize=(11, 6.5), dpi=130, layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2.6))
-        bottom, top = _healthy_range(curves)
-        for curve, (color, style) in zip(curves, STYLES * len(curves), strict=False):
-            _draw_curve(above, below, curve, color, style)
-        _draw_marks(above, below, marks)
-        below.set_ylim(bottom, top)
+        draw_panels(above, below, curves, marks)
         below.set_xlabel("step")
-        below.set_ylabel("training loss")
-        below.legend(loc="upper right", frameon=False)
-        above.set_yscale("log" if bottom > 0 else "symlog")
-        above.set_ylim(top, max(10 * abs(top), _largest(curves) * 1.5))
-        above.set_ylabel("off the scale below")
-        above.tick_params(axis="x", bottom=False)
-        above.spines["bottom"].set_linestyle(":")
         figure.suptitle(title, x=0.01, ha="left")
         figure.savefig(path)
+
+
+def draw_panels(
+    above: Any, below: Any, curves: Sequence[Curve], marks: Sequence[Mark] = (), what: str = "training loss"
+) -> None:
+    """The two panels, on axes that share the steps."""
+    bottom, top = _healthy_range(curves)
+    for curve, (color, style) in zip(curves, STYLES * len(curves), strict=False):
+        _draw_curve(above, below, curve, color, style)
+    _draw_marks(above, below, marks)
+    below.set_ylim(bottom, top)
+    below.set_ylabel(what)
+    below.legend(loc="upper right", frameon=False)
+    above.set_yscale("log" if bottom > 0 else "symlog")
+    above.set_ylim(top, max(10 * abs(top), _largest(curves) * 1.5))
+    above.set_ylabel("off the scale below")
+    above.tick_params(axis="x", bottom=False)
+    above.spines["bottom"].set_linestyle(":")
 
 
 def _draw_curve(above: Any, below: Any, curve: Curve, color: str, style: str) -> None:

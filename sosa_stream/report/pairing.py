@@ -1,0 +1,280 @@
+"""Two curves step by step: where they part, and how they end. Pure.
+
+Two runs of one script differ by the noise of their batches, and from another seed by more. So three allowances are made
+before a difference counts:
+
+* **noise**, of each run against itself. A curve is cut into blocks, of each the median is taken, and the noise of a
+  block is 1.4826 · median(abs(M[k-1] - 2 M[k] + M[k+1])) / sqrt(6) over the blocks before it: what is left when level
+  and trend are gone, at the scale of a block, so that neighbouring steps need not be independent (batch means: Law,
+  *Simulation Modeling and Analysis*, 2015, section 9.5.3; second differences: Gasser, Sroka and Jennen-Steinmetz,
+  *Biometrika* 73, 1986).
+* **tolerance**, a share of the first run's loss: seeds differ by more than the noise of their batches shows
+  (Bouthillier et al., *Accounting for Variance in Machine Learning Benchmarks*, MLSys 2021), and two runs cannot tell
+  by how much.
+* **lag**: where the loss falls steeply, a run that is a little late is not another one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sosa_stream.report.story import Curve
+
+TOLERANCE = 0.02
+"""Share of the first run's loss that another may lie above it and still be as good."""
+LAG = 0.1
+"""Share of the steps so far that one run may be ahead of the other."""
+SCORE = 5.0
+"""Noises beyond which two blocks differ: once in a thousand comparisons of 64 blocks, were the noise Gaussian and its
+scale known from 16 values."""
+NUM_BLOCKS = 48
+NOISE_BLOCKS = 16
+LAST_SHARE, LAST_BLOCKS, FEWEST_BLOCKS = 0.2, 10, 4
+"""What counts as the end of a run: its last fifth, in ten blocks, four at least."""
+STUDENT = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""97.5% quantile of Student's t by degrees of freedom."""
+_MEMORY = 3
+"""Blocks between which two stretches apart are one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A value with half the width of its 95% interval; NaN where it cannot be told."""
+
+    value: float
+    half_width: float = math.nan
+    step: int = -1
+    """Where it was, of a best loss."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stretch:
+    """Steps over which the second run lies outside of what noise, tolerance and lag explain.
+
+    ``last_step`` is None where it lasts to the end. ``sign`` is 1 above the first run, -1 below, 0 where one of the two
+    is not finite. ``most`` is the largest difference as a share of the first run's loss, NaN where that is about 0.
+    """
+
+    first_step: int
+    last_step: int | None
+    sign: int
+    most: float = math.nan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Pair:
+    """Two curves at the steps that both have; every array has shape (num_points,). Not finite where it was not."""
+
+    steps: NDArray[np.int64]
+    first: NDArray[np.float64]
+    second: NDArray[np.float64]
+
+
+def paired(first: Curve, second: Curve) -> Pair:
+    """Both on the coarser one's bins, over the steps that both have."""
+    if not len(first.steps) or not len(second.steps):
+        return _pair_of([], [], [])
+    low = max(first.steps[0], second.steps[0])
+    high = min(first.steps[-1], second.steps[-1])
+    inside = [_within(curve, low, high) for curve in (first, second)]
+    edges = min((steps for steps, _ in inside), key=len)
+    if not len(edges):
+        return _pair_of([], [], [])
+    a, b = (_binned(edges, steps, values) for steps, values in inside)
+    both = a[1] & b[1]
+    return _pair_of(edges[both], a[0][both], b[0][both])
+
+
+def _pair_of(steps: object, first: object, second: object) -> Pair:
+    as_floats = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    return Pair(steps=np.asarray(steps, dtype=np.int64), first=as_floats[0], second=as_floats[1])
+
+
+def values_of(curve: Curve) -> NDArray[np.float64]:
+    """The mean of each bin, NaN where anything in it was not finite."""
+    return np.where(curve.num_nonfinite > 0, np.nan, curve.mean)
+
+
+def _within(curve: Curve, low: int, high: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    there = (curve.steps >= low) & (curve.steps <= high) & ((curve.num_nonfinite > 0) | np.isfinite(curve.mean))
+    return curve.steps[there], values_of(curve)[there]
+
+
+def _binned(
+    edges: NDArray[np.int64], steps: NDArray[np.int64], values: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Means by bin, and which bins have any value; a value that is not finite makes its bin so."""
+    place = np.maximum(np.searchsorted(edges, steps, side="right") - 1, 0)
+    num = np.bincount(place, minlength=len(edges))
+    sums = np.bincount(place, weights=values, minlength=len(edges))
+    return sums / np.maximum(num, 1), num > 0
+
+
+def stretches(pair: Pair, tolerance: float = TOLERANCE) -> tuple[Stretch, ...]:
+    """Where the two lie apart, oldest first; what begins within a few blocks of the last one's end belongs to it."""
+    num = len(pair.steps)
+    size = 1 if num < 24 else max(3, num // NUM_BLOCKS)
+    starts = np.arange(0, num - size + 1, size)
+    if len(starts) < FEWEST_BLOCKS:
+        return _not_finite(pair)
+    a, b = (_medians(values, starts, num) for values in (pair.first, pair.second))
+    margin = np.maximum(SCORE * np.hypot(_noise(a), _noise(b)), tolerance * np.abs(a))
+    low, high = _range_within_lag(pair.steps[starts] - pair.steps[0], a)
+    above, below = b > high + margin, b < low - margin
+    unlike = np.isfinite(a) != np.isfinite(b)
+    apart = above | below | unlike
+    found: list[Stretch] = []
+    edges = np.flatnonzero(np.diff(_bridged(apart), prepend=False, append=False))
+    ends = np.append(starts[1:], num)
+    for k, end in zip(edges[::2], edges[1::2] - 1, strict=True):
+        begin = _onset(pair, int(starts[k]), size, float(margin[k]), int(unlike[k] or above[k] or -1))
+        inner = slice(k, end + 1)
+        with np.errstate(all="ignore"):
+            shares = (b[inner] - a[inner]) / np.abs(a[inner])
+        known = shares[np.isfinite(shares)]
+        sign = 0 if unlike[inner].all() else int(np.sign((above[inner].astype(int) - below[inner]).sum()) or 1)
+        found.append(
+            Stretch(
+                first_step=int(pair.steps[begin]),
+                last_step=None if end == len(starts) - 1 else int(pair.steps[ends[end] - 1]),
+                sign=sign,
+                most=float(known[np.abs(known).argmax()]) if len(known) else math.nan,
+            )
+        )
+    lone = [gap for gap in _not_finite(pair) if not any(_covers(stretch, gap.first_step) for stretch in found)]
+    return tuple(sorted([*found, *lone], key=lambda stretch: stretch.first_step))
+
+
+def _medians(values: NDArray[np.float64], starts: NDArray[np.int64], num: int) -> NDArray[np.float64]:
+    """Of each block the median of what is finite; not finite where most of it is not."""
+    size = int(starts[1] - starts[0])
+    blocks = [values[start : start + size] for start in starts[:-1]] + [values[starts[-1] : num]]
+    return np.array([_median(block) for block in blocks])
+
+
+def _median(block: NDArray[np.float64]) -> float:
+    finite = block[np.isfinite(block)]
+    return float(np.median(finite)) if 2 * len(finite) > len(block) else math.nan
+
+
+def _noise(blocks: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The noise of each block by the blocks before it, or by the first ones."""
+    wiggles = np.abs(blocks[:-2] - 2.0 * blocks[1:-1] + blocks[2:]) * (1.4826 / math.sqrt(6.0))
+    found = np.zeros(len(blocks))
+    for k in range(len(blocks)):
+        end = max(k - 2, min(NOISE_BLOCKS // 2, len(wiggles)))
+        known = wiggles[max(0, end - NOISE_BLOCKS) : end]
+        known = known[np.isfinite(known)]
+        found[k] = np.median(known) if len(known) else found[k - 1] if k else 0.0
+    return found
+
+
+def _range_within_lag(
+    elapsed: NDArray[np.int64], blocks: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Lowest and highest of the blocks that are at most `LAG` away, the neighbours always among them."""
+    low, high = blocks.copy(), blocks.copy()
+    first = np.searchsorted(elapsed, elapsed * (1.0 - LAG), side="left")
+    last = np.searchsorted(elapsed, elapsed * (1.0 + LAG), side="right")
+    for k in range(len(blocks)):
+        near = blocks[max(0, min(first[k], k - 1)) : max(last[k], k + 2)]
+        near = near[np.isfinite(near)]
+        if len(near):
+            low[k], high[k] = near.min(), near.max()
+    return low, high
+
+
+def _bridged(apart: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """With the short gaps between two stretches filled."""
+    filled = apart.copy()
+    places = np.flatnonzero(apart)
+    for one, next_one in itertools.pairwise(places):
+        if next_one - one <= _MEMORY:
+            filled[one:next_one] = True
+    return filled
+
+
+def _onset(pair: Pair, start: int, size: int, margin: float, sign: int) -> int:
+    """The point, of the block or of the one before it, that best parts points within the margin from those beyond."""
+    begin, end = max(0, start - size), min(start + size, len(pair.steps))
+    difference = sign * (pair.second[begin:end] - pair.first[begin:end])
+    beyond = ~(difference <= (margin if math.isfinite(margin) else 0.0))  # what is not finite, too
+    from_here_on = np.cumsum(np.where(beyond, 1, -1)[::-1])[::-1]
+    return begin + len(beyond) - 1 - int(from_here_on[::-1].argmax())
+
+
+def _covers(stretch: Stretch, step: int) -> bool:
+    return stretch.first_step <= step and (stretch.last_step is None or step <= stretch.last_step)
+
+
+def _not_finite(pair: Pair) -> tuple[Stretch, ...]:
+    """Where one of the two alone is not finite."""
+    unlike = np.isfinite(pair.first) != np.isfinite(pair.second)
+    edges = np.flatnonzero(np.diff(unlike, prepend=False, append=False))
+    last = len(unlike) - 1
+    return tuple(
+        Stretch(
+            first_step=int(pair.steps[begin]),
+            last_step=None if end - 1 == last else int(pair.steps[end - 1]),
+            sign=0,
+        )
+        for begin, end in zip(edges[::2], edges[1::2], strict=True)
+    )
+
+
+def last_of(values: NDArray[np.float64]) -> Estimate:
+    """The typical value over the last fifth, NaN where most of that is not finite."""
+    blocks = _last_blocks(values)
+    return Estimate(value=float(blocks.mean()), half_width=_half_width(_own_error(blocks), len(blocks)))
+
+
+def difference_at_end(pair: Pair) -> Estimate:
+    """How far the second run ends above the first: the mean difference over the last fifth of what both have.
+
+    Its error is the larger one of two: by the paired differences of blocks, and by each run's noise against itself.
+    """
+    a, b = _last_blocks(pair.first), _last_blocks(pair.second)
+    differences = b - a
+    num = len(differences)
+    by_pairs = float(differences.std(ddof=1)) / math.sqrt(num) if num > 1 else math.nan
+    error = max(by_pairs, math.hypot(_own_error(a), _own_error(b)))
+    return Estimate(value=float(differences.mean()) if num else math.nan, half_width=_half_width(error, num))
+
+
+def best_of(steps: NDArray[np.int64], values: NDArray[np.float64]) -> Estimate:
+    """The lowest block, and where it begins; a lowest single step would be noise."""
+    num = len(steps)
+    size = 1 if num < 24 else max(3, num // NUM_BLOCKS)
+    starts = np.arange(0, num - size + 1, size)
+    if len(starts) < FEWEST_BLOCKS:
+        return Estimate(value=math.nan)
+    blocks = _medians(values, starts, num)
+    if not np.isfinite(blocks).any():
+        return Estimate(value=math.nan)
+    place = int(np.nanargmin(blocks))
+    noise = float(_noise(blocks)[place])
+    return Estimate(value=float(blocks[place]), half_width=STUDENT[-1] * noise, step=int(steps[starts[place]]))
+
+
+def _last_blocks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    num = len(values)
+    window = values[-max(math.ceil(LAST_SHARE * num), min(num, 2 * FEWEST_BLOCKS)) :] if num else values
+    parts = np.array_split(window, min(LAST_BLOCKS, len(window))) if len(window) else []
+    return np.array([_median(part) for part in parts])
+
+
+def _own_error(blocks: NDArray[np.float64]) -> float:
+    """Standard error of the blocks' mean, level and trend left out."""
+    if len(blocks) < FEWEST_BLOCKS:
+        return math.nan
+    wiggles = blocks[:-2] - 2.0 * blocks[1:-1] + blocks[2:]
+    return float(np.sqrt((wiggles**2).mean() / 6.0 / len(blocks)))
+
+
+def _half_width(error: float, num_blocks: int) -> float:
+    return STUDENT[min(num_blocks, len(STUDENT)) - 1] * error if num_blocks >= FEWEST_BLOCKS else math.nan
