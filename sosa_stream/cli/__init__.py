@@ -27,6 +27,7 @@ from sosa_stream.cli import (
     feedback,
     grafana,
     keys,
+    latent,
     policy,
     records,
     replay,
@@ -54,6 +55,7 @@ COMMANDS = (
     simulate,
     grafana,
     keys,
+    latent,
 )
 
 

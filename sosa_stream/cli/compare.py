@@ -79,9 +79,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json_line({**found.as_dict(), "picture": None if picture is None else str(picture)}))
     else:
-        print("\n".join(visible(line) for line in words(found, stories)))
+        print("\n".join(visible(line) for line in verdicts(found, stories)))
+        print("\n".join(tables(found, stories)))
         if picture is not None:
-            print(f"\nCurves: {visible(str(shown(picture)))}")
+            print(f"Curves: {visible(str(shown(picture)))}")
     return {Standing.WORSE: WORSE_EXIT_CODE, Standing.UNKNOWN: UNKNOWN_EXIT_CODE}.get(found.worst, 0)
 
 
@@ -118,25 +119,37 @@ def _draw(out: Path, found: Comparison, stories: Sequence[Story]) -> Path:
     return out / PICTURE
 
 
-def words(found: Comparison, stories: Sequence[Story]) -> Iterator[str]:
-    """The comparison as lines of text."""
+def verdicts(found: Comparison, stories: Sequence[Story]) -> Iterator[str]:
+    """What each run comes to against the first, as lines of text."""
     first = found.names[0]
     for against, story in zip(found.against, stories[1:], strict=True):
-        yield from _verdict(first, against, found.tolerance)
+        yield from _verdict(first, against)
         yield from _parting(first, against)
         yield from _done(story)
         yield ""
-    differing = [row for row in found.rows if row.differs]
-    yield table(("", *found.names), [(row.what, *row.cells) for row in differing])
+
+
+def tables(found: Comparison, stories: Sequence[Story]) -> Iterator[str]:
+    """What differs, what does not, and what is missing; for a terminal."""
+    from sosa_stream.report.compare import SEPARATOR
+
+    lines = []
+    for row in found.rows:
+        if row.differs:
+            columns = [cell.split(SEPARATOR) for cell in row.cells]
+            height = max(map(len, columns))
+            for i in range(height):
+                cells = [column[i] if i < len(column) else "" for column in columns]
+                lines.append((row.what if i == 0 else "", *cells))
+    yield table(("", *found.names), lines)
     same = [f"{row.what} {row.cells[0]}" for row in found.rows if not row.differs]
     if same:
-        yield f"the same in all: {'; '.join(same)}"
+        yield visible(f"the same in all: {'; '.join(same)}")
     for name, story in zip(found.names, stories, strict=True):
-        for sentence in story.missing:
-            yield f"missing in {name}: {sentence}"
+        yield from (visible(f"missing in {name}: {sentence}") for sentence in story.missing)
 
 
-def _verdict(first: str, against: Against, tolerance: float) -> Iterator[str]:
+def _verdict(first: str, against: Against) -> Iterator[str]:
     standing = {
         "worse": f"is worse than {first}",
         "better": f"is better than {first}",
@@ -147,8 +160,7 @@ def _verdict(first: str, against: Against, tolerance: float) -> Iterator[str]:
     yield f"{against.run} {standing}: {ends or against.why}"
     if ends:
         what = {"loss": "training loss", "eval_loss": "validation loss"}.get(against.column, against.column)
-        yield f"  by the {what}, last fifth of {against.num_common} common points; {against.why}"
-        _ = tolerance
+        yield f"  {what} over the last fifth of {against.num_common} common points; {against.why}"
 
 
 def _ends(first: str, against: Against) -> str:
@@ -158,7 +170,7 @@ def _ends(first: str, against: Against) -> str:
         return ""
     side = "above" if against.difference.value > 0.0 else "below"
     share = f"{abs(against.share):.1%} " if math.isfinite(against.share) else ""
-    return f"it ends at {_plus_minus(b)}, {share}{side} {_plus_minus(a)}"
+    return f"it ends at {_plus_minus(b)}, {share}{side} {first}'s {_plus_minus(a)}"
 
 
 def _plus_minus(estimate: Estimate) -> str:
@@ -173,24 +185,30 @@ def _parting(first: str, against: Against) -> Iterator[str]:
     if not against.stretches:
         yield "  nowhere do the two part beyond noise"
         return
-    for i, stretch in enumerate(against.stretches[:MAX_STRETCHES]):
+    for i, (stretch, lead) in enumerate(zip(against.stretches[:MAX_STRETCHES], against.leads, strict=False)):
         begin = "they part" if i == 0 else "again"
-        yield f"  {begin} at step {stretch.first_step}: {_stretch(first, stretch)}"
-        if i == 0 and against.lead is not None:
-            lead = against.lead
-            yield f"    {lead.kind} at {lead.first_step}, {lead.severity}: {lead.message.splitlines()[0]}"
+        yield f"  {begin} at step {stretch.first_step}: {_stretch(first, against.run, stretch)}"
+        if lead is not None:
+            incident = lead.incident
+            where = "both" if len(lead.runs) > 1 else lead.runs[0]
+            said = incident.message.splitlines()[0] if incident.message else ""
+            yield f"    {incident.kind} at {incident.first_step} in {where}, {incident.severity}: {said}"
     if len(against.stretches) > MAX_STRETCHES:
         yield f"  and {len(against.stretches) - MAX_STRETCHES} times more"
 
 
-def _stretch(first: str, stretch: Stretch) -> str:
+def _stretch(first: str, second: str, stretch: Stretch) -> str:
     until = "to the end" if stretch.last_step is None else f"up to step {stretch.last_step}"
     if stretch.last_step == stretch.first_step:
         until = "at that step alone"
     if stretch.sign == 0:
-        return f"one of the two is not finite {until}"
-    most = f" by up to {abs(stretch.most):.0%}" if math.isfinite(stretch.most) else ""
+        return f"{second if stretch.is_second_bad else first} is not finite {until}"
+    most = f" by up to {_times(stretch.most)}" if math.isfinite(stretch.most) else ""
     return f"{'above' if stretch.sign > 0 else 'below'} {first}{most}, {until}"
+
+
+def _times(share: float) -> str:
+    return f"{abs(share):.0%}" if abs(share) < 10.0 else f"{abs(share):,.0f} times its loss"
 
 
 def _done(story: Story) -> Iterator[str]:

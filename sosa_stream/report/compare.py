@@ -35,6 +35,10 @@ MAX_LISTED = 4
 """Incidents, fixes and stretches that are told one by one."""
 
 
+SEPARATOR = "; "
+"""Between several things in one cell."""
+
+
 class Standing(StrEnum):
     WORSE = "worse"
     BETTER = "better"
@@ -55,12 +59,20 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lead:
+    """The incident nearest to where two runs part, and which of them have it."""
+
+    incident: Incident
+    runs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Against:
     """One run against the first.
 
     ``column`` is what was judged by. ``first_end``, ``end`` and ``difference`` are over the last fifth of the steps
-    that both have, ``share`` is the difference as a share of the first run's, NaN where that is 0. ``lead`` is what the
-    first incident within the first stretch was, and ``why`` what decided, in words.
+    that both have, ``share`` is the difference as a share of the first run's, NaN where that is 0. ``leads`` are
+    the incidents where a stretch begins, None where there is none, and ``why`` what decided, in words.
     """
 
     run: str
@@ -74,7 +86,7 @@ class Against:
     difference: Estimate
     share: float
     stretches: tuple[Stretch, ...]
-    lead: Incident | None = None
+    leads: tuple[Lead | None, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The public JSON object."""
@@ -96,10 +108,11 @@ class Against:
                     "last_step": stretch.last_step,
                     "side": {1: "above", -1: "below", 0: "not finite"}[stretch.sign],
                     "most": _number(stretch.most),
+                    "incident": None if lead is None else lead.incident.as_dict(),
+                    "incident_in": [] if lead is None else list(lead.runs),
                 }
-                for stretch in self.stretches
+                for stretch, lead in zip(self.stretches, self.leads, strict=True)
             ],
-            "incident": None if self.lead is None else self.lead.as_dict(),
         }
 
 
@@ -204,7 +217,7 @@ def _against(first: Story, second: Story, by: str, tolerance: float) -> Against:
         difference=difference,
         share=share,
         stretches=apart,
-        lead=_lead(first, second, apart),
+        leads=tuple(_lead(first, second, stretch.first_step) for stretch in apart),
     )
 
 
@@ -215,37 +228,38 @@ def _judged(first: Story, second: Story, pair: Pair, difference: Estimate, toler
         return Standing.UNKNOWN, f"the two have no step in common: {_span(first)}, {_span(second)}"
     a, b = last_of(pair.first), last_of(pair.second)
     if math.isnan(b.value) and not math.isnan(a.value):
-        return Standing.WORSE, "it ends not finite"
+        return Standing.WORSE, f"it ends not finite, {first.name} at {_with_error(a)}"
     if math.isnan(a.value):
-        ends = "both end not finite" if math.isnan(b.value) else "the first ends not finite, this one does not"
-        return (Standing.UNKNOWN if math.isnan(b.value) else Standing.BETTER), ends
+        if math.isnan(b.value):
+            return Standing.UNKNOWN, "both end not finite"
+        return Standing.BETTER, f"it ends at {_with_error(b)}, {first.name} not finite"
     if math.isnan(difference.half_width):
         return Standing.UNKNOWN, f"{len(pair.steps)} points in common are too few to know the noise"
     margin = tolerance * abs(a.value)
-    interval = f"95% interval of the difference {_signed(difference.value)} ± {_short(difference.half_width)}"
+    why = f"the difference is {difference.value:+.2g} ± {difference.half_width:.2g} (95%), {margin:.2g} is tolerated"
     if difference.value - difference.half_width > margin:
-        return Standing.WORSE, f"{interval}, tolerated {_short(margin)}"
-    if difference.value + difference.half_width < -margin:
-        return Standing.BETTER, f"{interval}, tolerated {_short(margin)}"
-    return Standing.EVEN, f"{interval}, tolerated {_short(margin)}"
+        return Standing.WORSE, why
+    return (Standing.BETTER if difference.value + difference.half_width < -margin else Standing.EVEN), why
 
 
-def _lead(first: Story, second: Story, apart: tuple[Stretch, ...]) -> Incident | None:
-    """The second run's first incident about where the two part, which the first run has not."""
-    if not apart:
-        return None
-    begin = apart[0].first_step
-    slack = max(2, int(0.05 * max(begin - second.first_step, 1)))
-    end = apart[0].last_step if apart[0].last_step is not None else second.last_step
-    known = {(incident.kind, incident.first_step) for incident in first.incidents}
+def _lead(first: Story, second: Story, step: int) -> Lead | None:
+    """The incident of either run that began nearest to a step, within what its onset may be off."""
+    elapsed = max(step - second.first_step, 0)
     near = [
-        incident
+        (abs(incident.first_step - step), incident)
         for story in (second, first)
         for incident in story.incidents
-        if begin - slack <= incident.first_step <= end + slack
-        and (story is first or (incident.kind, incident.first_step) not in known)
+        if -max(5, elapsed // 50) <= incident.first_step - step <= max(5, elapsed // 10)
     ]
-    return near[0] if near else None
+    if not near:
+        return None
+    _, found = min(near, key=lambda pair: pair[0])
+    those = [
+        story.name
+        for story in (first, second)
+        if any((incident.kind, incident.first_step) == (found.kind, found.first_step) for incident in story.incidents)
+    ]
+    return Lead(incident=found, runs=tuple(those))
 
 
 def _rows(stories: Sequence[Story]) -> Iterator[Row]:
@@ -271,12 +285,12 @@ def facts(story: Story) -> Iterator[tuple[str, str]]:
             yield f"{column}, best", "-" if math.isnan(best.value) else f"{_with_error(best)} at {best.step}"
             yield f"{column}, not finite", str(int(curve.num_nonfinite.sum()))
     yield from _settings(story)
-    if (curve := story.curves.get("grad_norm")) is not None:
-        yield "gradient norm, median", _short(_median(curve.mean))
-        yield "gradient norm, largest", _short(_largest(curve.high))
-        yield "gradient norm, not finite", str(int(curve.num_nonfinite.sum()))
-    if (curve := story.curves.get("step_seconds")) is not None:
-        seconds = _median(curve.mean)
+    if (norms := story.curves.get("grad_norm")) is not None:
+        yield "gradient norm, median", _short(_median(norms.mean))
+        yield "gradient norm, largest", _short(_largest(norms.high))
+        yield "gradient norm, not finite", str(int(norms.num_nonfinite.sum()))
+    if (times := story.curves.get("step_seconds")) is not None:
+        seconds = _median(times.mean)
         yield "seconds a step, median", _short(seconds)
         samples = story.curves.get("samples")
         if samples is not None and seconds > 0.0:
@@ -312,8 +326,8 @@ def fix_words(command: CommandRecord) -> str:
 
 
 def _listed(words: Sequence[str]) -> str:
-    more = f", and {len(words) - MAX_LISTED} more" if len(words) > MAX_LISTED else ""
-    return (", ".join(words[:MAX_LISTED]) or "none") + more
+    more = [f"{len(words) - MAX_LISTED} more"] if len(words) > MAX_LISTED else []
+    return SEPARATOR.join([*words[:MAX_LISTED], *more]) or "none"
 
 
 def _raised(raised: Raised) -> str:
@@ -336,10 +350,6 @@ def _largest(values: Any) -> float:
 
 def _short(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.4g}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.4g}"
 
 
 def _with_error(estimate: Estimate) -> str:

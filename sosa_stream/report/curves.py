@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 # Okabe and Ito's colours, told apart with any colour vision; the line style tells them apart in grey, too.
 STYLES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-"), ("#CC79A7", "-."))
 SMOOTHING_STEPS = 15
-LOOK = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+LOOK: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -69,7 +69,7 @@ def _marks(comparison: Comparison, stories: Sequence[Story]) -> tuple[str, list[
 
 def _draw_differences(axes: Any, comparison: Comparison, stories: Sequence[Story]) -> None:
     styles = curves.STYLES * len(stories)
-    most = 2.0 * comparison.tolerance
+    peaks = []
     for against, story, (color, style) in zip(comparison.against, stories[1:], styles[1:], strict=False):
         column, pair = pair_of(stories[0], story, against.column)
         if column != against.column or not len(pair.steps):
@@ -78,12 +78,13 @@ def _draw_differences(axes: Any, comparison: Comparison, stories: Sequence[Story
             shares = (pair.second - pair.first) / np.abs(pair.first)
         smooth = _smoothed(shares)
         known = np.abs(smooth[np.isfinite(smooth)])
-        most = max(most, float(known.max()) if len(known) else 0.0)
+        peaks += [float(known.max())] if len(known) else []
         axes.plot(pair.steps, 100.0 * smooth, color=color, linestyle=style, linewidth=1.6)
         for stretch in against.stretches:
             end = stretch.last_step if stretch.last_step is not None else against.last_common
             axes.axvspan(stretch.first_step, max(end, stretch.first_step + 1), color=color, alpha=0.12, linewidth=0)
-    edge = 100.0 * min(most * 1.1, MOST_SHOWN)
+    # As above: what the calmest run needs is shown in full, the others leave the picture.
+    edge = 100.0 * min(max(1.2 * min(peaks, default=0.0), 2.5 * comparison.tolerance, 0.01), MOST_SHOWN)
     axes.set_ylim(-edge, edge)
     share = 100.0 * comparison.tolerance
     axes.axhspan(-share, share, color="#999999", alpha=0.25, linewidth=0)

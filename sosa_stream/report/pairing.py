@@ -7,7 +7,7 @@ before a difference counts:
   block is 1.4826 · median(abs(M[k-1] - 2 M[k] + M[k+1])) / sqrt(6) over the blocks before it: what is left when level
   and trend are gone, at the scale of a block, so that neighbouring steps need not be independent (batch means: Law,
   *Simulation Modeling and Analysis*, 2015, section 9.5.3; second differences: Gasser, Sroka and Jennen-Steinmetz,
-  *Biometrika* 73, 1986).
+  *Biometrika* 73, 1986). Blocks at which the runs are apart say nothing of it.
 * **tolerance**, a share of the first run's loss: seeds differ by more than the noise of their batches shows
   (Bouthillier et al., *Accounting for Variance in Machine Learning Benchmarks*, MLSys 2021), and two runs cannot tell
   by how much.
@@ -38,8 +38,10 @@ LAST_SHARE, LAST_BLOCKS, FEWEST_BLOCKS = 0.2, 10, 4
 """What counts as the end of a run: its last fifth, in ten blocks, four at least."""
 STUDENT = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5% quantile of Student's t by degrees of freedom."""
+RECORD = 3.0
+"""A single step is apart that lies so many times further off than any of the first run's around that time."""
 _MEMORY = 3
-"""Blocks between which two stretches apart are one."""
+"""Blocks, or points, between which two stretches apart are one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +59,19 @@ class Stretch:
     """Steps over which the second run lies outside of what noise, tolerance and lag explain.
 
     ``last_step`` is None where it lasts to the end. ``sign`` is 1 above the first run, -1 below, 0 where one of the two
-    is not finite. ``most`` is the largest difference as a share of the first run's loss, NaN where that is about 0.
+    is not finite: the second one if ``is_second_bad``. ``most`` is the largest difference as a share of the first run's
+    loss, NaN where that is about 0.
     """
 
     first_step: int
     last_step: int | None
     sign: int
     most: float = math.nan
+    is_second_bad: bool = False
+
+    def is_within(self, other: Stretch) -> bool:
+        """Whether it begins while the other one lasts."""
+        return other.first_step <= self.first_step and (other.last_step is None or self.first_step <= other.last_step)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -117,37 +125,117 @@ def _binned(
 
 def stretches(pair: Pair, tolerance: float = TOLERANCE) -> tuple[Stretch, ...]:
     """Where the two lie apart, oldest first; what begins within a few blocks of the last one's end belongs to it."""
-    num = len(pair.steps)
-    size = 1 if num < 24 else max(3, num // NUM_BLOCKS)
-    starts = np.arange(0, num - size + 1, size)
+    starts = _starts(len(pair.steps))
     if len(starts) < FEWEST_BLOCKS:
-        return _not_finite(pair)
-    a, b = (_medians(values, starts, num) for values in (pair.first, pair.second))
-    margin = np.maximum(SCORE * np.hypot(_noise(a), _noise(b)), tolerance * np.abs(a))
-    low, high = _range_within_lag(pair.steps[starts] - pair.steps[0], a)
-    above, below = b > high + margin, b < low - margin
-    unlike = np.isfinite(a) != np.isfinite(b)
-    apart = above | below | unlike
-    found: list[Stretch] = []
-    edges = np.flatnonzero(np.diff(_bridged(apart), prepend=False, append=False))
-    ends = np.append(starts[1:], num)
-    for k, end in zip(edges[::2], edges[1::2] - 1, strict=True):
-        begin = _onset(pair, int(starts[k]), size, float(margin[k]), int(unlike[k] or above[k] or -1))
-        inner = slice(k, end + 1)
-        with np.errstate(all="ignore"):
-            shares = (b[inner] - a[inner]) / np.abs(a[inner])
-        known = shares[np.isfinite(shares)]
-        sign = 0 if unlike[inner].all() else int(np.sign((above[inner].astype(int) - below[inner]).sum()) or 1)
+        return _singles(pair, np.isfinite(pair.first) != np.isfinite(pair.second))
+    blocks = _Blocks.of(pair, starts, tolerance)
+    apart = _bridged(blocks.sides != 0)
+    edges = np.flatnonzero(np.diff(apart, prepend=False, append=False))
+    found = []
+    for k, end in zip(edges[::2].tolist(), (edges[1::2] - 1).tolist(), strict=True):
+        begin = _onset(pair, starts, blocks.begin_of(k), blocks)
+        inside = pair.steps >= pair.steps[begin]
+        known = blocks.shares[k : end + 1][np.isfinite(blocks.shares[k : end + 1])]
+        sides = blocks.sides[k : end + 1]
         found.append(
             Stretch(
                 first_step=int(pair.steps[begin]),
-                last_step=None if end == len(starts) - 1 else int(pair.steps[ends[end] - 1]),
-                sign=sign,
+                last_step=None if end == len(starts) - 1 else int(pair.steps[starts[end + 1] - 1]),
+                sign=0 if (sides == _UNLIKE).any() and not len(known) else int(np.sign(sides[sides != _UNLIKE].sum())),
                 most=float(known[np.abs(known).argmax()]) if len(known) else math.nan,
+                is_second_bad=bool((inside & ~np.isfinite(pair.second)).any()),
             )
         )
-    lone = [gap for gap in _not_finite(pair) if not any(_covers(stretch, gap.first_step) for stretch in found)]
+    lone = [each for each in _singles(pair, _excursions(pair, starts, blocks)) if not any(map(each.is_within, found))]
     return tuple(sorted([*found, *lone], key=lambda stretch: stretch.first_step))
+
+
+_UNLIKE = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Blocks:
+    """Both runs in blocks; every array has shape (num_blocks,).
+
+    ``sides``: 1 above, -1 below, 2 where one of the two is not finite, 0 where they are not apart.
+    """
+
+    first: NDArray[np.float64]
+    second: NDArray[np.float64]
+    margins: NDArray[np.float64]
+    sides: NDArray[np.int64]
+    shares: NDArray[np.float64]
+
+    def begin_of(self, k: int) -> int:
+        """The first block of those before k that differ like it when no lag is allowed for: a jump is no lag."""
+        while k > 0 and abs(self.second[k - 1] - self.first[k - 1]) > self.margins[k - 1]:
+            k -= 1
+        return k
+
+    @classmethod
+    def of(cls, pair: Pair, starts: NDArray[np.int64], tolerance: float) -> _Blocks:
+        num = len(pair.steps)
+        a, b = (_medians(values, starts, num) for values in (pair.first, pair.second))
+        low, high = _range_within_lag(pair.steps[starts] - pair.steps[0], a)
+        noises = _Noise(a), _Noise(b)
+        margins, sides = np.zeros(len(a)), np.zeros(len(a), dtype=np.int64)
+        for k in range(len(a)):
+            first, second = (noise.at(k, sides, usual=noises[0].usual) for noise in noises)
+            margins[k] = max(SCORE * math.hypot(first, second), tolerance * abs(a[k]))
+            if math.isfinite(a[k]) != math.isfinite(b[k]):
+                sides[k] = _UNLIKE
+            else:
+                sides[k] = int(b[k] > high[k] + margins[k]) - int(b[k] < low[k] - margins[k])
+        with np.errstate(all="ignore"):
+            return cls(first=a, second=b, margins=margins, sides=sides, shares=(b - a) / np.abs(a))
+
+
+class _Noise:
+    """The noise of a run's blocks against itself. Blocks at which the runs were apart say nothing of it."""
+
+    def __init__(self, blocks: NDArray[np.float64]) -> None:
+        self._wiggles = np.abs(blocks[:-2] - 2.0 * blocks[1:-1] + blocks[2:]) * (1.4826 / math.sqrt(6.0))
+        first = self._wiggles[: NOISE_BLOCKS // 2]
+        first = first[np.isfinite(first)]
+        self.usual = float(np.median(first)) if len(first) else 0.0
+
+    def at(self, k: int, sides: NDArray[np.int64], usual: float) -> float:
+        """By the blocks before k; ``usual`` while there are too few of them."""
+        quiet = sides[:k] == 0
+        known = self._wiggles[: max(0, k - 2)][(quiet[:-2] & quiet[1:-1] & quiet[2:])] if k > 2 else self._wiggles[:0]
+        known = known[np.isfinite(known)][-NOISE_BLOCKS:]
+        return float(np.median(known)) if len(known) >= NOISE_BLOCKS // 2 else usual
+
+
+def _starts(num: int) -> NDArray[np.int64]:
+    """Where blocks begin: of one point each where there are few; the last block takes what is left over."""
+    size = 1 if num < 24 else max(3, num // NUM_BLOCKS)
+    return np.arange(0, num - size + 1, size)
+
+
+def _excursions(pair: Pair, starts: NDArray[np.int64], blocks: _Blocks) -> NDArray[np.bool_]:
+    """Single points that are not finite in one run alone, or `RECORD` times as far off as any of the first run's."""
+    block_of = np.searchsorted(starts, np.arange(len(pair.steps)), side="right") - 1
+    centers = blocks.first[block_of]
+    off = np.abs(pair.first - centers)
+    records = np.array([_largest(off[block_of == k]) for k in range(len(starts))])
+    elapsed = pair.steps[starts] - pair.steps[0]
+    first, last = (
+        np.searchsorted(elapsed, elapsed / 2, side="left"),
+        np.searchsorted(elapsed, 2 * elapsed, side="right"),
+    )
+    around = np.array(
+        [records[min(i, k) : max(j, k + 1)].max() for k, (i, j) in enumerate(zip(first, last, strict=True))]
+    )
+    with np.errstate(invalid="ignore"):
+        far = np.abs(pair.second - centers) > np.maximum(RECORD * around, blocks.margins)[block_of]
+    far |= np.isfinite(pair.first) != np.isfinite(pair.second)
+    return far
+
+
+def _largest(values: NDArray[np.float64]) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.max()) if len(finite) else 0.0
 
 
 def _medians(values: NDArray[np.float64], starts: NDArray[np.int64], num: int) -> NDArray[np.float64]:
@@ -160,18 +248,6 @@ def _medians(values: NDArray[np.float64], starts: NDArray[np.int64], num: int) -
 def _median(block: NDArray[np.float64]) -> float:
     finite = block[np.isfinite(block)]
     return float(np.median(finite)) if 2 * len(finite) > len(block) else math.nan
-
-
-def _noise(blocks: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The noise of each block by the blocks before it, or by the first ones."""
-    wiggles = np.abs(blocks[:-2] - 2.0 * blocks[1:-1] + blocks[2:]) * (1.4826 / math.sqrt(6.0))
-    found = np.zeros(len(blocks))
-    for k in range(len(blocks)):
-        end = max(k - 2, min(NOISE_BLOCKS // 2, len(wiggles)))
-        known = wiggles[max(0, end - NOISE_BLOCKS) : end]
-        known = known[np.isfinite(known)]
-        found[k] = np.median(known) if len(known) else found[k - 1] if k else 0.0
-    return found
 
 
 def _range_within_lag(
@@ -199,32 +275,37 @@ def _bridged(apart: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return filled
 
 
-def _onset(pair: Pair, start: int, size: int, margin: float, sign: int) -> int:
-    """The point, of the block or of the one before it, that best parts points within the margin from those beyond."""
-    begin, end = max(0, start - size), min(start + size, len(pair.steps))
+def _onset(pair: Pair, starts: NDArray[np.int64], k: int, blocks: _Blocks) -> int:
+    """The point, of block k or of the one before it, that best parts points within the margin from those beyond."""
+    begin, end = int(starts[max(0, k - 1)]), int(starts[k + 1]) if k + 1 < len(starts) else len(pair.steps)
+    margin = float(blocks.margins[k])
+    sign = -1.0 if blocks.second[k] < blocks.first[k] else 1.0
     difference = sign * (pair.second[begin:end] - pair.first[begin:end])
     beyond = ~(difference <= (margin if math.isfinite(margin) else 0.0))  # what is not finite, too
     from_here_on = np.cumsum(np.where(beyond, 1, -1)[::-1])[::-1]
     return begin + len(beyond) - 1 - int(from_here_on[::-1].argmax())
 
 
-def _covers(stretch: Stretch, step: int) -> bool:
-    return stretch.first_step <= step and (stretch.last_step is None or step <= stretch.last_step)
-
-
-def _not_finite(pair: Pair) -> tuple[Stretch, ...]:
-    """Where one of the two alone is not finite."""
-    unlike = np.isfinite(pair.first) != np.isfinite(pair.second)
-    edges = np.flatnonzero(np.diff(unlike, prepend=False, append=False))
-    last = len(unlike) - 1
-    return tuple(
-        Stretch(
-            first_step=int(pair.steps[begin]),
-            last_step=None if end - 1 == last else int(pair.steps[end - 1]),
-            sign=0,
+def _singles(pair: Pair, far: NDArray[np.bool_]) -> tuple[Stretch, ...]:
+    """Points that are apart, neighbours within `_MEMORY` as one stretch."""
+    far = _bridged(far)
+    edges = np.flatnonzero(np.diff(far, prepend=False, append=False))
+    found = []
+    for begin, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+        with np.errstate(all="ignore"):
+            shares = (pair.second[begin:end] - pair.first[begin:end]) / np.abs(pair.first[begin:end])
+        known = shares[np.isfinite(shares)]
+        most = float(known[np.abs(known).argmax()]) if len(known) == end - begin else math.nan
+        found.append(
+            Stretch(
+                first_step=int(pair.steps[begin]),
+                last_step=None if end == len(far) else int(pair.steps[end - 1]),
+                sign=0 if math.isnan(most) else int(np.sign(most)),
+                most=most,
+                is_second_bad=not np.isfinite(pair.second[begin:end]).all(),
+            )
         )
-        for begin, end in zip(edges[::2], edges[1::2], strict=True)
-    )
+    return tuple(found)
 
 
 def last_of(values: NDArray[np.float64]) -> Estimate:
@@ -248,17 +329,16 @@ def difference_at_end(pair: Pair) -> Estimate:
 
 def best_of(steps: NDArray[np.int64], values: NDArray[np.float64]) -> Estimate:
     """The lowest block, and where it begins; a lowest single step would be noise."""
-    num = len(steps)
-    size = 1 if num < 24 else max(3, num // NUM_BLOCKS)
-    starts = np.arange(0, num - size + 1, size)
+    starts = _starts(len(steps))
     if len(starts) < FEWEST_BLOCKS:
         return Estimate(value=math.nan)
-    blocks = _medians(values, starts, num)
+    blocks = _medians(values, starts, len(steps))
     if not np.isfinite(blocks).any():
         return Estimate(value=math.nan)
     place = int(np.nanargmin(blocks))
-    noise = float(_noise(blocks)[place])
-    return Estimate(value=float(blocks[place]), half_width=STUDENT[-1] * noise, step=int(steps[starts[place]]))
+    noise = _Noise(blocks)
+    at = noise.at(place, np.zeros(len(blocks), dtype=np.int64), usual=noise.usual)
+    return Estimate(value=float(blocks[place]), half_width=STUDENT[-1] * at, step=int(steps[starts[place]]))
 
 
 def _last_blocks(values: NDArray[np.float64]) -> NDArray[np.float64]:
