@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -146,8 +146,7 @@ def stretches(pair: Pair, tolerance: float = TOLERANCE) -> tuple[Stretch, ...]:
                 is_second_bad=bool((inside & ~np.isfinite(pair.second)).any()),
             )
         )
-    lone = [each for each in _singles(pair, _excursions(pair, starts, blocks)) if not any(map(each.is_within, found))]
-    return tuple(sorted([*found, *lone], key=lambda stretch: stretch.first_step))
+    return _merged([*found, *_singles(pair, _excursions(pair, starts, blocks))])
 
 
 _UNLIKE = 2
@@ -284,6 +283,25 @@ def _onset(pair: Pair, starts: NDArray[np.int64], k: int, blocks: _Blocks) -> in
     beyond = ~(difference <= (margin if math.isfinite(margin) else 0.0))  # what is not finite, too
     from_here_on = np.cumsum(np.where(beyond, 1, -1)[::-1])[::-1]
     return begin + len(beyond) - 1 - int(from_here_on[::-1].argmax())
+
+
+def _merged(found: list[Stretch]) -> tuple[Stretch, ...]:
+    """Oldest first; what overlaps is one."""
+    merged: list[Stretch] = []
+    for each in sorted(found, key=lambda stretch: stretch.first_step):
+        if not merged or not each.is_within(merged[-1]):
+            merged.append(each)
+            continue
+        last = merged[-1]
+        ends = (last.last_step, each.last_step)
+        merged[-1] = replace(
+            last,
+            last_step=None if None in ends else max(end for end in ends if end is not None),
+            sign=last.sign or each.sign,
+            most=max((last.most, each.most), key=lambda most: abs(most) if math.isfinite(most) else -1.0),
+            is_second_bad=last.is_second_bad or each.is_second_bad,
+        )
+    return tuple(merged)
 
 
 def _singles(pair: Pair, far: NDArray[np.bool_]) -> tuple[Stretch, ...]:
