@@ -46,11 +46,11 @@ def _draw_collapse(path: Path, latent: Latent, title: str) -> Path:
     _bars(divergence, latent.divergences[order], colors, KL_PER_DIM, "KL divergence (nats)")
     _bars(variance, latent.variances_of_means[order], colors, ACTIVE_VARIANCE, "Var_x(E[z|x])", is_log=True)
     _bars(spread, np.exp(latent.log_variances).mean(axis=0)[order], colors, 1.0, "mean variance of the posterior")
-    spread.text(
-        0.02, 0.98, "the prior's is 1: collapse drives it there", transform=spread.transAxes, va="top", fontsize=9
-    )
+    spread.set_title("the prior's is 1: collapse drives it there", fontsize=9, loc="left")
     for axes in (divergence, variance, spread):
         axes.set_xlabel("latent dimension, most KL first")
+        if len(order) <= 32:
+            axes.set_xticks(range(len(order)), order.tolist(), fontsize=8)
     active, idle = latent.is_active, ~latent.is_active
     for mask, color, name in ((active, _BLUE, "active"), (idle, _GREY, "not active")):
         if mask.any():
@@ -59,6 +59,7 @@ def _draw_collapse(path: Path, latent: Latent, title: str) -> Path:
             bins = np.linspace(-4.0, 4.0, 81).tolist()
             values.hist(np.clip(spreads, -4.0, 4.0), bins=bins, density=True, color=color, alpha=0.6, label=label)
     values.set_yscale("log")
+    values.set_ylim(1e-3, 30.0)
     values.set_xlabel("means of the posterior, E[z|x]")
     values.set_ylabel("density")
     values.legend(frameon=False)
@@ -99,11 +100,11 @@ def _draw_projection(path: Path, latent: Latent, title: str) -> Path:
         axes.scatter(places[:, 0], places[:, 1], s=9, color=_BLUE, alpha=0.6)
     axes.set_xlabel(f"first component ({shares[0]:.0%} of the variance)")
     axes.set_ylabel(f"second component ({shares[1]:.0%})")
-    # A collapsed code must look like the point that it is: never less than a tenth of the prior's width.
-    least = 0.2
-    for low, high, put in ((*axes.get_xlim(), axes.set_xlim), (*axes.get_ylim(), axes.set_ylim)):
-        if high - low < least:
-            put((low + high - least) / 2, (low + high + least) / 2)
+    # For the scale: a collapsed code is a point within it.
+    turn = np.linspace(0.0, 2.0 * np.pi, 200)
+    axes.plot(np.cos(turn), np.sin(turn), color=_GREY, linestyle="--", linewidth=1, zorder=0)
+    axes.annotate("the prior's standard deviation", (0.0, 1.0), xytext=(0, 3), textcoords="offset points", ha="center")
+    axes.set_aspect("equal", adjustable="datalim")
     figure.savefig(path)
     return path
 
@@ -115,11 +116,18 @@ def _draw_errors(path: Path, latent: Latent, title: str) -> Path:
     figure = _new((9, 5), f"{title}\nreconstruction: mean squared error of each sample")
     axes = figure.subplots()
     both = np.concatenate([own, other])
-    bins = np.linspace(both.min(), np.quantile(both, 0.995) + 1e-12, 60).tolist()
-    for errors, color, name in ((own, _BLUE, "from its own code"), (other, _ORANGE, "from another sample's code")):
+    low, high = float(both.min()), float(both.max())
+    bins = np.linspace(low, high + 1e-12, 60).tolist()
+    if low > 0.0 and high > 20.0 * low:
+        bins = np.geomspace(low, high * 1.001, 60).tolist()
+        axes.set_xscale("log")
+    for errors, color, style, name in (
+        (own, _BLUE, "-", "from its own code"),
+        (other, _ORANGE, "--", "from another sample's code"),
+    ):
         label = f"{name}: mean {errors.mean():.4g}"
-        axes.hist(errors, bins=bins, color=color, alpha=0.55, label=label)
-        axes.axvline(errors.mean(), color=color, linestyle="--", linewidth=1)
+        axes.hist(errors, bins=bins, color=color, histtype="step", linewidth=1.6, linestyle=style, label=label)
+        axes.axvline(errors.mean(), color=color, linestyle=":", linewidth=1)
     axes.set_xlabel("mean squared error")
     axes.set_ylabel("samples")
     axes.legend(frameon=False)
@@ -140,6 +148,8 @@ def _draw_correlation(path: Path, latent: Latent, title: str) -> Path:
         axes.set_xticks(range(len(order)), order.tolist(), fontsize=8)
         axes.set_yticks(range(len(order)), order.tolist(), fontsize=8)
     figure.colorbar(image, ax=axes, label="correlation")
+    if idle.all():
+        axes.text(0.5, 0.5, "no dimension is active", transform=axes.transAxes, ha="center", va="center")
     axes.set_xlabel("latent dimension")
     figure.savefig(path)
     return path
