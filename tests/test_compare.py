@@ -123,7 +123,7 @@ def test_the_table_has_what_was_recorded_and_nothing_else() -> None:
         run="b",
         generation="g",
         incident="i",
-        actions=(Action(action="rollback", params={"steps_back": 0}),),
+        actions=(Action(action="rollback", params={}),),
         confidence=1.0,
         state=CommandState.VERIFIED,
         reason="",

@@ -54,7 +54,7 @@ def _batches(num: int, size: int, generator: torch.Generator) -> Iterator[tuple[
         yield clean + 0.2 * torch.randn(size, 6, 6, generator=generator), labels
 
 
-def trained(beta: float, steps: int = 400) -> VAE:
+def trained(beta: float, steps: int = 300) -> VAE:
     """A VAE after some hundred steps; with a ``beta`` of 200 its posterior collapses."""
     torch.manual_seed(0)
     model = VAE()
