@@ -18,6 +18,9 @@ from sosa_stream.errors import UsageError
 from sosa_stream.protocol.actions import Action
 from sosa_stream.report.compare import Comparison, Row, Standing, compare
 from sosa_stream.report.story import Raised, Story
+from sosa_stream.report.tables import write_tables
+from sosa_stream.report.telling import tell
+from sosa_stream.report.verdict import verdict
 
 
 def story(name: str, losses: np.ndarray, **more: object) -> Story:  # type: ignore[type-arg]
@@ -123,7 +126,7 @@ def test_the_table_has_what_was_recorded_and_nothing_else() -> None:
         run="b",
         generation="g",
         incident="i",
-        actions=(Action(action="rollback", params={}),),
+        actions=(Action(action="rollback", params={"before_step": 350}),),
         confidence=1.0,
         state=CommandState.VERIFIED,
         reason="",
@@ -213,6 +216,30 @@ def test_a_mistake_is_one_line_that_says_what_to_do(
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_a_folder_of_a_report_is_as_good_as_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = falling(1)
+    broken[350:] *= 50.0
+    logs = [Path(log_of(tmp_path / f"{name}.csv", each)) for name, each in (("a", falling(0)), ("b", broken))]
+    for log in logs:
+        told = tell(log)
+        (tmp_path / log.stem).mkdir()
+        write_tables(told, verdict(told), tmp_path / log.stem)
+    said = []
+    for suffix in (".csv", ""):
+        assert main(["compare", *(str(log.with_suffix(suffix)) for log in logs), "--json"]) == 3
+        (found,) = json.loads(capsys.readouterr().out)["against"]
+        said.append((found["end"], found["first_divergence"], found["stretches"][0]["incident"]["kind"]))
+    assert said[0] == said[1]
+
+
+def test_a_folder_that_is_damaged_is_told_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "diagnosis_report.json").write_text("{}")
+    (tmp_path / "out" / "gradient_stats.csv").write_text("step,loss,total_norm,lr\n")
+    assert main(["compare", str(tmp_path / "out"), str(tmp_path / "out")]) == 2
+    assert "is no folder of sosa report" in capsys.readouterr().err
 
 
 def test_where_nothing_can_be_told_the_exit_code_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

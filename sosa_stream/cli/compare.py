@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json_line({**found.as_dict(), "picture": None if picture is None else str(picture)}))
     else:
         print("\n".join(visible(line) for line in verdicts(found, stories)))
-        print("\n".join(tables(found, stories)))
+        print("\n".join(tables(found)))
         if picture is not None:
             print(f"Curves: {visible(str(shown(picture)))}")
     return {Standing.WORSE: WORSE_EXIT_CODE, Standing.UNKNOWN: UNKNOWN_EXIT_CODE}.get(found.worst, 0)
@@ -92,6 +92,7 @@ def _told(text: str, home: Path) -> Story:
     Raises:
         UsageError: there is neither, or it cannot be read.
     """
+    from sosa_stream.report.left import is_left, tell_left
     from sosa_stream.report.telling import tell
 
     if not text:
@@ -100,6 +101,8 @@ def _told(text: str, home: Path) -> Story:
     recorded = home / text / RECORDING_NAME
     if (path / RECORDING_NAME).is_file():
         return tell(path / RECORDING_NAME)
+    if is_left(path):
+        return tell_left(path)
     if path.exists() and not (path.is_dir() and recorded.is_file()):
         return tell(path)
     if recorded.is_file():
@@ -129,8 +132,8 @@ def verdicts(found: Comparison, stories: Sequence[Story]) -> Iterator[str]:
         yield ""
 
 
-def tables(found: Comparison, stories: Sequence[Story]) -> Iterator[str]:
-    """What differs, what does not, and what is missing; for a terminal."""
+def tables(found: Comparison) -> Iterator[str]:
+    """What differs and what does not, for a terminal."""
     from sosa_stream.report.compare import SEPARATOR
 
     lines = []
@@ -145,8 +148,6 @@ def tables(found: Comparison, stories: Sequence[Story]) -> Iterator[str]:
     same = [f"{row.what} {row.cells[0]}" for row in found.rows if not row.differs]
     if same:
         yield visible(f"the same in all: {'; '.join(same)}")
-    for name, story in zip(found.names, stories, strict=True):
-        yield from (visible(f"missing in {name}: {sentence}") for sentence in story.missing)
 
 
 def _verdict(first: str, against: Against) -> Iterator[str]:

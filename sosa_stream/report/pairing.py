@@ -30,15 +30,14 @@ TOLERANCE = 0.02
 LAG = 0.1
 """Share of the steps so far that one run may be ahead of the other."""
 SCORE = 5.0
-"""Noises beyond which two blocks differ: once in a thousand comparisons of 64 blocks, were the noise Gaussian and its
-scale known from 16 values."""
+"""Noises beyond which two blocks differ. How often two seeds do so is measured: ``benchmarks/compare_runs.py``."""
 NUM_BLOCKS = 48
 NOISE_BLOCKS = 16
 LAST_SHARE, LAST_BLOCKS, FEWEST_BLOCKS = 0.2, 10, 4
 """What counts as the end of a run: its last fifth, in ten blocks, four at least."""
 STUDENT = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5% quantile of Student's t by degrees of freedom."""
-RECORD = 3.0
+RECORD = 5.0
 """A single step is apart that lies so many times further off than any of the first run's around that time."""
 _MEMORY = 3
 """Blocks, or points, between which two stretches apart are one."""
@@ -335,13 +334,12 @@ def last_of(values: NDArray[np.float64]) -> Estimate:
 def difference_at_end(pair: Pair) -> Estimate:
     """How far the second run ends above the first: the mean difference over the last fifth of what both have.
 
-    Its error is the larger one of two: by the paired differences of blocks, and by each run's noise against itself.
+    Its error is that of the blocks' differences, of which level and noise of the same batches are gone where both runs
+    had them.
     """
-    a, b = _last_blocks(pair.first), _last_blocks(pair.second)
-    differences = b - a
+    differences = _last_blocks(pair.second) - _last_blocks(pair.first)
     num = len(differences)
-    by_pairs = float(differences.std(ddof=1)) / math.sqrt(num) if num > 1 else math.nan
-    error = max(by_pairs, math.hypot(_own_error(a), _own_error(b)))
+    error = float(differences.std(ddof=1)) / math.sqrt(num) if num > 1 else math.nan
     return Estimate(value=float(differences.mean()) if num else math.nan, half_width=_half_width(error, num))
 
 
