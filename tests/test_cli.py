@@ -112,6 +112,8 @@ def test_the_commands_and_flags_are_frozen() -> None:
             [*both, *("--fail-on", "--follow", "--format", "--join", "--json", "--map", "--pattern", "PATHS")]
         ),
         "report": sorted([*both, "--allow", "--home", "--json", "RUN"]),
+        "compare": sorted([*both, "--by", "--home", "--json", "--out", "--tolerance", "RUNS"]),
+        "latent": sorted([*both, "--data", "--json", "--model", "--out", "--samples", "CHECKPOINT"]),
         "simulate": sorted(
             [
                 *both,
