@@ -111,7 +111,7 @@ def test_the_commands_and_flags_are_frozen() -> None:
         "replay": sorted(
             [*both, *("--fail-on", "--follow", "--format", "--join", "--json", "--map", "--pattern", "PATHS")]
         ),
-        "report": sorted([*both, "--allow", "--home", "--json", "RUN"]),
+        "report": sorted([*both, *("--allow", "--format", "--home", "--json", "--map", "--out", "--pattern", "RUN")]),
         "compare": sorted([*both, "--by", "--home", "--json", "--out", "--tolerance", "RUNS"]),
         "latent": sorted([*both, "--data", "--json", "--model", "--out", "--samples", "CHECKPOINT"]),
         "simulate": sorted(

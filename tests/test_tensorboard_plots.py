@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from sosa_stream.cli import main
 from sosa_stream.errors import UsageError
 from sosa_stream.report.tensorboard_plots import Tag, collapse_analysis, write_tensorboard_plots
 
@@ -40,6 +41,17 @@ def test_the_four_files_are_left(tmp_path: Path) -> None:
     for path in made[:3]:
         assert path.read_bytes().startswith(b"\x89PNG")
     assert "of an unknown number of latent dimensions" in made[3].read_text()
+
+
+def test_a_report_of_a_tensorboard_log_has_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path / "log")) as writer:
+        for step in range(200):
+            writer.add_scalar("train/loss", 3.0 / (1 + step / 100), step)
+    assert main(["report", str(tmp_path / "log"), "--out", str(tmp_path / "out")]) == 0
+    assert {*NAMES, "report.html"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
 def test_a_log_of_something_else_still_gives_all_four(tmp_path: Path) -> None:

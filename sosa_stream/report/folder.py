@@ -10,9 +10,13 @@ from sosa_stream.report.story import Story
 from sosa_stream.report.tables import write_tables
 from sosa_stream.report.verdict import verdict
 
+POSTERIOR = "posterior.png"
+
 
 def write_folder(story: Story, out: Path) -> list[Path]:
     """Write tables, pictures and ``report.html`` into ``out``, over those of before; what else is there stays.
+
+    Of a TensorBoard log also its own pictures (`tensorboard_plots`), and of a VAE's run ``posterior.png``.
 
     Raises:
         MissingExtraError: there is no matplotlib; the tables are written then.
@@ -25,6 +29,13 @@ def write_folder(story: Story, out: Path) -> list[Path]:
         with needed("report", "report.html"):
             from sosa_stream.report.page import write_page
             from sosa_stream.report.pictures import write_pictures
-        return [*written, *write_pictures(story, out), write_page(story, found, out)]
+            from sosa_stream.report.posterior import draw_posterior
+            from sosa_stream.report.tensorboard_plots import write_tensorboard_plots
+        written += [*write_pictures(story, out), write_page(story, found, out)]
+        if story.kind == "tensorboard":
+            written += write_tensorboard_plots(story.source, out)
+        if draw_posterior(out / POSTERIOR, story):
+            written.append(out / POSTERIOR)
+        return written
     except OSError as error:
         raise SosaError(f"cannot write to {out}: {error.strerror}") from None
