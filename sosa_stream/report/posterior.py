@@ -39,20 +39,12 @@ def draw_posterior(path: Path, story: Story) -> bool:
         _draw_divergence(divergence, story.curves.get("kl_per_dim"))
         _draw_units(units, story.curves.get("active_units"), story.curves.get("latent_dims"))
         _draw_reconstruction(rest, story.curves)
-        for incident in story.incidents:
-            if incident.kind == KIND:
-                for axes in (divergence, units, rest):
-                    axes.axvline(incident.detected_step, color="#000000", linewidth=1, linestyle=":", zorder=0)
-                divergence.annotate(
-                    f"● {KIND}",
-                    (incident.detected_step, 0.95),
-                    xycoords=divergence.get_xaxis_transform(),
-                    xytext=(3, 0),
-                    textcoords="offset points",
-                    va="top",
-                    fontsize=9,
-                    bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
-                )
+        collapses = [incident.detected_step for incident in story.incidents if incident.kind == KIND]
+        for step in collapses:
+            for axes in (divergence, units, rest):
+                axes.axvline(step, color="#000000", linewidth=1, linestyle=":", zorder=0)
+        for step in collapses[:1]:
+            divergence.set_title(f"dotted: {KIND} reported, first at step {step}", fontsize=9, loc="left")
         rest.set_xlabel("step")
         figure.suptitle(f"Posterior of {visible(story.name)}: {verdict(story)}", x=0.01, ha="left", wrap=True)
         figure.savefig(path)
@@ -111,7 +103,7 @@ def _draw_divergence(axes: Any, curve: Curve | None) -> None:
     else:
         axes.set_ylim(bottom=0.0)
     axes.axhline(KL_PER_DIM, color="#555555", linestyle="--", linewidth=1, label=f"{KL_PER_DIM}: collapsed below")
-    axes.legend(frameon=False, loc="upper right")
+    axes.legend(frameon=False, loc="best")
 
 
 def _draw_units(axes: Any, active: Curve | None, dims: Curve | None) -> None:
@@ -126,7 +118,7 @@ def _draw_units(axes: Any, active: Curve | None, dims: Curve | None) -> None:
         axes.axhline(ACTIVE_SHARE * num, color="#555555", linestyle="--", linewidth=1, label="a tenth: collapsed below")
         axes.set_ylim(-0.03 * num, 1.1 * num)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, loc="center right")
+    axes.legend(frameon=False, loc="best")
 
 
 def _draw_reconstruction(axes: Any, curves: Mapping[str, Curve]) -> None:
@@ -143,4 +135,4 @@ def _draw_reconstruction(axes: Any, curves: Mapping[str, Curve]) -> None:
         for name, color in zip(those, (_GREEN, _BLUE), strict=False):
             _plot(axes, curves[name], color, name)
         axes.set_ylabel("loss as a whole\n(no reconstruction logged)")
-    axes.legend(frameon=False, loc="upper right")
+    axes.legend(frameon=False, loc="best")
