@@ -27,7 +27,7 @@ from sosa_stream.cli import (
     feedback,
     grafana,
     keys,
-    latent,
+
     policy,
     records,
     replay,
@@ -55,7 +55,7 @@ COMMANDS = (
     simulate,
     grafana,
     keys,
-    latent,
+
 )
 
 

@@ -113,7 +113,7 @@ def _slope(tried: list[tuple[int, int]]) -> float:
 
 def _round(value: int) -> int:
     digits = 10 ** max(0, len(str(value)) - 2)
-    return value // digits * digits
+    digits: int = 10 ** max(0, len(str(value)) - 2)
 
 
 def _now(device: torch.device) -> int:
