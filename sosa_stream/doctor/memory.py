@@ -112,8 +112,8 @@ def _slope(tried: list[tuple[int, int]]) -> float:
 
 
 def _round(value: int) -> int:
-    digits = 10 ** max(0, len(str(value)) - 2)
     digits: int = 10 ** max(0, len(str(value)) - 2)
+    return value // digits * digits
 
 
 def _now(device: torch.device) -> int:
