@@ -39,6 +39,11 @@ def found(name: str = "") -> Verdict:
     )
 
 
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_page(story(), found(), tmp_path_factory.mktemp("report"))
+
+
 class Outline(HTMLParser):
     """What screen readers go by."""
 
@@ -56,8 +61,10 @@ class Outline(HTMLParser):
             self.headings.append(int(tag[1]))
 
 
-def test_chromium_shows_the_verdict_and_the_pictures_without_an_error_or_a_request(tmp_path: Path) -> None:
-    shown = visit(write_page(story(), found(), tmp_path), tmp_path)
+def test_chromium_shows_the_verdict_and_the_pictures_without_an_error_or_a_request(
+    report: Path, tmp_path: Path
+) -> None:
+    shown = visit(report, tmp_path)
     assert re.search(r"<h1>([^<]*)</h1>", shown.dom)[1] == found().sentence  # type: ignore[index]
     assert shown.dom.count('<img alt="') == 3
     assert (shown.console, shown.requests) == ((), ())
@@ -71,19 +78,19 @@ def test_the_browser_would_tell_of_an_error_and_of_a_request(tmp_path: Path) -> 
     assert any("ran" in line for line in shown.console)
 
 
-def test_names_that_hold_markup_are_shown_and_not_acted_on(tmp_path: Path) -> None:
+def test_names_that_hold_markup_are_shown_and_not_acted_on(report: Path, tmp_path: Path) -> None:
     shown = visit(write_page(story(name=HOSTILE), found(HOSTILE), tmp_path), tmp_path)
     assert (shown.console, shown.requests) == ((), ())
     outline = Outline((tmp_path / "report.html").read_text())
-    assert outline.tags == Outline(page(story(), found())).tags
+    assert outline.tags == Outline(report.read_text()).tags
     assert "script" not in outline.tags
     assert {attribute for _, each in outline.attributes for attribute in each if attribute.startswith("on")} == set()
     assert "&lt;script&gt;console.error" in shown.dom
     assert not re.search("[\x00\x1b\u202e\ud800]", (tmp_path / "report.html").read_text())
 
 
-def test_headings_pictures_and_tables_are_named_for_who_does_not_see_them() -> None:
-    outline = Outline(page(story(), found()))
+def test_headings_pictures_and_tables_are_named_for_who_does_not_see_them(report: Path) -> None:
+    outline = Outline(report.read_text())
     assert outline.headings[0] == 1
     assert outline.headings.count(1) == 1
     assert all(after - before <= 1 for before, after in zip(outline.headings, outline.headings[1:], strict=False))
@@ -103,7 +110,7 @@ def test_what_is_not_there_is_said_and_not_drawn() -> None:
 
 
 def test_a_run_with_nothing_found_still_names_what_could_not_be_judged() -> None:
-    quiet = replace(story(), incidents=(), commands=(), raised=())
+    quiet = replace(story(), incidents=(), commands=(), raised=(), curves={}, layers=None, features=None)
     text = page(quiet, Verdict(sentence="Nothing was found", severity="none", first="", timeline=(), next_steps=()))
     assert "✔ nothing found" in text
     assert "posterior_collapse" in text

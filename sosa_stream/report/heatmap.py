@@ -93,13 +93,14 @@ def draw_heatmap(
     _label_columns(axes, cells.steps)
     _mark(axes, cells.steps, marks, theme)
     axes.set_title(title, pad=22 if marks else 6)
+    beyond = linear and bool(np.any(cells.values > MOST_SHOWN))
     bar = figure.colorbar(
         mpl.cm.ScalarMappable(scale, MAP),
         ax=axes,
         pad=0.01,
         fraction=0.025,
         aspect=30,
-        extend="max" if linear else "neither",
+        extend="max" if beyond else "neither",
     )
     if not linear:
         label_powers(bar.ax.yaxis)
