@@ -17,7 +17,7 @@ from PIL import Image
 from report_stories import curve, grid, story
 from test_report_page import EMPTY
 
-from sosa_stream.report.heatmap import MOST_LABELS, draw_heatmap, group, pool
+from sosa_stream.report.heatmap import MOST_LABELS, draw_heatmap, group, place_of, pool
 from sosa_stream.report.pictures import PICTURES, shifts, telling_rows, write_pictures
 from sosa_stream.report.story import MAX_LAYERS, MAX_LOOKS
 from sosa_stream.report.theme import DARK, LIGHT, as_png, common_prefix, drawing, short
@@ -121,3 +121,8 @@ def test_what_names_share_is_told_once() -> None:
 
 def test_a_long_name_keeps_both_ends() -> None:
     assert short("model." + "x" * 100 + ".weight", 20) == "model.x…xxxxx.weight"
+
+
+@pytest.mark.parametrize(("step", "place"), [(5, -0.5), (10, 0.0), (15, 0.5), (30, 1.5), (41, 2.5)])
+def test_an_incident_between_two_looks_is_marked_between_them(step: int, place: float) -> None:
+    assert place_of(step, np.array([10, 20, 40])) == place

@@ -219,13 +219,20 @@ def _label_columns(axes: Any, steps: NDArray[np.int64]) -> None:
     axes.set_xlabel("step (one column a look; looks lie unevenly)" if uneven else "step")
 
 
+def place_of(step: int, steps: NDArray[np.int64]) -> float:
+    """Where a step lies among the columns: at the edge of the picture if it is before or after all of them."""
+    if step < steps[0]:
+        return -0.5
+    if step > steps[-1]:
+        return len(steps) - 0.5
+    return float(np.interp(step, steps, np.arange(len(steps))))
+
+
 def _mark(axes: Any, steps: NDArray[np.int64], marks: Sequence[tuple[int, str, str]], theme: Theme) -> None:
-    """A tick above the column at or after the step; labels that would touch are left out, their ticks are not."""
+    """A line where the step lies between the looks; labels that would touch are left out, their lines are not."""
     end = -1.0
     for step, label, severity in sorted(marks):
-        column = int(np.searchsorted(steps, step, side="right")) - 1
-        if column < 0:
-            continue
+        column = place_of(step, steps)
         color = theme.severity(severity)
         axes.axvline(column, color="white", linewidth=1, linestyle=(0, (4, 3)), alpha=0.8)
         if column < end:

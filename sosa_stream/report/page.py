@@ -18,7 +18,7 @@ from sosa_stream.decide.commands import CommandRecord
 from sosa_stream.detect.incidents import Incident
 from sosa_stream.detect.wording import name_ranks
 from sosa_stream.report.markup import SEVERITIES, STYLE, facts, listed, paragraph, scrolled, table, tag, text, told
-from sosa_stream.report.pictures import PICTURES, shifts
+from sosa_stream.report.pictures import PICTURES, effective_rate, shifts
 from sosa_stream.report.story import Story
 from sosa_stream.report.theme import DARK, LIGHT
 from sosa_stream.report.verdict import Verdict
@@ -156,7 +156,7 @@ def _describe(story: Story, name: str) -> str:
         return _describe_curves(story)
     if name == "gradient_heatmap.png" and story.layers is not None:
         values, names = story.layers.values, story.layers.names
-        words = f"Gradient norms of {len(names):,} layers at {values.shape[1]:,} looks; the first layer is on top. "
+        words = f"Gradient norms of layers ({len(names):,}, the first on top) at the steps looked at ({values.shape[1]:,}). "
         broken = np.isinf(values)
         if not broken.any():
             return words + "All are finite."
@@ -168,7 +168,9 @@ def _describe(story: Story, name: str) -> str:
     if story.features is None:
         return ""
     moved = shifts(story.features.means, story.features.stds)
-    words = f"How far {len(moved.names):,} features of the input {story.features.name} moved from their own medians. "
+    words = (
+        f"How far the features of the input {story.features.name} ({len(moved.names):,}) moved from their own medians. "
+    )
     finite = np.where(np.isfinite(moved.values), moved.values, -1.0)
     if finite.size and finite.max() >= 0:
         place, look = divmod(int(finite.argmax()), finite.shape[1])
@@ -183,7 +185,7 @@ def _describe(story: Story, name: str) -> str:
 def _describe_curves(story: Story) -> str:
     words = [f"Steps {max(story.first_step, 0):,} to {max(story.last_step, 0):,}."]
     for column, name in (("loss", "Loss"), ("grad_norm", "Gradient norm"), ("lr", "Learning rate")):
-        curve = story.curves.get(column)
+        curve = effective_rate(story.curves) if column == "lr" else story.curves.get(column)
         if curve is None or not curve.steps.size:
             words.append(f"{name}: not in the source.")
             continue

@@ -169,13 +169,13 @@ def _panels(story: Story, theme: Theme) -> Iterator[tuple[float, Draw]]:
         yield 2.3, lambda axes: _draw_loss(axes, story, loss, theme)
     if norm := curves.get("grad_norm"):
         yield 1.7, lambda axes: _draw_curve(axes, norm, "gradient norm", theme)
-    if rate := _effective_rate(curves):
+    if rate := effective_rate(curves):
         yield 1.2, lambda axes: _draw_curve(axes, rate, "learning rate", theme)
-    if (layers := story.layers) is not None and layers.values.size:
+    if (layers := story.layers) is not None and layers.values.size and layers.values.shape[1] > 1:
         yield 2.2, lambda axes: _draw_rows(axes, layers, "layer gradient norm", theme)
     if mean := curves.get("input_mean"):
         yield 1.5, lambda axes: _draw_input(axes, mean, curves, theme)
-    if score := curves.get("input_score"):
+    if (score := curves.get("input_score")) and (np.nan_to_num(score.high).any() or score.num_nonfinite.any()):
         yield 1.2, lambda axes: _draw_curve(axes, score, "input change\n(largest z)", theme)
     for name in ("eval_loss", "loss_scale", "step_seconds"):
         if len(curves.get(name, _NOTHING).steps):
@@ -195,7 +195,7 @@ def _drawer(curve: Curve, label: str, theme: Theme) -> Draw:
     return lambda axes: _draw_curve(axes, curve, label, theme)
 
 
-def _effective_rate(curves: Mapping[str, Curve]) -> Curve | None:
+def effective_rate(curves: Mapping[str, Curve]) -> Curve | None:
     """Learning rate times what fixes multiply it with, where both are known for the same steps."""
     rate, factor = curves.get("lr"), curves.get("lr_multiplier")
     if rate is None or factor is None or not np.array_equal(rate.steps, factor.steps):
