@@ -27,7 +27,7 @@ from sosa_stream.cli import (
     feedback,
     grafana,
     keys,
-
+    latent,
     policy,
     records,
     replay,
@@ -52,10 +52,10 @@ COMMANDS = (
     replay,
     report,
     compare,
+    latent,
     simulate,
     grafana,
     keys,
-
 )
 
 
