@@ -130,6 +130,7 @@ def test_a_script_that_raises_keeps_its_traceback_and_exit_code_and_has_a_folder
     assert "the script's own" in json.dumps(told(here))
 
 
+@pytest.mark.faults
 def test_after_the_epochs_that_were_asked_for_it_is_over(here: Path) -> None:
     done = diagnosed(here, LR, "100000", "out", options=("--epochs", "2"))
     assert done.returncode == 0, done.stderr
@@ -138,6 +139,7 @@ def test_after_the_epochs_that_were_asked_for_it_is_over(here: Path) -> None:
     assert len(losses_of(here)) == 2 * 32, report
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_script_and_the_folder_is_written(here: Path, number: signal.Signals, code: int) -> None:
     process = subprocess.Popen(

@@ -17,6 +17,7 @@ from sosa_stream.agent import runner
 if TYPE_CHECKING:
     from sosa_stream.agent.core import Agent
     from sosa_stream.diagnose.best_model import BestModel
+    from sosa_stream.diagnose.epochs import Epochs
 
 PR_SET_PDEATHSIG = 1
 EXIT_TERMINATED = 128 + signal.SIGTERM
@@ -30,12 +31,14 @@ def run(words: list[str], *, rank: int, out: Path, num_epochs: int, notice: int)
         notice: file descriptor on which a byte says that the process is about to be ended.
     """
     best: list[BestModel] = []
+    counted: list[Epochs] = []
 
     def prepare(agent: Agent) -> None:
         from sosa_stream.diagnose.best_model import NAME, BestModel
         from sosa_stream.diagnose.epochs import Epochs
 
         epochs = Epochs(num_epochs)
+        counted.append(epochs)
 
         def count() -> None:
             epochs.before_step(agent.taps.deliveries.iterators)
@@ -56,6 +59,8 @@ def run(words: list[str], *, rank: int, out: Path, num_epochs: int, notice: int)
     finally:
         for each in best:
             each.close()
+        if rank == 0 and num_epochs and not any(epochs.epoch for epochs in counted):
+            _say(f"no DataLoader was seen, so that --epochs {num_epochs} had nothing to count")
 
 
 def _say(text: str) -> None:
