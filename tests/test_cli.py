@@ -83,6 +83,7 @@ def test_the_commands_and_flags_are_frozen() -> None:
     assert surface == {
         "": sorted([*both, "--version"]),
         "doctor": sorted([*both, *("--fail-on", "--json", "--only", "--out", "--seconds", "--steps", "SCRIPT")]),
+        "diagnose": sorted([*both, "--epochs", "--stop-on", "--out", "--every", "SCRIPT"]),
         "daemon": sorted(
             [
                 *both,
