@@ -156,7 +156,8 @@ def _describe(story: Story, name: str) -> str:
         return _describe_curves(story)
     if name == "gradient_heatmap.png" and story.layers is not None:
         values, names = story.layers.values, story.layers.names
-        words = f"Gradient norms of layers ({len(names):,}, the first on top) at the steps looked at ({values.shape[1]:,}). "
+        num_looks = values.shape[1]
+        words = f"Gradient norms of layers ({len(names):,}, the first on top) at the steps looked at ({num_looks:,}). "
         broken = np.isinf(values)
         if not broken.any():
             return words + "All are finite."
