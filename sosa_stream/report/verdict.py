@@ -96,9 +96,7 @@ def _sentence(story: Story, worst: Incident) -> str:
     parts = [f"{worst.kind} at step {worst.first_step} of {story.name}{_where(worst, story)}: {worst.message}"]
     tried = _tried(story, worst)
     if tried is not None:
-        what = _words(tried.actions)
-        came = OUTCOMES.get(str(tried.verdict), "and is still on trial")
-        parts.append(f"{what} was applied at step {tried.applied_step}, {came}")
+        parts.append(_done(tried, f" at step {tried.applied_step}"))
     elif any(record.incident == worst.id for record in story.commands):
         parts.append("a fix was proposed and nobody applied it")
     elif worst.severity > Severity.INFO and story.kind == "recording":
@@ -193,8 +191,15 @@ def _of_command(record: CommandRecord) -> Iterator[Moment]:
         yield Moment(step=max(record.made_step, 0), text=f"{what}: {record.state}, not applied", severity="fix")
         return
     left = ", and was taken back" if record.state is CommandState.REVERTED else ""
+    yield Moment(step=record.applied_step, text=_done(record) + left, severity="fix")
+
+
+def _done(record: CommandRecord, when: str = "") -> str:
+    """What was applied, and what came of it; nothing comes of a stop."""
+    if any(action.action == "stop" for action in record.actions):
+        return f"the training was stopped{when}"
     came = OUTCOMES.get(str(record.verdict), "and is still on trial")
-    yield Moment(step=record.applied_step, text=f"{what} was applied, {came}{left}", severity="fix")
+    return f"{_words(record.actions)} was applied{when}, {came}"
 
 
 def _next_steps(story: Story, worst: Incident) -> Iterator[str]:
