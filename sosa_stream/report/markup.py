@@ -50,8 +50,9 @@ table { border-collapse: collapse; width: 100%; font-size: .94rem; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th { font-weight: 600; } tbody th { font-weight: 500; }
-table.facts { width: auto; } table.facts th { color: var(--faint); white-space: nowrap; padding-right: 1.5rem; }
-table.log td, table.log th { min-width: 6rem; } table.log td.number { min-width: 4rem; }
+table.facts { width: auto; margin-top: .6rem; }
+table.facts th { color: var(--faint); white-space: nowrap; padding-right: 1.5rem; }
+table.log td, table.log th { min-width: 8rem; } table.log td.number { min-width: 4rem; }
 caption { text-align: left; color: var(--faint); padding-bottom: .3rem; }
 figure { margin: 1rem 0 2rem; } figure img { display: block; width: 100%; height: auto; }
 figure .wide img { min-width: 44rem; }
