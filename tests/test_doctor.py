@@ -357,3 +357,12 @@ def test_answers_of_ranks_that_agree_are_told_once() -> None:
 def test_every_check_is_in_the_table_once() -> None:
     assert len(set(NAMES)) == len(NAMES) == 12
     assert (named("abc"), named("abcdefgh"), size(1_500)) == ("a, b, c", "a, b, c, d, e, f and 2 more", "1.5 KB")
+
+
+@pytest.mark.faults
+def test_what_compiling_gains_is_measured_on_what_was_compiled(tmp_path: Path) -> None:
+    script(tmp_path)
+    done = doctor(tmp_path, "--json", "--only", "compile", "--seconds", "90", "--", "train.py")
+    (check,) = json.loads(done.stdout)["checks"]
+    assert check["status"] == "ok", check["says"]
+    assert check["evidence"]["compile_seconds"] > 100 * check["evidence"]["seconds"], "a compiler has run"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -75,7 +76,9 @@ def check_compile(context: Context) -> Finding:
     """A pass with and without ``torch.compile``, in turns, after the first calls have compiled it."""
     copies = context.copies()
     recorded = first_pass(context.seen)
+    os.environ.pop("TORCHDYNAMO_DISABLE", None)  # which `sosa doctor` sets, for the script's own
     torch._dynamo.config.disable = False
+    num_before = _num_compiled()
 
     def run() -> torch.Tensor:
         return copies.loss(recorded, reseed=False)
@@ -86,11 +89,20 @@ def check_compile(context: Context) -> Finding:
         compiled().backward()  # type: ignore[no-untyped-call]
         compiled().backward()  # type: ignore[no-untyped-call]
         took = time.perf_counter() - began
+        if _num_compiled() == num_before:
+            return unknown("torch.compile left the model as it is: nothing of it could be compiled")
         timing = interleaved(context, lambda: run().backward(), lambda: compiled().backward())  # type: ignore[no-untyped-call]
     evidence = {**_measured(timing), "compile_seconds": took}
     says = f"forward and backward: {timing.words} ({_spans(timing)}); compiling took {duration(took)}"
     advice = ("torch.compile(model)",) if timing.is_worth_it else ()
     return Finding(status=Status.OK, says=says, evidence=evidence, advice=advice)
+
+
+def _num_compiled() -> int:
+    """Frames that have been compiled in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["frames"]["ok"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
