@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,17 +55,27 @@ def _cell(value: object) -> object:
         return "" if value != value else f"{value:.9g}"
     if isinstance(value, str):
         text = visible(value)
-        return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text  # or a spreadsheet would carry it out
+        is_harmless = text[:1] not in ("=", "+", "-", "@") or _is_number(text)
+        return text if is_harmless else f"'{text}"  # or a spreadsheet would carry it out
     return value
 
 
+def _is_number(text: str) -> bool:
+    """Whether it is one, and not a name that begins as one does: a loss may be negative."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _gradient_rows(steps: Iterable[Row]) -> Iterator[Sequence[object]]:
-    usual: dict[str, float] = {}
+    usual: defaultdict[int, dict[str, float]] = defaultdict(dict)
     for row in steps:
         epoch = next((row.values[name] for name in EPOCHS if name in row.values), math.nan)
         of_layers: Sequence[object] = (math.nan, math.nan, "", "", "")
         if row.layers is not None:
-            of_layers = _of_layers(row.layers, usual)
+            of_layers = _of_layers(row.layers, usual[row.rank])
         yield (
             row.step,
             epoch,
@@ -85,7 +96,10 @@ def _told(values: Mapping[str, float], name: str) -> object:
 
 
 def _of_layers(look: Layers, usual: dict[str, float]) -> Sequence[object]:
-    """Largest and smallest norm, NaN and infinite elements, and the layers that are far from their own mean."""
+    """Largest and smallest norm, NaN and infinite elements, and the layers that are far from their own mean.
+
+    ``usual`` holds the rank's running mean of each layer, and is kept up.
+    """
     norms = look.norms.astype(np.float64)
     known = norms[np.isfinite(norms)]
     told = len(look.num_nan) == len(norms)
@@ -114,7 +128,7 @@ def _feature_rows(told: Features) -> Iterator[Sequence[object]]:
             *(told.step, told.header.rank, i),
             *(float(values[i]) for values in (told.means, told.stds, told.lows, told.highs)),
             num_nonfinite,
-            "inf" if math.isinf(z) else z,
+            z,
             int(num_nonfinite > 0 or abs(z) > UNUSUAL_Z),
         )
 
@@ -167,15 +181,17 @@ def document(story: Story, found: Verdict) -> dict[str, Any]:
 
 
 def _of_curve(curve: Curve | None, name: str) -> dict[str, Any]:
-    if curve is None or not np.isfinite(curve.mean).any():
-        return {f"final_{name}": None, f"min_{name}": None, f"max_{name}": None, f"num_nonfinite_{name}": None}
-    known = curve.mean[np.isfinite(curve.mean)]
-    return {
-        f"final_{name}": float(known[-1]),
-        f"min_{name}": float(np.nanmin(curve.low)),
-        f"max_{name}": float(np.nanmax(curve.high)),
-        f"num_nonfinite_{name}": int(curve.num_nonfinite.sum()),
-    }
+    """The last finite value, the extremes, and how many were not finite; None where there is no such value."""
+    found: dict[str, Any] = dict.fromkeys((f"final_{name}", f"min_{name}", f"max_{name}", f"num_nonfinite_{name}"))
+    if curve is None:
+        return found
+    found[f"num_nonfinite_{name}"] = int(curve.num_nonfinite.sum())
+    known = np.isfinite(curve.mean)
+    if known.any():
+        found[f"final_{name}"] = float(curve.mean[known][-1])
+        found[f"min_{name}"] = float(curve.low[known].min())
+        found[f"max_{name}"] = float(curve.high[known].max())
+    return found
 
 
 def _layers(grid: Grid | None) -> list[dict[str, Any]]:
