@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,8 @@ from sosa_stream.protocol.messages import Features, Layers, MetricFrame
 from sosa_stream.protocol.recording import decode_record, read_recording
 from sosa_stream.report.story import Story
 
-KEPT_LAYERS = 64
-"""Looks at layers that wait for their step's row."""
+KEPT_LOOKS = 8
+"""A rank's looks at layers that wait for their step's row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -32,15 +33,17 @@ def rows(story: Story) -> Iterator[Row]:
     if story.kind != "recording":
         yield from _of_bins(story)
         return
-    looks: dict[tuple[int, int], Layers] = {}
+    looks: defaultdict[int, dict[int, Layers]] = defaultdict(dict)
     for event in _events(story):
         if isinstance(event, Layers):
-            looks[event.header.rank, event.step] = event
-            while len(looks) > KEPT_LAYERS:
-                del looks[next(iter(looks))]
+            waiting = looks[event.header.rank]
+            waiting[event.step] = event
+            if len(waiting) > KEPT_LOOKS:
+                del waiting[next(iter(waiting))]
         elif isinstance(event, MetricFrame) and {"loss", "grad_norm"} & set(event.columns):
+            waiting = looks[event.header.rank]
             for step, values in zip(event.steps.tolist(), event.values, strict=True):
-                look = looks.pop((event.header.rank, step), None)
+                look = waiting.pop(step, None)
                 named = dict(zip(event.columns, values.tolist(), strict=True))
                 yield Row(step=step, rank=event.header.rank, values=named, layers=look)
 
