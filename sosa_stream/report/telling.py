@@ -16,9 +16,9 @@ from sosa_stream.effects import Effect, Event
 from sosa_stream.engine import RunView
 from sosa_stream.errors import ProtocolError, UsageError
 from sosa_stream.protocol.columns import COLUMNS, EVAL_LOSS, LOG_PREFIX
-from sosa_stream.protocol.messages import AgentMessage, ExceptionReport, Hello, Layers, MetricFrame
+from sosa_stream.protocol.messages import AgentMessage, Bye, ExceptionReport, Hello, Layers, MetricFrame
 from sosa_stream.protocol.messages import Features as FeaturesMessage
-from sosa_stream.protocol.recording import decode_record, read_recording
+from sosa_stream.protocol.recording import MAGIC, RECORD_HEAD, decode_record, read_recording
 from sosa_stream.replay.feed import LogFeed
 from sosa_stream.replay.folders import find_logs, run_name
 from sosa_stream.replay.patterns import Family
@@ -63,8 +63,9 @@ def tell(
 
 def _of_recording(source: Path) -> Story:
     feed, teller = RecordingFeed(), Teller()
-    began_at, ended_at = None, None
+    began_at, ended_at, num_bytes = None, None, len(MAGIC)
     for received_at, payload in read_recording(source):
+        num_bytes += RECORD_HEAD.size + len(payload)
         began_at, ended_at = received_at if began_at is None else began_at, received_at
         feed.take(received_at, payload)
         try:
@@ -79,6 +80,10 @@ def _of_recording(source: Path) -> Story:
     missing = story.missing
     if feed.num_left_out:
         missing = (*missing, f"{feed.num_left_out} records could not be read and were left out")
+    if source.stat().st_size > num_bytes:
+        missing = (*missing, "the recording ends within a record: it is still being written, or was cut off")
+    elif not teller.has_ended(len(view.ranks)):
+        missing = (*missing, "not every rank has said that it ended: the run goes on, or was killed")
     return replace(story, began_at=began_at, ended_at=ended_at, num_generations=generations, missing=missing)
 
 
@@ -139,6 +144,12 @@ class Teller:
         self._changes: deque[dict[str, Any]] = deque(maxlen=MAX_CHANGES)
         self._raised: list[Raised] = []
         self._versions: dict[str, str] = {}
+        self._generation = ""
+        self._departed: set[int] = set()
+
+    def has_ended(self, num_ranks: int) -> bool:
+        """Whether all ranks of the newest generation have said goodbye."""
+        return len(self._departed) >= num_ranks
 
     def take(self, event: Event) -> None:
         """The next event, in the order of the recording."""
@@ -150,6 +161,10 @@ class Teller:
             self._take_features(event)
         elif isinstance(event, Hello):
             self._versions |= event.versions
+            if event.header.generation != self._generation:
+                self._generation, self._departed = event.header.generation, set()
+        elif isinstance(event, Bye):
+            self._departed.add(event.header.rank)
         elif isinstance(event, ExceptionReport) and len(self._raised) < MAX_RAISED:
             self._raised.append(
                 Raised(
