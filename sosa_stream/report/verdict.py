@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sosa_stream.decide.commands import CommandRecord, CommandState
+from sosa_stream.decide.playbook import LADDERS
 from sosa_stream.detect.incidents import Incident, IncidentState, Severity
 from sosa_stream.detect.wording import name_ranks
 from sosa_stream.protocol.actions import Action
@@ -66,7 +67,7 @@ def verdict(story: Story) -> Verdict:
         sentence=_sentence(story, worst),
         severity=str(worst.severity),
         first=f"step {earliest.first_step}: {earliest.kind}{_where(earliest, story)}: {earliest.message}",
-        timeline=tuple(sorted(_moments(story), key=lambda moment: moment.step)[:MAX_MOMENTS]),
+        timeline=_timeline(story, worst),
         next_steps=tuple(dict.fromkeys(_next_steps(story, worst))),
     )
 
@@ -172,6 +173,18 @@ def _guilty(incident: Incident) -> tuple[int, ...]:
     return () if isinstance(num_ranks, int) and len(incident.ranks) >= num_ranks else incident.ranks
 
 
+def _timeline(story: Story, worst: Incident) -> tuple[Moment, ...]:
+    """All that happened, in order; where it is too much, what is severe, and what was done, goes before the rest."""
+    moments = sorted(_moments(story), key=lambda moment: moment.step)
+    if len(moments) > MAX_MOMENTS:
+        first = ("critical", str(worst.severity), "fix")
+        kept = sorted(moments, key=lambda one: (one.severity not in first, one.step))
+        kept = sorted(kept[: MAX_MOMENTS - 1], key=lambda moment: moment.step)
+        num_left_out = len(moments) - len(kept)
+        moments = [*kept, Moment(step=kept[-1].step, text=f"and {num_left_out} more, left out here", severity="info")]
+    return tuple(moments)
+
+
 def _moments(story: Story) -> Iterator[Moment]:
     for incident in story.incidents:
         text = f"{incident.kind}{_where(incident, story)}: {incident.message}"
@@ -215,3 +228,6 @@ def _next_steps(story: Story, worst: Incident) -> Iterator[str]:
     for raised in story.raised:
         if raised.explanation:
             yield raised.explanation
+    if not mine and worst.kind in LADDERS:
+        known = ", then ".join(fix.name.replace("_", " ") for fix in LADDERS[worst.kind])
+        yield f"{worst.kind}: what can be tried, in this order: {known}; SOSA_MODE=suggest proposes it to a person"
