@@ -8,22 +8,26 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sosa_stream.cli import main
+from sosa_stream.decide.playbook import LADDERS
+from sosa_stream.detect.incidents import Severity
+from sosa_stream.detect.pace import PARTS
 from sosa_stream.errors import UsageError
 from sosa_stream.protocol import codec
-from sosa_stream.protocol.messages import AgentMessage, Features, Layers
+from sosa_stream.protocol.messages import AgentMessage, Features, Layers, MetricFrame
 from sosa_stream.protocol.recording import Recorder
 from sosa_stream.report.bins import Bins, Looks
 from sosa_stream.report.story import MAX_BINS, MAX_LAYERS, MAX_LOOKS, Story
 from sosa_stream.report.tables import FEATURE_COLUMNS, GRADIENT_COLUMNS, document, write_tables
 from sosa_stream.report.telling import tell
-from sosa_stream.report.verdict import verdict
-from sosa_stream.testing import NOW, frame, header, hello
+from sosa_stream.report.verdict import MAX_MOMENTS, verdict
+from sosa_stream.testing import NOW, bye, frame, header, hello, incident
 
 SCRIPT = """
 import torch
@@ -121,6 +125,122 @@ def test_the_verdict_names_kind_and_rank(kind: str, who: str, tmp_path: Path) ->
     assert who in found.sentence
     assert found.severity in ("critical", "warning")
     assert sorted(story.by_rank) == [0, 1]
+    if kind in LADDERS:
+        assert f"{kind}: what can be tried, in this order: " in found.next_steps[-1]
+
+
+def slowed(rank: int, random: np.random.Generator) -> Iterator[AgentMessage]:
+    """Two ranks, of which one takes three times as long for its forward pass from step 220 on."""
+    columns = ("tick", *(f"{part}_seconds" for part in PARTS), "wait_seconds", "step_seconds")
+    yield from (hello(one, 2) for one in range(2))
+    for step in range(400):
+        parts = np.array([[0.002, 0.02, 0.03, 0.008]] * 2) * random.lognormal(0.0, 0.2, (2, 4))
+        parts[rank, 1] += 0.06 if step >= 220 else 0.0
+        own = parts.sum(axis=1)
+        for one in range(2):
+            values = np.array([[step, *parts[one], own.max() + 0.003 - own[one], own.max() + 0.003]])
+            head = header(one, 2, seq=step + 2)
+            yield MetricFrame(header=head, columns=columns, steps=np.array([step]), values=values)
+            yield frame(
+                2.0 + np.exp(-step / 60) + 0.02 * random.standard_normal(), rank=one, world_size=2, first_step=step
+            )
+
+
+def faded() -> Iterator[AgentMessage]:
+    """The gradient of the first layers is lost from step 320 on, as looks at layers every 32 steps show."""
+    columns = ("loss", "grad_norm", "lr", "skipped", "layer_ratio", "first_norm")
+    random = np.random.default_rng(0)
+    yield hello()
+    for step in range(640):
+        small = 1e-7 if step >= 320 else 0.1
+        look = small if step % 32 == 0 else np.nan
+        if step % 32 == 0:
+            names, norms = ("0.weight", "2.weight"), np.array([small, 0.1], np.float32)
+            yield Layers(header=header(), step=step, names=names, norms=norms)
+        loss = 2.0 + np.exp(-step / 100) + 0.05 * random.standard_normal()
+        values = np.array([[loss, 1.0, 1e-3, 0.0, look, look]])
+        yield MetricFrame(header=header(), columns=columns, steps=np.array([step]), values=values)
+
+
+def parted() -> Iterator[AgentMessage]:
+    """Three ranks, of which rank 1 alone leaves out step 30."""
+    yield from (hello(rank, 3) for rank in range(3))
+    for rank in range(3):
+        lost = (np.arange(40) == 30) & (rank == 1)
+        norms = np.where(lost, np.nan, 1.0)
+        yield frame(np.full(40, 2.0), rank=rank, world_size=3, grad_norm=norms, skipped=lost.astype(float))
+
+
+def test_the_verdict_names_a_rank_that_the_others_wait_for(tmp_path: Path) -> None:
+    found = verdict(tell(record(tmp_path / "run.sosa", slowed(1, np.random.default_rng(0)))))
+    assert found.sentence.startswith("straggler at step 2")
+    assert "on rank 1 (host-1)" in found.sentence
+    assert "forward" in found.sentence
+
+
+def test_the_verdict_names_a_gradient_that_vanishes(tmp_path: Path) -> None:
+    found = verdict(tell(record(tmp_path / "run.sosa", faded())))
+    assert found.sentence.startswith("vanishing_gradient at step 4")
+    assert any("saturating activations" in text for text in found.next_steps)
+
+
+def test_the_verdict_names_the_rank_that_came_apart(tmp_path: Path) -> None:
+    story = tell(record(tmp_path / "run.sosa", parted()))
+    found = verdict(story)
+    assert found.sentence.startswith("rank_desync at step 30")
+    assert "on rank 1 (host-1)" in found.sentence
+
+
+def test_of_a_thousand_layers_the_one_that_explodes_is_named(tmp_path: Path) -> None:
+    names = tuple(f"blocks.{i}.weight" for i in range(1000))
+
+    def events() -> Iterator[AgentMessage]:
+        yield hello()
+        for step in range(0, 400, 10):
+            bad = step >= 300
+            norms = np.ones(1000, np.float32)
+            norms[700] = 1e5 if bad else 1.0
+            yield Layers(header=header(), step=step, names=names, norms=norms)
+            jitter = 1.0 + 0.05 * np.sin(np.arange(step, step + 10))
+            yield frame(2.0 * jitter, first_step=step, grad_norm=30.0 * jitter * (1e4 if bad else 1.0))
+
+    story = tell(record(tmp_path / "run.sosa", events()))
+    assert story.layers is not None
+    assert story.layers.names == names
+    assert story.layers.values.shape == (1000, 40)
+    found = verdict(story)
+    assert found.sentence.startswith("exploding_gradient at step 300 of run most in blocks.700.weight")
+    gradients, _, report = write_tables(story, found, tmp_path)
+    with gradients.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["suspicious_layers"] for row in rows if row["step"] in ("290", "300")] == ["", "blocks.700.weight"]
+    layers = json.loads(report.read_text())["layer_statistics"]
+    assert [layer["layer"] for layer in layers] == list(names)
+    assert layers[700]["max"] == 1e5
+
+
+def test_a_recording_that_is_cut_off_or_goes_on_says_so(tmp_path: Path) -> None:
+    path = record(tmp_path / "run.sosa", faulty("none"))
+    assert any("not every rank has said that it ended" in text for text in tell(path).missing)
+    whole = record(tmp_path / "whole.sosa", [*faulty("none"), bye(0, 2), bye(1, 2)])
+    assert not any("ended" in text or "ends within" in text for text in tell(whole).missing)
+    path.write_bytes(path.read_bytes()[:-20])
+    story = tell(path)
+    assert (story.last_step, story.by_rank[1].steps[-1]) == (399, 398)
+    assert any("ends within a record" in text for text in story.missing)
+
+
+def test_of_too_many_moments_what_is_severe_stays(tmp_path: Path) -> None:
+    story = tell(record(tmp_path / "run.sosa", faulty("nan_loss")))
+    (worst,) = (one for one in story.incidents if one.kind == "nan_loss")
+    before = [
+        incident(id=f"w{i}", kind="loss_spike", severity=Severity.WARNING, first_step=i, detected_step=i)
+        for i in range(MAX_MOMENTS + 50)
+    ]
+    found = verdict(replace(story, incidents=(*before, *story.incidents)))
+    assert len(found.timeline) == MAX_MOMENTS
+    assert worst.first_step in {moment.step for moment in found.timeline if moment.severity == "critical"}
+    assert found.timeline[-1].text.endswith("more, left out here")
 
 
 def test_a_quiet_run_says_what_could_not_be_looked_for(tmp_path: Path) -> None:
@@ -220,6 +340,17 @@ def test_a_spreadsheet_carries_no_name_out(tmp_path: Path) -> None:
     story = tell(path)
     gradients, *_ = write_tables(story, verdict(story), tmp_path)
     assert "'=cmd()" in gradients.read_text()
+
+
+def test_numbers_stay_numbers_though_they_are_negative_or_none_is_finite(tmp_path: Path) -> None:
+    story = tell(record(tmp_path / "run.sosa", [hello(), frame([-2.5, -np.inf, np.nan], grad_norm=np.nan)]))
+    gradients, _, report = write_tables(story, verdict(story), tmp_path)
+    with gradients.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["loss"] for row in rows] == ["-2.5", "-inf", "nan"]
+    summary = json.loads(report.read_text())["summary"]
+    assert (summary["final_loss"], summary["num_nonfinite_loss"]) == (-2.5, 2)
+    assert (summary["final_grad_norm"], summary["num_nonfinite_grad_norm"]) == (None, 3)
 
 
 def test_a_hundred_thousand_steps_of_eight_ranks_are_bounded(tmp_path: Path) -> None:
