@@ -428,3 +428,38 @@ def test_what_json_cannot_hold_is_told_in_words(tmp_path: Path) -> None:
     *_, report = write_tables(story, verdict(story), tmp_path)
     assert json.loads(report.read_text())["summary"]["num_nonfinite_loss"] == 100
     assert found["summary"]["final_loss"] is not None
+
+
+def test_pictures_of_another_run_in_the_folder_are_pointed_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    record(tmp_path / "looked.sosa", looked_at())
+    record(tmp_path / "plain.sosa", faulty("none"))
+    assert main(["report", "looked.sosa", "--out", "told"]) == 0
+    said = capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "told").iterdir()} == {
+        *("gradient_stats.csv", "input_features.csv", "diagnosis_report.json", "report.html"),
+        *("diagnostics.png", "gradient_heatmap.png", "feature_changes.png"),
+    }
+    assert "left from before" not in said
+    assert main(["report", "plain.sosa", "--out", "told"]) == 0
+    said = capsys.readouterr().out
+    assert "wrote told/diagnostics.png" in said
+    assert "left from before, and not of this run: told/gradient_heatmap.png" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--map", "loss=x"], "--map and --pattern are for logs"),
+        (["--pattern", "(?P<loss>.*)"], "--map and --pattern are for logs"),
+        (["--allow", "clip_grad"], "--allow is for a run of the home"),
+    ],
+)
+def test_options_that_a_recording_has_no_use_for_are_refused(
+    options: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = record(tmp_path / "run.sosa", looked_at())
+    assert main(["report", str(path), *options]) == 2
+    assert says in capsys.readouterr().err

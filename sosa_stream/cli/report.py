@@ -68,7 +68,8 @@ def _write(arguments: argparse.Namespace, source: Path) -> int:
     """The folder, or, where none is named, the verdict alone."""
     from sosa_stream.replay.guess import parse_map
     from sosa_stream.replay.patterns import family_of
-    from sosa_stream.report.folder import write_folder
+    from sosa_stream.replay.recordings import is_recording
+    from sosa_stream.report.folder import left_from_before, write_folder
     from sosa_stream.report.telling import tell
     from sosa_stream.report.verdict import verdict
 
@@ -78,6 +79,10 @@ def _write(arguments: argparse.Namespace, source: Path) -> int:
         )
     if arguments.pattern is not None and arguments.format not in ("auto", "text"):
         raise UsageError(f"--pattern is for text, not for {arguments.format}")
+    if (arguments.map or arguments.pattern is not None) and is_recording(source):
+        raise UsageError(f"--map and --pattern are for logs, and {visible(str(source))} is a recording")
+    if arguments.allow is not None:
+        raise UsageError("--allow is for a run of the home without --out: leave it out, or --out")
     try:
         story = tell(
             source,
@@ -97,10 +102,14 @@ def _write(arguments: argparse.Namespace, source: Path) -> int:
     print(visible(found.sentence))
     for moment in found.timeline:
         print(visible(f"  step {moment.step}: {moment.text}"))
+    for text in found.next_steps:
+        print(visible(f"try next: {text}"))
     for text in story.missing:
         print(visible(f"missing: {text}"))
     for path in written:
         print(visible(f"wrote {path}"))
+    for path in left_from_before(arguments.out, written) if arguments.out is not None else ():
+        print(visible(f"left from before, and not of this run: {path}"))
     return 0
 
 

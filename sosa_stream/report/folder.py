@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from sosa_stream.errors import SosaError
@@ -11,6 +12,8 @@ from sosa_stream.report.tables import write_tables
 from sosa_stream.report.verdict import verdict
 
 POSTERIOR = "posterior.png"
+NOT_ALWAYS = ("diagnostics.png", "gradient_heatmap.png", "feature_changes.png", POSTERIOR)
+"""Pictures that are written where a run has something to show in them."""
 
 
 def write_folder(story: Story, out: Path) -> list[Path]:
@@ -39,3 +42,8 @@ def write_folder(story: Story, out: Path) -> list[Path]:
         return written
     except OSError as error:
         raise SosaError(f"cannot write to {out}: {error.strerror}") from None
+
+
+def left_from_before(out: Path, written: Sequence[Path]) -> list[Path]:
+    """Pictures in ``out`` that have the names of ours and were not written now: they show another run."""
+    return [out / name for name in NOT_ALWAYS if out / name not in written and (out / name).exists()]
