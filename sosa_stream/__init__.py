@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sosa_stream.agent.arguments import add_sosa_arguments
     from sosa_stream.agent.explain import explain
     from sosa_stream.agent.wrapper import SOSATrainingWrapper, wrap_training
 
 __version__ = "0.1.0"
 
-__all__ = ["SOSATrainingWrapper", "__version__", "explain", "wrap_training"]
+__all__ = ["SOSATrainingWrapper", "__version__", "add_sosa_arguments", "explain", "wrap_training"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,6 +25,12 @@ def __getattr__(name: str) -> Any:
         with extras.needed("agent", name):
             from sosa_stream.agent import explain
         return explain.explain
+    if name == "add_sosa_arguments":
+        from sosa_stream import extras
+
+        with extras.needed("agent", name):
+            from sosa_stream.agent import arguments
+        return arguments.add_sosa_arguments
     if name in ("SOSATrainingWrapper", "wrap_training"):
         from sosa_stream import extras
 

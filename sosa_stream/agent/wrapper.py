@@ -27,6 +27,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sosa_stream.agent import process
+from sosa_stream.agent.arguments import switches_of
 from sosa_stream.agent.core import Agent
 from sosa_stream.agent.environment import is_disabled, read_settings, run_name
 from sosa_stream.agent.monitor import TrainingMonitor
@@ -56,8 +57,9 @@ class SOSATrainingWrapper:
     Args:
         model: the module; in a distributed job already wrapped (DDP).
         optimizer: its optimizer, whose param groups have an ``lr``.
-        config: `Settings`, a mapping of dotted settings, or any object whose ``sosa.enabled`` and ``sosa.auto_fix`` are
-            read; None takes ``SOSA_CONFIG`` and ``SOSA_*``.
+        config: `Settings`, a mapping of dotted settings, what a parser with `add_sosa_arguments` gives, or any object or
+            mapping with a section ``sosa`` (``enabled``, ``auto_fix``, ``window``, ``max_fixes``); None takes
+            ``SOSA_CONFIG`` and ``SOSA_*``.
         checkpoint_dir: where ``best.pt`` is kept.
         auto_fix: apply fixes; False only watches and suggests.
         max_fixes_per_error: fixes tried for one kind of error before it is left to a person.
@@ -317,14 +319,17 @@ def _settings(config: Any, auto_fix: bool, max_fixes_per_error: int) -> tuple[bo
         return True, with_absolute_paths(config), ""
     overrides: dict[str, Any] = {}
     enabled = True
-    if isinstance(config, Mapping):
+    switches = switches_of(config)
+    if switches is not None:
+        enabled = switches.get("enabled", True)
+        auto_fix = switches.get("auto_fix", auto_fix)
+        max_fixes_per_error = switches.get("max_fixes", max_fixes_per_error)
+        if "window" in switches:
+            overrides["detect.window_steps"] = switches["window"]
+    elif isinstance(config, Mapping):
         overrides.update(config)
     elif config is not None:
-        section = getattr(config, "sosa", None)
-        if section is None:
-            raise UsageError("config must be Settings, a mapping of settings, or have a `sosa` section")
-        enabled = bool(getattr(section, "enabled", True))
-        auto_fix = bool(getattr(section, "auto_fix", auto_fix))
+        raise UsageError("config must be Settings, a mapping of settings, parsed arguments, or have a `sosa` section")
     overrides.setdefault("auto.max_fixes_per_error", max_fixes_per_error)
     overrides.setdefault("mode", Mode.AUTO if auto_fix else Mode.SUGGEST)
     given = load_settings(overrides=overrides)
