@@ -57,8 +57,8 @@ class SOSATrainingWrapper:
     Args:
         model: the module; in a distributed job already wrapped (DDP).
         optimizer: its optimizer, whose param groups have an ``lr``.
-        config: `Settings`, a mapping of dotted settings, what a parser with `add_sosa_arguments` gives, or any object or
-            mapping with a section ``sosa`` (``enabled``, ``auto_fix``, ``window``, ``max_fixes``); None takes
+        config: `Settings`, a mapping of dotted settings, what a parser with `add_sosa_arguments` gives, or any object
+            or mapping with a section ``sosa`` (``enabled``, ``auto_fix``, ``window``, ``max_fixes``); None takes
             ``SOSA_CONFIG`` and ``SOSA_*``.
         checkpoint_dir: where ``best.pt`` is kept.
         auto_fix: apply fixes; False only watches and suggests.
@@ -89,7 +89,7 @@ class SOSATrainingWrapper:
         self.model = model
         self.optimizer = optimizer
         self._say = say or (_to_stdout if _is_rank_zero() else _to_nowhere)
-        self.enabled, self.settings, complaint = _settings(config, auto_fix, max_fixes_per_error)
+        self.enabled, self.settings, complaint = settings_of(config, auto_fix, max_fixes_per_error)
         if complaint:
             self._say(f"sosa: {complaint}")
         self._losses: deque[float] = deque(maxlen=RECENT_LOSSES)
@@ -312,7 +312,7 @@ def _check(model: Any, optimizer: Any) -> None:
         raise UsageError("the model lies on the meta device: materialise it (model.to_empty) before wrapping")
 
 
-def _settings(config: Any, auto_fix: bool, max_fixes_per_error: int) -> tuple[bool, Settings, str]:
+def settings_of(config: Any, auto_fix: bool, max_fixes_per_error: int = 3) -> tuple[bool, Settings, str]:
     """Whether to watch at all, how, and what is wrong with the environment, which is no reason not to train."""
     if isinstance(config, Settings):
         config.detect.check_kinds(BY_KIND)
