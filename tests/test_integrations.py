@@ -167,7 +167,7 @@ def test_a_callback_changes_nothing_where_nothing_breaks(trainer: str, tmp_path:
 def test_the_ten_lines_of_the_page_run(tmp_path: Path) -> None:
     page = (Path(__file__).parent.parent / "docs" / "integrations.md").read_text("utf-8")
     lines = page.split("```python\n")[1].split("```")[0]
-    assert len([line for line in lines.splitlines() if line]) == 10
+    assert len([line for line in lines.splitlines() if line]) <= 10
     done = subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "steps" in done.stdout
