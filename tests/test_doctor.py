@@ -63,6 +63,7 @@ def look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
         result = tmp_path / "answers"
         result.unlink(missing_ok=True)
+        torch.seed()  # as in a fresh process: another test may have set the one that the script sets
         order = {
             "result": str(result),
             "num_steps": steps,
