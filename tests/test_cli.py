@@ -269,6 +269,11 @@ def test_version_and_help_end_with_0(capsys: pytest.CaptureFixture[str]) -> None
     assert code_of("--help") == 0
 
 
+def test_the_package_can_be_run_where_the_command_is_not_on_the_path() -> None:
+    done = subprocess.run([sys.executable, "-m", "sosa_stream", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["sosa", __version__]
+
+
 def test_a_cell_of_a_table_breaks_no_line_and_moves_no_terminal() -> None:
     assert table(("WHAT",), [("a\nb \x1b[31m",)]) == "WHAT\na\\nb \\x1b[31m"
 

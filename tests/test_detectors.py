@@ -285,7 +285,10 @@ def test_gradient_of_exactly_zero_is_a_plateau_and_a_loss_that_is_fitted_is_not(
     norms = np.where(at < 300, 1.0, 0.0)
     (found,) = [each for each in incidents_of(course, grad_norm=norms) if each.severity >= Severity.WARNING]
     assert (found.kind, found.first_step, found.detected_step, found.state) == ("loss_plateau", 300, 315, "open")
-    assert _alarms(incidents_of(np.where(at < 300, course, 0.0), grad_norm=norms)) == []
+    (found,) = incidents_of(np.where(at < 300, course, 0.0), grad_norm=norms)
+    assert (found.kind, found.first_step, found.detected_step) == ("loss_plateau", 300, 363)
+    fitted = np.where(at < 300, 0.98**at, 0.0)
+    assert _alarms(incidents_of(2.5 * fitted, grad_norm=fitted)) == []
 
 
 def test_collapsed_learning_rate_is_a_plateau_and_a_step_of_a_schedule_is_not() -> None:

@@ -1,4 +1,4 @@
-"""Six real trainings, each broken in another way: the page that a browser shows names what was broken, and when."""
+"""Seven real trainings, each broken in another way: the page that a browser shows names what was broken, and when."""
 
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ for step in range(400):
 """
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize(
     ("inject", "damage", "kinds"),
     [
@@ -46,6 +45,7 @@ for step in range(400):
         pytest.param("nan_batch@200", "pass", {"nan_loss", "nonfinite_gradient", "input_anomaly"}, id="nan"),
         pytest.param("", "inputs[:, 7] *= 1e4", {"input_anomaly", "exploding_gradient", "loss_spike"}, id="feature"),
         pytest.param("", "scale = 1e4", {"exploding_gradient", "loss_spike"}, id="loss scale"),
+        pytest.param("", "scale = 0.0", {"loss_plateau"}, id="no loss"),
         pytest.param("", "optimizer.param_groups[0]['maximize'] = True", {"loss_divergence"}, id="ascent"),
         pytest.param("", "labels = torch.randint(10, (64,))", {"loss_spike", "exploding_gradient"}, id="labels"),
     ],

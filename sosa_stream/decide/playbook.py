@@ -129,6 +129,11 @@ def _stays(now: Situation) -> bool:
     return now.step - now.incident.detected_step >= SLOW_PATIENCE_STEPS
 
 
+def _stays_with_a_gradient(now: Situation) -> bool:
+    """No rate moves a weight whose gradient is exactly 0."""
+    return _stays(now) and now.incident.evidence.get("grad_norm") != 0.0
+
+
 def _has_not_gone_on(now: Situation) -> bool:
     """Memory ran out, and no rank could run its batch in parts."""
     return not now.incident.evidence.get("num_parts")
@@ -410,8 +415,8 @@ LADDERS: Mapping[str, tuple[Fix, ...]] = {
     # rate is wrong.
     "loss_plateau": (
         Fix(name="lr_of_before", confidence=0.65, due=_always, build=_lr_of_before_its_fall, patience_steps=120),
-        Fix(name="higher_lr", confidence=0.3, due=_stays, build=_scale(3.0), patience_steps=240),
-        Fix(name="lower_lr", confidence=0.2, due=_stays, build=_scale(0.3), patience_steps=240),
+        Fix(name="higher_lr", confidence=0.3, due=_stays_with_a_gradient, build=_scale(3.0), patience_steps=240),
+        Fix(name="lower_lr", confidence=0.2, due=_stays_with_a_gradient, build=_scale(0.3), patience_steps=240),
     ),
     # A knob is there because the script's author wants it turned: what it does is known better than what a rate does.
     "posterior_collapse": (

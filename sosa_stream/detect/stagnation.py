@@ -27,6 +27,8 @@ STALLED_POINTS = 32
 FROZEN_SHARE = 0.1
 IDLE_POINTS = 16
 """Gradients of exactly 0 in a row: one batch may leave nothing to learn, so many do not."""
+CUT_OFF_POINTS = 64
+"""Likewise where the loss is next to nothing too."""
 LONG_PLATEAU_POINTS = 4096
 """A plateau of a running job is worth a look after as many."""
 SWINGS = {32: 0.7, 64: 0.5}
@@ -222,25 +224,35 @@ def _frozen(windows: RunWindows) -> Finding | None:
 
 
 def _idle(windows: RunWindows) -> Finding | None:
-    """The gradient norm has been exactly 0 for `IDLE_POINTS`, at a tenth or more of the loss that it began with."""
-    loss, start = windows.loss, windows.start
-    if windows.num_zero_grad < IDLE_POINTS or loss is None or start is None or not loss > FROZEN_SHARE * start:
+    """The gradient norm has been exactly 0 for `IDLE_POINTS`, at a tenth or more of the loss that it began with.
+
+    Below that, for `CUT_OFF_POINTS` after norms of a tenth or more of the run's largest: one that was fitted to the
+    end, by a loss with a margin, fades first.
+    """
+    loss, num = windows.loss, windows.num_zero_grad
+    if num < IDLE_POINTS or loss is None or windows.start is None:
         return None
+    is_low = not loss > FROZEN_SHARE * windows.start
+    if is_low and (num < CUT_OFF_POINTS or not _was_moving(windows)):
+        return None
+    causes = ("all units of a layer are dead", "a detach() or no_grad() before the loss", "gradients clipped to 0")
+    if is_low:
+        causes = ("a loss multiplied by 0, clamped, or masked out in every sample", "a loss whose model is detached")
     return Finding(
         kind="loss_plateau",
         severity=Severity.WARNING,
         step=windows.step,
-        first_step=int(windows.recent_steps.last(IDLE_POINTS)[0]),
+        first_step=int(windows.recent_steps.last(min(num, 64))[0]),
         message=f"the gradient is exactly 0, point after point, at a loss of {loss:.4g}",
-        evidence={
-            "value": loss,
-            "baseline": start,
-            "grad_norm": 0.0,
-            "lr": windows.lr,
-            "window": windows.num_zero_grad,
-        },
-        causes=("all units of a layer are dead", "a detach() or no_grad() before the loss", "gradients clipped to 0"),
+        evidence={"value": loss, "baseline": windows.start, "grad_norm": 0.0, "lr": windows.lr, "window": num},
+        causes=causes,
     )
+
+
+def _was_moving(windows: RunWindows) -> bool:
+    """Whether the last gradients that were not 0 had a usual size."""
+    usual = windows.norm_course.blocks
+    return bool(usual) and windows.log_norms.smoothed(8) > max(usual) + math.log(FROZEN_SHARE)
 
 
 def moves_again(windows: RunWindows) -> bool:
