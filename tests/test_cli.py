@@ -270,7 +270,8 @@ def test_version_and_help_end_with_0(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_package_can_be_run_where_the_command_is_not_on_the_path() -> None:
-    done = subprocess.run([sys.executable, "-m", "sosa_stream", "--version"], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "sosa_stream", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["sosa", __version__]
 
 

@@ -235,9 +235,11 @@ def _idle(windows: RunWindows) -> Finding | None:
     is_low = not loss > FROZEN_SHARE * windows.start
     if is_low and (num < CUT_OFF_POINTS or not _was_moving(windows)):
         return None
-    causes = ("all units of a layer are dead", "a detach() or no_grad() before the loss", "gradients clipped to 0")
-    if is_low:
-        causes = ("a loss multiplied by 0, clamped, or masked out in every sample", "a loss whose model is detached")
+    causes = (
+        ("a loss multiplied by 0, clamped, or masked out in every sample", "a detach() or no_grad() before the loss")
+        if is_low
+        else ("all units of a layer are dead", "a detach() or no_grad() before the loss", "gradients clipped to 0")
+    )
     return Finding(
         kind="loss_plateau",
         severity=Severity.WARNING,
