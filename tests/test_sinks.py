@@ -143,6 +143,19 @@ def test_a_fix_is_written_once_with_what_was_done(tmp_path: Path, sinks: Sinks) 
     assert "step 7: fix: scale_lr(factor=0.5): " in text
 
 
+def test_whether_a_fix_helped_is_marked_where_it_was_found(tmp_path: Path, sinks: Sinks) -> None:
+    writer = SummaryWriter(tmp_path)
+    writer.add_scalar("loss", 1.0, 7)
+    text = "scale_lr(factor=0.5) of step 3 did harm; it was taken back"
+    sinks.hear(Announcement(run="r", incident="i1", text=text, state="harmed", step=3))
+    sinks.hear(Announcement(run="r", incident="i1", text="scale_lr may help; apply: sosa approve c1"))
+    sinks.close()
+    writer.close()
+    log = Log(tmp_path)
+    assert log.scalars("sosa/verdict") == [(7, -1.0)]
+    assert log.texts == [(7, f"    step 7: verdict: {text}")]
+
+
 def test_what_came_before_the_script_opened_a_log_is_written_when_it_does(tmp_path: Path, sinks: Sinks) -> None:
     sinks.hear(opened(step=3))
     writer = SummaryWriter(tmp_path)

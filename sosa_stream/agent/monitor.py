@@ -119,7 +119,7 @@ class TrainingMonitor:
         if self._told.get(record.id) == record.state:
             return
         self._told[record.id] = record.state
-        what = ", then ".join(in_words(action.as_dict()) for action in record.actions)
+        what = ", then ".join(action.in_words for action in record.actions)
         if record.state is CommandState.PROPOSED and self.suggests:
             self.tell(f"  suggested fix: {what} (confidence {record.confidence:.2f}): {record.reason}")
         elif record.state is CommandState.APPLIED:
@@ -127,12 +127,3 @@ class TrainingMonitor:
         elif record.state in FINAL_STATES:
             verdict = f", {record.verdict}" if record.verdict is not None else ""
             self.tell(f"  result of {what}: {record.state}{verdict}")
-
-
-def in_words(action: Mapping[str, Any]) -> str:
-    """An action of a fix: ``scale_lr(factor=0.5)``."""
-    params = ", ".join(
-        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
-        for name, value in action["params"].items()
-    )
-    return f"{action['action']}({params})"

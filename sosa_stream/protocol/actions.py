@@ -18,6 +18,12 @@ from sosa_stream.errors import RefusedError
 from sosa_stream.protocol.columns import FROZEN_CHUNKS
 
 
+def in_words(action: str, params: Mapping[str, Any]) -> str:
+    """An action for people: ``scale_lr(factor=0.5)``."""
+    told = (f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in params.items())
+    return f"{action}({', '.join(told)})"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Param:
     """One parameter of an action: its type and closed bounds."""
@@ -140,6 +146,11 @@ class Action:
     @property
     def irreversible(self) -> bool:
         return ACTIONS[self.action].irreversible
+
+    @property
+    def in_words(self) -> str:
+        """For people: ``scale_lr(factor=0.5)``."""
+        return in_words(self.action, self.params)
 
     def as_dict(self) -> dict[str, Any]:
         return {"action": self.action, "params": dict(self.params)}

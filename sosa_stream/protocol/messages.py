@@ -348,10 +348,10 @@ class Inquiry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Announcement:
-    """A sentence for whoever looks at the job's own output: an incident, a proposal. Sent once, and may be missed.
+    """A sentence for whoever looks at the job's own output: an incident, a proposal, a verdict. It may be missed.
 
-    Of an incident, ``incident_kind``, ``severity``, ``state`` and the ``step`` at which it came into that state; else
-    empty.
+    Of an incident, ``incident_kind``, ``severity``, ``state`` and the ``step`` at which it came into that state. Of a
+    fix that was judged, ``state`` is the verdict and ``step`` where it was applied; all are empty of a proposal.
     """
 
     run: str

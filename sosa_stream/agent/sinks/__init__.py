@@ -10,17 +10,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sosa_stream.agent.monitor import in_words
-from sosa_stream.agent.sinks.entry import FIX, Entry, Sink
+from sosa_stream.agent.sinks.entry import FIX, VERDICT, Entry, Sink
 from sosa_stream.agent.sinks.mlflow import MLflow
 from sosa_stream.agent.sinks.tensorboard import TensorBoard
 from sosa_stream.agent.sinks.wandb import WeightsAndBiases
 from sosa_stream.agent.sinks.worker import Worker
+from sosa_stream.protocol.actions import in_words
 from sosa_stream.protocol.messages import Announcement
 from sosa_stream.settings import SinkChoice
 
 CLOSE_SECONDS = 3.0
 LEVELS = {"info": 1, "warning": 2, "critical": 3}
+VERDICT_LEVELS = {"helped": 1, "harmed": -1}
 OF_SCRIPT_ERROR = frozenset({"exception", "oom", "shape_mismatch"})
 
 
@@ -40,6 +41,7 @@ class Sinks:
             SinkChoice.MLFLOW: lambda: MLflow(step),
         }
         self._workers = [Worker(make(), say) for name, make in known.items() if choice in (SinkChoice.AUTO, name)]
+        self._step = step
         self._num_fixes = 0
         self._error_told = False
 
@@ -53,7 +55,9 @@ class Sinks:
             worker.look()
 
     def hear(self, told: Announcement) -> None:
-        """An incident has opened, changed or ended. Proposals are no events of the run, and left out."""
+        """An incident has opened, changed or ended, or a fix was judged. Proposals are no events of the run."""
+        if told.state and not told.incident_kind:
+            self._offer_verdict(told)
         if not told.incident_kind or (self._error_told and told.incident_kind in OF_SCRIPT_ERROR):
             return
         level = 0 if told.state == "resolved" else LEVELS.get(told.severity, 1)
@@ -78,9 +82,14 @@ class Sinks:
             if not worker.is_dropped:  # one that hangs may hold a lock of its library
                 worker.sink.remove()
 
+    def _offer_verdict(self, told: Announcement) -> None:
+        now, level = max(0, self._step()), VERDICT_LEVELS.get(told.state, 0)
+        text = f"step {now}: verdict: {told.text}"
+        self._offer(Entry(id=told.incident, kind=VERDICT, level=level, step=now, at=time.time(), text=text))
+
     def _offer_fix(self, done: Mapping[str, Any]) -> None:
         step = max(0, int(done["applied_step"]))
-        actions = ", ".join(in_words(action) for action in done["actions"])
+        actions = ", ".join(in_words(each["action"], each["params"]) for each in done["actions"])
         text = f"step {step}: fix: {actions}: {done['reason']}"
         self._offer(Entry(id=done["id"], kind=FIX, level=1, step=step, at=time.time(), text=text))
 

@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
-FIX = "fix"
+FIX, VERDICT = "fix", "verdict"
 MAX_PAIRS = 512
 
 
@@ -15,9 +15,10 @@ MAX_PAIRS = 512
 class Entry:
     """One event of the run.
 
-    ``id`` is that of the incident or the command, ``kind`` the incident's, or `FIX`. ``level`` is the height of its
-    marker: 1 to 3 for an incident of severity info, warning, critical; 0 for one that is over; 1 for a fix. ``step``
-    counts optimizer steps from 0, ``at`` is in seconds since the epoch. ``text`` may have several lines.
+    ``id`` is that of the incident or the command, ``kind`` the incident's, or `FIX` or `VERDICT`. ``level`` is the
+    height of its marker: 1 to 3 for an incident of severity info, warning, critical; 0 for one that is over; 1 for a
+    fix; 1, 0 or -1 for a verdict: the fix helped, did nothing that can be told, or harmed. ``step`` counts optimizer
+    steps from 0, ``at`` is in seconds since the epoch. ``text`` may have several lines.
     """
 
     id: str

@@ -161,7 +161,8 @@ class Courier:
                 self._asked_until = now + ASKED_SECONDS
                 self._answer(message)
             elif isinstance(message, Announcement):
-                self._incidents.add(message.incident)
+                if message.incident:  # a person's command belongs to none
+                    self._incidents.add(message.incident)
                 self._hear(message)
                 if not self.ending:  # what ended the script has been said by the script itself
                     self._say(message.text)
