@@ -189,7 +189,7 @@ class Agent:
             place=self._place,
             wakeup=self._wakeup,
             join=self._join,
-            trains=lambda: self.probe.tick > 0,
+            trains=lambda: self.has_trained,
             tee=lambda: self._tee,
             greets=self.watches_everything,
             say=self.say,
@@ -208,6 +208,16 @@ class Agent:
     def watches_everything(self) -> bool:
         """Whether every optimizer of the process is watched, not one wrapper's."""
         return self._optimizer is None
+
+    @property
+    def run(self) -> str:
+        """The run that this process belongs to."""
+        return self._place.run
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether an optimizer has stepped."""
+        return self.probe.tick > 0
 
     def start_local(self, link: LocalLink) -> None:
         """Watch with the Engine in this process: detection and repair happen inside the step."""

@@ -7,6 +7,7 @@ traceback without our frames, its own exit code.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import importlib.util
 import io
 import os
@@ -102,7 +103,7 @@ def main(
             return 0
         code, module = load(target)
         if is_disabled(env):
-            return _run(code, module, target, None)
+            return _run(code, module, target, None, contextlib.nullcontext())
         injected = faults.parse_faults(target.inject)
         settings, complaint = read_settings(env)
         if settings is not None or injected:
@@ -123,7 +124,12 @@ def main(
         if prepare is not None:
             prepare(agent)
     faults.install(injected, rank)  # after our hooks: see there
-    return _run(code, module, target, agent)
+    around: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if agent is not None:
+        from sosa_stream.agent.spawned import watched
+
+        around = watched(agent, target.inject, may=prepare is None and world_size == 1)
+    return _run(code, module, target, agent, around)
 
 
 def load(target: Target) -> tuple[CodeType, types.ModuleType]:
@@ -174,16 +180,23 @@ def _compile(source: bytes, filename: str) -> CodeType:
         raise SystemExit(1) from None
 
 
-def _run(code: CodeType, module: types.ModuleType, target: Target, agent: Agent | None) -> int:
-    """Execute the script as ``__main__`` and leave as it left."""
+def _run(
+    code: CodeType,
+    module: types.ModuleType,
+    target: Target,
+    agent: Agent | None,
+    around: contextlib.AbstractContextManager[None],
+) -> int:
+    """Execute the script as ``__main__``, with what is ``around`` it, and leave as it left."""
     ours = sys.modules["__main__"]  # kept alive: its globals are those of a running frame
     sys.modules["__main__"] = module
     sys.argv[:] = [target.name if not target.is_module else (module.__file__ or target.name), *target.arguments]
     try:
-        exec(code, module.__dict__)
+        with around:
+            exec(code, module.__dict__)
     except SystemExit as error:
         if agent is not None:
-            agent.close("the script exited", _exit_code(error), _ending(error))
+            agent.close("the script exited", exit_code(error), _ending(error))
         raise
     except BaseException as error:
         trim(error)
@@ -212,7 +225,8 @@ def _ending(error: BaseException) -> str:
     return ending(error)
 
 
-def _exit_code(error: SystemExit) -> int:
+def exit_code(error: SystemExit) -> int:
+    """The exit code of a process that nobody keeps from ending so."""
     if error.code is None:
         return 0
     return error.code if isinstance(error.code, int) else 1
