@@ -291,6 +291,21 @@ def test_gradient_of_exactly_zero_is_a_plateau_and_a_loss_that_is_fitted_is_not(
     assert _alarms(incidents_of(2.5 * fitted, grad_norm=fitted)) == []
 
 
+def test_a_run_that_is_never_as_low_as_at_its_start_under_large_gradients_diverged_at_once() -> None:
+    rng = np.random.default_rng(0)
+    losses = np.concatenate([[1.76], 30.0 * np.exp(0.5 * rng.standard_normal(199))])
+    norms = np.concatenate([[1.0], 8.0 * np.exp(0.3 * rng.standard_normal(199))])
+    (found,) = incidents_of(losses, grad_norm=norms)
+    assert (found.kind, found.first_step, found.detected_step) == ("loss_divergence", 0, 63)
+    assert (found.severity, found.state) == (Severity.CRITICAL, "open")
+    for quiet in (norms / norms, None):  # a reward grows, a first batch was easy: nothing pulls harder than at first
+        columns = {} if quiet is None else {"grad_norm": quiet}
+        assert _alarms(incidents_of(losses, **columns)) == []
+    learns = losses.copy()
+    learns[40] = 1.7
+    assert _alarms(incidents_of(learns, grad_norm=norms)) == []
+
+
 def test_collapsed_learning_rate_is_a_plateau_and_a_step_of_a_schedule_is_not() -> None:
     noise = 0.05 * np.random.default_rng(1).standard_normal(600)
     learning = 1.0 + 2.0 * np.exp(-np.arange(600) / 100)

@@ -107,6 +107,22 @@ def test_an_explosion_is_stopped_and_told(here: Path) -> None:
     assert "Traceback" not in done.stderr
     assert "nan_loss" in json.dumps(told(here))
     assert all(bool(value.isfinite().all()) for value in best(here).values())
+    *_, files, verdict = done.stderr.splitlines()
+    assert files.startswith("sosa: folder: best_model.pt, diagnosis_report.json, ")
+    assert re.match(r"sosa: \w+ at step \d+ of train-.*: .*; the training was stopped at step \d+", verdict)
+
+
+def test_what_another_run_has_left_in_the_folder_is_not_called_this_ones(here: Path) -> None:
+    (here / "folder").mkdir()
+    for name in ("best_model.pt", "diagnostics.png"):
+        (here / "folder" / name).write_bytes(b"of before")
+    os.utime(here / "folder" / "best_model.pt", (0, 0))
+    (here / "train.py").write_text("print('nothing is trained')")
+    done = diagnosed(here)
+    assert done.returncode == 0, done.stderr
+    for name in ("best_model.pt", "diagnostics.png"):
+        assert f"left from before, and not of this run: folder/{name}" in done.stderr
+    assert done.stderr.splitlines()[-1].endswith("22 kinds of faults could not be looked for")
 
 
 def test_a_healthy_script_ends_as_it_would_with_the_same_losses_to_the_last_bit(here: Path) -> None:

@@ -12,6 +12,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from sosa_stream.detect.incidents import Finding, Severity
 from sosa_stream.detect.numerical import EXPLODED_RATIO
+from sosa_stream.detect.opening import NUM_POINTS
 from sosa_stream.detect.schedule import LR_SUFFER_POINTS
 from sosa_stream.detect.sensitivity import strictness
 from sosa_stream.detect.statistics import Level
@@ -37,6 +38,8 @@ WARM_UP_SHARE = 0.25
 """A rising learning rate is a warm-up in this share of a run, from its beginning on."""
 STAYS_SHARE = 0.7
 """A rise is on its way down once it has less than this share of its height left."""
+SETTLING_POINTS, OPENING_RATIO = 8, 5.0
+"""A run that was never as low as at its start, after so many steps, with gradients so many times as large as there."""
 RISE_SHARE, RISE_RECOVERED = 0.3, 3.0
 """A slow rise undoes this share of the progress, and is this many times any that the run has come back from before."""
 RISE_WALKS, RISE_SHAKES = 2.5, 8.0
@@ -160,8 +163,46 @@ def loss_divergence(windows: RunWindows) -> Finding | None:
     clearer than a walk, and R > `RISE_SHAKES` · e. R undoes `RISE_SHARE` of the progress, is at least `STAYS_SHARE` of
     the highest since, and `RISE_RECOVERED` times any rise that the run has come back from: a game's swings are not
     news.
+    From the start: of the first `NUM_POINTS` losses none but the first `SETTLING_POINTS` is as low as the very first,
+    and the median of their gradient norms is `OPENING_RATIO` times the first norm.
     """
-    return _fast_divergence(windows) or _slow_divergence(windows)
+    return _fast_divergence(windows) or _slow_divergence(windows) or _from_the_start(windows)
+
+
+def _from_the_start(windows: RunWindows) -> Finding | None:
+    """The beginning of a run whose rate is far too high: see `loss_divergence`."""
+    if windows.num_points != NUM_POINTS or not windows.opening.is_whole:
+        return None
+    losses, norms = windows.opening.losses, windows.opening.norms
+    known = np.isfinite(losses) & np.isfinite(norms)
+    later = known & (np.arange(NUM_POINTS) >= SETTLING_POINTS)
+    if not known[0] or later.sum() < NUM_POINTS // 2 or losses[later].min() <= losses[0]:
+        return None
+    ratio = float(np.median(norms[later])) / norms[0] if norms[0] > 0.0 else 0.0
+    if ratio < OPENING_RATIO:
+        return None
+    now, cap = float(np.median(losses[later])), Severity.INFO if windows.is_game else Severity.CRITICAL
+    height = now - float(losses[0])
+    return Finding(
+        kind="loss_divergence",
+        severity=cap,
+        cap=cap,
+        step=windows.step,
+        first_step=max(0, windows.step - NUM_POINTS + 1),
+        message=f"loss has never been as low as at the start: {number(float(losses[0]))} to {number(now)},"
+        f" gradient norm {number(float(norms[0]))} to {number(float(norms[0]) * ratio)}",
+        evidence={
+            "value": now,
+            "baseline": float(losses[0]),
+            "lr": windows.lr,
+            "score": ratio,
+            "threshold": OPENING_RATIO,
+            "window": NUM_POINTS,
+            "share_undone": 1.0,
+        },
+        causes=("the learning rate is far too high", "no warm-up", "an initialisation that is too large"),
+        level=Level(center=float(losses[0]), scale=0.1 * height, threshold=1.0, window=1),
+    )
 
 
 def _fast_divergence(windows: RunWindows) -> Finding | None:

@@ -17,6 +17,7 @@ from sosa_stream.detect.hangs import Hang
 from sosa_stream.detect.leaks import Leak
 from sosa_stream.detect.logged import NUM_VALUES, LoggedSeries, column_of
 from sosa_stream.detect.losses import Loss
+from sosa_stream.detect.opening import Opening
 from sosa_stream.detect.pace import Pace
 from sosa_stream.detect.repeats import Repeats
 from sosa_stream.detect.replicas import Replicas
@@ -156,6 +157,8 @@ class RunWindows:
         """What the script logs by name; it outlives segments."""
         self.newest_logged: Logged | None = None
         """Set while detectors look at what was logged, between steps."""
+        self.opening = Opening()
+        """How the run began; it outlives segments."""
         self.ended = False
         """Set once the run is over, for what can be said only then."""
         self.hold = False
@@ -413,6 +416,11 @@ class RunWindows:
 
     def _fold(self) -> None:
         self.closed = self.pulse = False
+        if not self.opening.is_whole:
+            none = math.nan
+            self.opening.take(
+                none if self.loss is None else self.loss, none if self.grad_norm is None else self.grad_norm
+            )
         if self.loss is None or self.bad_loss:
             self.losses.miss()
         else:
@@ -501,6 +509,7 @@ class RunWindows:
         self.recent_losses.extend(losses)
         self.recent_steps.extend(block.steps[first : first + num].astype(np.float64))
         self.until_pulse -= num
+        self.opening.take(losses, rows[:, GRAD_NORM] if sent[GRAD_NORM] else np.full(num, math.nan))
         self.course.extend(self.losses.extend(losses))
         if log_norms is not None:
             self.norm_course.extend(self.log_norms.extend(log_norms[:num]))

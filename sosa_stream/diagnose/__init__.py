@@ -8,3 +8,7 @@
 | `__main__`, `training` | in the training process: the agent's runner, with epochs and the best model |
 | `epochs`, `best_model` | counts and ends epochs; keeps the weights of the lowest smoothed loss |
 """
+
+from __future__ import annotations
+
+BEST_MODEL = "best_model.pt"

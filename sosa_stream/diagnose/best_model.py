@@ -16,8 +16,8 @@ from torch import nn
 
 from sosa_stream.agent.repair.best import SMOOTHING
 from sosa_stream.agent.repair.copies import Copy, copies_in, copy_all, copy_tensor, finite_flags, revive
+from sosa_stream.diagnose import BEST_MODEL
 
-NAME = "best_model.pt"
 MOST_SHARE = 0.02
 """Of the time, at most so much goes into copying: the weights of a large model are those of a step nearby."""
 WRITE_SECONDS = 30.0
@@ -97,7 +97,7 @@ class BestModel:
                 self._copy()
         except Exception as error:
             self._has_failed = True
-            self._say(f"{NAME} is not kept any more: {type(error).__name__}: {error}")
+            self._say(f"{BEST_MODEL} is not kept any more: {type(error).__name__}: {error}")
 
     def write(self) -> None:
         """What is kept, if it is not on disk yet. From any thread; never raises."""
@@ -112,7 +112,7 @@ class BestModel:
                 os.replace(partial, self.path)
                 self._written = kept
             except Exception as error:
-                self._say(f"{NAME} cannot be written: {type(error).__name__}: {error}")
+                self._say(f"{BEST_MODEL} cannot be written: {type(error).__name__}: {error}")
 
     def write_soon(self) -> None:
         """The same, by the thread: the process may be about to end."""

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from types import FrameType
 from sosa_stream.agent.repair.stopping import EXIT_STOPPED
 from sosa_stream.daemon.schema import RECORDING_NAME
 from sosa_stream.detect.incidents import Severity
+from sosa_stream.diagnose import BEST_MODEL
 from sosa_stream.diagnose.watch import Watch, words_of
 from sosa_stream.errors import SosaError
 from sosa_stream.visible import shown
@@ -45,6 +47,7 @@ class Diagnosis:
 
 def diagnose(diagnosis: Diagnosis, env: Mapping[str, str]) -> int:
     """The exit code: the script's own, 3 where there was an incident that ends the training, else as it is said."""
+    began = time.time()
     training = _Training(diagnosis, env)
     if diagnosis.rank:
         return training.code_of(training.wait())
@@ -57,23 +60,35 @@ def diagnose(diagnosis: Diagnosis, env: Mapping[str, str]) -> int:
         say(f"{words_of(watch.incident)}; the training had ended before it could be stopped")
     if code == 0 and watch.incident is not None:
         code = EXIT_FOUND
-    written = write(home / diagnosis.run / RECORDING_NAME, diagnosis.out)
+    written = write(home / diagnosis.run / RECORDING_NAME, diagnosis.out, began)
     return code or (0 if written else 1)
 
 
-def write(recording: Path, out: Path) -> bool:
-    """The folder of a recording; says what is in it. Whether all of it could be written."""
+def write(recording: Path, out: Path, began: float) -> bool:
+    """The folder of a recording; says what is in it, and what it tells. Whether all of it could be written.
+
+    ``began``: when the run did, in seconds since the epoch; a file that is older is of another.
+    """
     if not recording.is_file():
         say("nothing was recorded: the script ended before it was watched, and there is nothing to tell")
         return False
     previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, after another rank has ended
     try:
-        from sosa_stream.report.folder import write_folder
+        from sosa_stream.report.folder import left_from_before, write_folder
         from sosa_stream.report.telling import tell
+        from sosa_stream.report.verdict import verdict
 
         say(f"writing {shown(out)}")
-        paths = write_folder(tell(recording), out)
-        say(f"{shown(out)}: {', '.join(sorted(path.name for path in paths))}")
+        story = tell(recording)
+        written = write_folder(story, out)
+        left = left_from_before(out, written)
+        best = out / BEST_MODEL
+        if best.is_file():
+            (written if best.stat().st_mtime >= began else left).append(best)
+        say(f"{shown(out)}: {', '.join(sorted(path.name for path in written))}")
+        for path in left:
+            say(f"left from before, and not of this run: {shown(path)}")
+        say(verdict(story).sentence)
     except SosaError as error:
         say(str(error))
         return False

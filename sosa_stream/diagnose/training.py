@@ -13,6 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from sosa_stream.agent import runner
+from sosa_stream.diagnose import BEST_MODEL
 
 if TYPE_CHECKING:
     from sosa_stream.agent.core import Agent
@@ -34,7 +35,7 @@ def run(words: list[str], *, rank: int, out: Path, num_epochs: int, notice: int)
     counted: list[Epochs] = []
 
     def prepare(agent: Agent) -> None:
-        from sosa_stream.diagnose.best_model import NAME, BestModel
+        from sosa_stream.diagnose.best_model import BestModel
         from sosa_stream.diagnose.epochs import Epochs
 
         epochs = Epochs(num_epochs)
@@ -46,7 +47,7 @@ def run(words: list[str], *, rank: int, out: Path, num_epochs: int, notice: int)
 
         agent.probe.before_tick = count
         if rank == 0:
-            best.append(BestModel(out / NAME, lambda: agent.state.models, agent.recent_losses, agent.say))
+            best.append(BestModel(out / BEST_MODEL, lambda: agent.state.models, agent.recent_losses, agent.say))
             best[0].start()
             agent.after_tick = best[0].after_step
             _listen(notice, best[0].write_soon)
