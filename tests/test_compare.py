@@ -90,6 +90,13 @@ def test_a_run_that_is_only_shorter_is_judged_over_what_both_have() -> None:
     assert (found.worst, found.against[0].last_common) == (Standing.EVEN, 399)
 
 
+def test_a_run_without_a_step_is_told_as_such() -> None:
+    found = compare([story("a", falling(0)), story("b", np.array([]))])
+    assert found.worst is Standing.UNKNOWN
+    assert found.against[0].why == "the two have no step in common: a has steps 0 to 899, b has no step"
+    assert row(found, "steps").cells == ("900, to 899", "none")
+
+
 def test_the_validation_loss_decides_where_there_is_enough_of_it() -> None:
     first, second = story("a", falling(0)), story("b", 0.9 * falling(1))
     for num, by in ((10, "loss"), (30, "eval_loss")):

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 WORSE_EXIT_CODE = 3
 UNKNOWN_EXIT_CODE = 1
+TIMES_FROM = 10.0
+"""Shares from here on are read more easily as a factor."""
 PICTURE = "compare.png"
 MAX_STRETCHES = 3
 
@@ -104,7 +106,10 @@ def _told(text: str, home: Path) -> Story:
     if is_left(path):
         return tell_left(path)
     if path.exists() and not (path.is_dir() and recorded.is_file()):
-        return tell(path)
+        try:
+            return tell(path)
+        except UsageError as error:
+            raise UsageError(visible(f"{text}: {error}")) from None
     if recorded.is_file():
         return tell(recorded)
     known = ", ".join(sorted(found.parent.name for found in home.glob(f"*/{RECORDING_NAME}"))) or "none"
@@ -170,7 +175,10 @@ def _ends(first: str, against: Against) -> str:
     if not (math.isfinite(a.value) and math.isfinite(b.value) and math.isfinite(against.difference.half_width)):
         return ""
     side = "above" if against.difference.value > 0.0 else "below"
-    share = f"{abs(against.share):.1%} " if math.isfinite(against.share) else ""
+    share = ""
+    if math.isfinite(against.share):
+        far = abs(against.share)
+        share = f"{far:.1%} " if far < TIMES_FROM else f"{far:,.0f} times its size "
     return f"it ends at {_plus_minus(b)}, {share}{side} {first}'s {_plus_minus(a)}"
 
 

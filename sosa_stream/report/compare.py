@@ -275,7 +275,7 @@ def facts(story: Story) -> Iterator[tuple[str, str]]:
         yield "ranks", f"{story.num_ranks} on {len(story.hosts)} {'host' if len(story.hosts) == 1 else 'hosts'}"
         yield "starts", str(story.num_generations)
     yield from ((f"version of {name}", str(version)) for name, version in sorted(story.versions.items()))
-    yield "steps", f"{story.num_steps}, to {story.last_step}"
+    yield "steps", f"{story.num_steps}, to {story.last_step}" if story.num_steps else "none"
     for column in ("loss", EVAL_LOSS):
         if column in story.curves:
             curve = story.curves[column]
@@ -335,7 +335,7 @@ def _raised(raised: Raised) -> str:
 
 
 def _span(story: Story) -> str:
-    return f"{story.name} has steps {story.first_step} to {story.last_step}"
+    return f"{story.name} has " + (f"steps {story.first_step} to {story.last_step}" if story.num_steps else "no step")
 
 
 def _median(values: Any) -> float:

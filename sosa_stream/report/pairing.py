@@ -328,6 +328,8 @@ def _singles(pair: Pair, far: NDArray[np.bool_]) -> tuple[Stretch, ...]:
 def last_of(values: NDArray[np.float64]) -> Estimate:
     """The typical value over the last fifth, NaN where most of that is not finite."""
     blocks = _last_blocks(values)
+    if not len(blocks):
+        return Estimate(value=math.nan)
     return Estimate(value=float(blocks.mean()), half_width=_half_width(_own_error(blocks), len(blocks)))
 
 
