@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,13 +11,17 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from sosa_stream.cli import main
 from sosa_stream.doctor import run
 from sosa_stream.doctor.findings import Answer, Finding, Status, answer_of, lines, named, size
 from sosa_stream.doctor.names import NAMES
+from sosa_stream.doctor.rates import suggest, without_batches
+from sosa_stream.doctor.seen_calls import Losses
 
 TIMEOUT_SECONDS = 120.0
 PLAIN = """
@@ -367,3 +372,28 @@ def test_what_compiling_gains_is_measured_on_what_was_compiled(tmp_path: Path) -
     (check,) = json.loads(done.stdout)["checks"]
     assert check["status"] == "ok", check["says"]
     assert check["evidence"]["compile_seconds"] > 100 * check["evidence"]["seconds"], "a compiler has run"
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kind", ["classes", "probabilities", "values"])
+def test_a_loss_that_the_script_divides_itself_is_judged_by_one_target(reduction: str, kind: str) -> None:
+    losses = Losses()
+    outputs, classes = torch.zeros(8, 4), torch.tensor([0, 1, 2, 3, 0, -100, -100, -100])
+    func, target, expected = {
+        "classes": (F.cross_entropy, classes, math.log(4)),
+        "probabilities": (F.cross_entropy, torch.full((8, 4), 0.25), math.log(4)),
+        "values": (F.mse_loss, torch.full((8, 4), 3.0), 9.0),
+    }[kind]
+    losses.see(func, (outputs, target), {"reduction": reduction}, None, "")
+    losses.see(func, (outputs, target), {"reduction": reduction}, func(outputs, target, reduction=reduction), "")
+    assert losses.calls[0].value == pytest.approx(expected)
+
+
+def test_the_batches_own_levels_do_not_hide_at_which_rate_the_loss_falls() -> None:
+    rates = np.geomspace(1e-6, 10.0, 100)
+    falls = 1.0 / (1.0 + (rates / 1e-2) ** 2)
+    levels = np.array([5.0, 0.0, 9.0, 2.0, 7.0])[np.arange(100) % 5]
+    assert np.allclose(without_batches(falls + levels, 5), falls + levels[:5].mean(), atol=1e-6)
+    found = suggest(rates, without_batches(falls + levels, 5))
+    assert found is not None
+    assert 2e-3 < found[0] < 2e-2

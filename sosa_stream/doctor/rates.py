@@ -25,7 +25,7 @@ PICTURE = "lr_range.png"
 
 
 def check(context: Context) -> Finding:
-    """One step at each rate, rising geometrically, on the recorded batches in turn.
+    """One step at each rate, rising geometrically, on the recorded batches in turn, whose own levels are taken out.
 
     Suggested is the rate at which the smoothed loss falls fastest; a tenth of where it is lowest is the upper end.
     """
@@ -50,7 +50,8 @@ def check(context: Context) -> Finding:
     rates = rates[: len(losses)]
     script_rate = max(context.seen.rates, default=math.nan)
     evidence: dict[str, Any] = {"rates": rates.tolist(), "losses": losses, "script": script_rate}
-    curve = _smooth(np.array(losses))
+    fair = without_batches(np.array(losses), len(passes))
+    curve = _smooth(fair)
     if len(rates) < FEWEST:
         return unknown(f"only {len(rates)} rates could be tried in the time; give more by --seconds", **evidence)
     found = suggest(rates, curve)
@@ -63,7 +64,7 @@ def check(context: Context) -> Finding:
         )
     steepest, upper, lost_at = found
     evidence |= {"suggestion": steepest, "upper": upper, "diverges_at": lost_at}
-    details = [_draw(context.out, rates, np.array(losses), curve, found, script_rate)] if context.out else []
+    details = [_draw(context.out, rates, fair, curve, found, script_rate)] if context.out else []
     says = f"the loss falls fastest at {number(steepest)}"
     says += f"; up to {number(upper)} is safe" if upper > steepest else ""
     says += f"; the script has {number(script_rate)}"
@@ -78,6 +79,13 @@ def check(context: Context) -> Finding:
         says = f"the script's {number(script_rate)} is less than a hundredth of what works; {says}"
         advice = (f"try {number(steepest)}",)
     return Finding(status=status, says=says, evidence=evidence, details=tuple(details), advice=advice, source=SOURCE)
+
+
+def without_batches(losses: NDArray[np.float64], num_batches: int) -> NDArray[np.float64]:
+    """The losses of batches that come in turn, less what each had at first, when the rate had changed nothing yet."""
+    first = losses[:num_batches]
+    levels: NDArray[np.float64] = first[np.arange(len(losses)) % num_batches]
+    return losses - levels + float(first.mean())
 
 
 def suggest(rates: NDArray[np.float64], curve: NDArray[np.float64]) -> tuple[float, float, float] | None:
@@ -122,7 +130,7 @@ def _draw(
         return "no picture: matplotlib is missing, which the extra `report` brings"
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    axes.semilogx(rates, losses, color="0.75", linewidth=1, label="loss of each step")
+    axes.semilogx(rates, losses, color="0.75", linewidth=1, label="loss of each step, batches levelled")
     axes.semilogx(rates, curve, color="#0072B2", linewidth=2, label="smoothed")
     axes.axvline(found[0], color="#009E73", linestyle="-", label=f"falls fastest: {number(found[0])}")
     axes.axvline(found[1], color="#E69F00", linestyle="--", label=f"a tenth of the lowest: {number(found[1])}")

@@ -29,7 +29,8 @@ class Call:
 
     ``num_classes``: of the outputs, or rows of the table. ``low`` and ``high``: of targets or ids that are not
     ignored. ``num_outside``: of them, those that are no class. ``baseline``: of losses of values, what predicting the
-    targets' mean would give, and ``zero_loss`` what predicting 0 would.
+    targets' mean would give, and ``zero_loss`` what predicting 0 would. ``num_summed``: targets whose losses are in the
+    result one by one or as their sum; 0 where it is their mean. ``value``: the loss of one target.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Call:
     baseline: float = math.nan
     zero_loss: float = math.nan
     is_weighted: bool = False
+    num_summed: int = 0
     value: float = math.nan
 
 
@@ -74,7 +76,9 @@ class Losses:
             return
         if result is not None:
             if self._open is not None and isinstance(result, torch.Tensor) and result.numel() and func in LOSSES:
-                self._open.value = float(result.detach().float().mean())
+                num = self._open.num_summed
+                values = result.detach().float()
+                self._open.value = float(values.sum()) / num if num else float(values.mean())
             self._open = None
         elif len(self.calls) < MOST_CALLS:
             bound = _signature(func).bind(*args, **kwargs).arguments
@@ -124,6 +128,7 @@ def _signature(func: Callable[..., Any]) -> inspect.Signature:
 
 
 def _measure(call: Call, func: Any, given: torch.Tensor, target: torch.Tensor, bound: dict[str, Any]) -> None:
+    is_mean = bound.get("reduction", "mean") == "mean"
     call.is_weighted = bound.get("weight") is not None or bound.get("pos_weight") is not None
     if func in EMBEDDINGS:
         call.num_classes = given.shape[0]
@@ -143,6 +148,9 @@ def _measure(call: Call, func: Any, given: torch.Tensor, target: torch.Tensor, b
             call.example = float(values[outside][0]) if call.num_outside else math.nan
         elif func is F.mse_loss:
             call.baseline, call.zero_loss = float(values.var(correction=0)), float(values.square().mean())
+    if not is_mean:
+        is_distribution = func in CLASS_LOSSES and target.dtype.is_floating_point
+        call.num_summed = call.num_targets // call.num_classes if is_distribution else call.num_targets
 
 
 def _count(call: Call, target: torch.Tensor, ignored: int | None) -> None:
