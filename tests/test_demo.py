@@ -312,6 +312,22 @@ def test_the_demo_keeps_its_promises(tmp_path: Path) -> None:
     nobody = {"ack": None, "feedback": None, "muted_until": None}
     assert stored == [incident | nobody for incident in replayed]
 
+    runs = ("clean", "unprotected", "protected")
+    compared = subprocess.run(
+        [sys.executable, "-m", "sosa_stream", "compare", *runs, "--home", str(out), "--json", "--tolerance", "5%"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert compared.returncode == 3, compared.stderr
+    broken, mended = json.loads(compared.stdout)["against"]
+    assert (broken["run"], broken["standing"], mended["run"]) == ("unprotected", "worse", "protected")
+    assert mended["standing"] in ("even", "better")
+    assert 350 <= broken["first_divergence"] <= 360
+    for each in (broken, mended):
+        assert each["stretches"][0]["incident"]["kind"] == "lr_jump"
+
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "sosa.db").is_file()
     assert len(list(out.rglob("run.sosa"))) == 3
