@@ -249,6 +249,13 @@ def test_a_folder_that_is_damaged_is_told_as_such(tmp_path: Path, capsys: pytest
     assert "is no folder of sosa report" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("tolerance", ["30", "30%"])
+def test_the_tolerance_is_a_percentage(tolerance: str, tmp_path: Path) -> None:
+    logs = [log_of(tmp_path / "a.csv", falling(0)), log_of(tmp_path / "b.csv", 1.2 * falling(1))]
+    assert main(["compare", *logs]) == 3
+    assert main(["compare", *logs, "--tolerance", tolerance]) == 0
+
+
 def test_where_nothing_can_be_told_the_exit_code_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logs = [log_of(tmp_path / "a.csv", falling(0)), log_of(tmp_path / "b.csv", falling(1, 3))]
     assert main(["compare", *logs]) == 1

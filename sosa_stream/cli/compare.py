@@ -61,7 +61,7 @@ def add_parser(subparsers: Any) -> None:
 
 def _percent(text: str) -> float:
     try:
-        value = float(text)
+        value = float(text.removesuffix("%"))
     except ValueError:
         value = math.nan
     if not 0.0 <= value < 1000.0:
