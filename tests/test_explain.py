@@ -318,3 +318,22 @@ def test_the_incident_carries_the_explanation() -> None:
     assert incident.message.endswith(f"(step 7, forward): {text.splitlines()[0]}")
     assert incident.causes[0].startswith("shape mismatch in encoder.layers.3.mlp.fc2 (Linear): a linear layer made for")
     assert incident.evidence["explanation"] == text.splitlines()
+
+
+class Broken(Dataset[int]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        return {0: 1}[index]
+
+
+def test_an_error_in_a_worker_is_told_by_its_last_line_and_the_line_of_the_script() -> None:
+    with pytest.raises(KeyError) as caught:
+        list(DataLoader(Broken(), num_workers=1))
+    found = explain(caught.value)
+    assert found is not None
+    assert found.headline == "error in a DataLoader worker: KeyError: 1"
+    assert found.line.endswith("in __getitem__: return {0: 1}[index]")
+    told = failure.report(caught.value, step=3, phase=Phase.FORWARD, memory={}, num_parts=0)(header())
+    assert (told.message, told.phase) == ("1 (in DataLoader worker 0)", Phase.DATA)

@@ -192,6 +192,14 @@ def test_integers_have_a_size_and_a_fingerprint_and_nothing_else() -> None:
 # -- where it is looked for --------------------------------------------------------------------------------------------
 
 
+def test_a_number_beside_the_batch_is_no_input() -> None:
+    ids, num_tokens = torch.arange(6).reshape(2, 3), torch.tensor(128.0)
+    inputs = look(None, ids, {"num_items_in_batch": num_tokens})
+    assert inputs is not None
+    assert (inputs.names, inputs.num_samples) == (INPUT_COLUMNS[-2:], 2.0)
+    assert look(None, num_tokens) is None
+
+
 def test_the_outermost_call_of_each_step_is_seen_and_nothing_of_us_is_left_in_torch() -> None:
     model, data = toy(), batches(3)
     with Watch().installed() as watch:

@@ -181,7 +181,7 @@ def test_the_verdict_names_a_rank_that_the_others_wait_for(tmp_path: Path) -> No
 def test_the_verdict_names_a_gradient_that_vanishes(tmp_path: Path) -> None:
     found = verdict(tell(record(tmp_path / "run.sosa", faded())))
     assert found.sentence.startswith("vanishing_gradient at step 4")
-    assert any("saturating activations" in text for text in found.next_steps)
+    assert any("normalisation layers" in text for text in found.next_steps)
 
 
 def test_the_verdict_names_the_rank_that_came_apart(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from sosa_stream.decide.playbook import LADDERS, Fix
 from sosa_stream.detect.detectors import ALL, Detector, On
+from sosa_stream.report.advice import ADVICE
 
 HEAD = """\
 # Kinds of incidents
@@ -62,7 +63,7 @@ def _section(detector: Detector) -> Iterator[str]:
         yield from ("**Repairs**, in the order in which they are tried:", "", *map(_fix, fixes))
     else:
         yield "**Repair**: advice only; nothing is applied."
-    yield ""
+    yield from ("", "**What a person can do**:", "", *(f"- {advice}" for advice in ADVICE[detector.kind]), "")
 
 
 def _fix(fix: Fix) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from sosa_stream.detect.incidents import Finding, Severity
 from sosa_stream.detect.origin import origin
-from sosa_stream.detect.windows import STUCK_POINTS, RunWindows
+from sosa_stream.detect.windows import STUCK_POINTS, Damage, RunWindows
 from sosa_stream.detect.wording import name_ranks, number, on_ranks, times
 
 EXPLODED_RATIO = 5.0
@@ -24,6 +24,10 @@ BURST_POINTS, DRIFT_POINTS = 4, 8
 """Points that a burst and a drift are judged by."""
 CALIBRATION_POINTS = 16
 """AMP's scale starts at 2^16, and 16 halvings bring it to 1."""
+
+
+_DOMAIN = "an operation outside its domain: log(0), division by 0, sqrt of a negative"
+_HALF = "overflow in half precision"
 
 
 def nan_loss(windows: RunWindows) -> Finding | None:
@@ -47,7 +51,7 @@ def nan_loss(windows: RunWindows) -> Finding | None:
         first_step=windows.step,
         ranks=brought or windows.bad_loss,
         message=f"non-finite loss{on_ranks(windows.bad_loss, windows.num_ranks)} at step {windows.step}"
-        + (f", after an update by a gradient that {name_ranks(brought)} brought" if brought else "")
+        + _after_update(damage)
         + (", while all gradients are finite" if harmless else ", update skipped" if windows.skipped else ""),
         evidence={
             "value": None,
@@ -62,20 +66,27 @@ def nan_loss(windows: RunWindows) -> Finding | None:
             **({"brought_by": list(brought)} if brought else {}),
             **found.evidence,
         },
-        causes=found.causes
-        or (
-            ("what is reported is not the loss that is trained with: a metric or a print of it is broken",)
-            if harmless
-            else ()
-        )
-        + (
-            f"a non-finite or extreme input in the batch{on_ranks(windows.bad_loss, windows.num_ranks)}"
-            if damage is None
-            else f"the weights: the gradient of step {damage.step} was not finite, and its update was not left out",
-            "an operation outside its domain: log(0), division by 0, sqrt of a negative",
-            "overflow in half precision",
-        ),
+        causes=_causes_of_loss(windows, harmless, found.causes),
     )
+
+
+def _after_update(damage: Damage | None) -> str:
+    if damage is None:
+        return ""
+    brought = f" that {name_ranks(damage.ranks)} brought" if damage.ranks else ""
+    return f", after the update of step {damage.step} by a gradient{brought or ' that was not finite'}"
+
+
+def _causes_of_loss(windows: RunWindows, harmless: bool, found: tuple[str, ...]) -> tuple[str, ...]:
+    damage = windows.damage
+    if damage is not None:
+        update = f"the weights: the gradient of step {damage.step} was not finite, and its update was not left out"
+        return (update, *(found or (_DOMAIN, _HALF)))
+    if found:
+        return found
+    batch = f"a non-finite or extreme input in the batch{on_ranks(windows.bad_loss, windows.num_ranks)}"
+    printed = "what is reported is not the loss that is trained with: a metric or a print of it is broken"
+    return (*((printed,) if harmless else ()), batch, _DOMAIN, _HALF)
 
 
 def nonfinite_gradient(windows: RunWindows) -> Finding | None:

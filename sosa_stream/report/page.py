@@ -21,9 +21,10 @@ from sosa_stream.report.markup import SEVERITIES, STYLE, facts, listed, paragrap
 from sosa_stream.report.pictures import PICTURES, effective_rate, shifts
 from sosa_stream.report.story import Story
 from sosa_stream.report.theme import DARK, LIGHT
-from sosa_stream.report.verdict import Verdict
+from sosa_stream.report.verdict import Verdict, is_stop
 
 MOST_ROWS = 200
+DIAGNOSE = "sosa diagnose"
 """Rows of a table; how many more there are is said."""
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _ABSENT = {
@@ -262,8 +263,11 @@ def _command(each: CommandRecord) -> list[str]:
     step = each.applied_step if each.applied_step is not None else each.made_step
     came = str(each.verdict).replace("_", " ") if each.verdict is not None else "not judged"
     result = ". ".join(part for part in (f"{each.state}, {came}", each.detail) if part)
-    why = ". ".join(part for part in (each.reason, each.why) if part)
-    return [f"{step:,}" if step >= 0 else "", *(text(cell) for cell in (did, why, each.origin, result))]
+    why, who = ". ".join(part for part in (each.reason, each.why) if part), each.origin
+    if is_stop(each):
+        result = "the training ended" if each.applied_step is not None else str(each.state)
+        who = DIAGNOSE if DIAGNOSE in each.reason else who
+    return [f"{step:,}" if step >= 0 else "", *(text(cell) for cell in (did, why, who, result))]
 
 
 def _next(verdict: Verdict) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from sosa_stream.report.story import Story
 
 KEPT_LOOKS = 8
 """A rank's looks at layers that wait for their step's row."""
+KEPT_ROWS = 100_000
+"""Rows that wait for those of a rank that says nothing more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -29,10 +32,28 @@ class Row:
 
 
 def rows(story: Story) -> Iterator[Row]:
-    """Of a recording each rank's rows; of a log, whose rows its story has in bins, one row a bin."""
+    """Of a recording each rank's rows, by step and rank within each generation; of a log one row a bin of its story."""
     if story.kind != "recording":
         yield from _of_bins(story)
         return
+    waiting: list[tuple[int, int, int, Row]] = []
+    newest: dict[int, int] = {}
+    generation = ""
+    for num, (began, row) in enumerate(_as_they_came(story)):
+        if began != generation:
+            generation = began
+            newest.clear()
+            yield from (heapq.heappop(waiting)[-1] for _ in range(len(waiting)))
+        heapq.heappush(waiting, (row.step, row.rank, num, row))
+        newest[row.rank] = row.step
+        come = min(newest.values()) if len(newest) == story.num_ranks else -1
+        while waiting and (waiting[0][0] <= come or len(waiting) > KEPT_ROWS):
+            yield heapq.heappop(waiting)[-1]
+    yield from (heapq.heappop(waiting)[-1] for _ in range(len(waiting)))
+
+
+def _as_they_came(story: Story) -> Iterator[tuple[str, Row]]:
+    """Rows with their generation; of each rank in order, but one rank's many before another's."""
     looks: defaultdict[int, dict[int, Layers]] = defaultdict(dict)
     for event in _events(story):
         if isinstance(event, Layers):
@@ -45,7 +66,8 @@ def rows(story: Story) -> Iterator[Row]:
             for step, values in zip(event.steps.tolist(), event.values, strict=True):
                 look = waiting.pop(step, None)
                 named = dict(zip(event.columns, values.tolist(), strict=True))
-                yield Row(step=step, rank=event.header.rank, values=named, layers=look)
+                row = Row(step=step, rank=event.header.rank, values=named, layers=look)
+                yield event.header.generation, row
 
 
 def features(story: Story) -> Iterator[Features]:

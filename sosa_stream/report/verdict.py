@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from sosa_stream.decide.playbook import LADDERS
 from sosa_stream.detect.incidents import Incident, IncidentState, Severity
 from sosa_stream.detect.wording import name_ranks
 from sosa_stream.protocol.actions import Action
+from sosa_stream.report.advice import ADVICE
 from sosa_stream.report.story import Story
 
 NOTHING = "none"
@@ -25,8 +27,9 @@ OUTCOMES = {
 }
 MAX_MOMENTS = 200
 OF_GRADIENTS = frozenset({"nan_loss", "nonfinite_gradient", "exploding_gradient"})
+OF_ERRORS = frozenset({"exception", "oom", "shape_mismatch"})
 OUTSTANDING = 10.0
-"""Times its own usual norm that a layer's is at least, to be named."""
+"""Times its own usual norm that a layer's is at least, to be named; and times what is so of the median layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +50,7 @@ class Verdict:
         severity: ``critical``, ``warning``, ``info`` or ``none``.
         first: what happened first, and where: rank, host, layer, feature, as far as it is known.
         timeline: in the order of steps, at most `MAX_MOMENTS`.
-        next_steps: likely causes and advice, the likeliest first.
+        next_steps: what explains an error, and what can be done, the likeliest to help first.
     """
 
     sentence: str
@@ -95,14 +98,16 @@ def _of_quiet_run(story: Story) -> Verdict:
 def _sentence(story: Story, worst: Incident) -> str:
     others = len(story.incidents) - 1
     parts = [f"{worst.kind} at step {worst.first_step} of {story.name}{_where(worst, story)}: {worst.message}"]
-    tried = _tried(story, worst)
+    tried = _tried(story, worst) or _stop_of(story)
     if tried is not None:
         parts.append(_done(tried, f" at step {tried.applied_step}"))
     elif any(record.incident == worst.id for record in story.commands):
         parts.append("a fix was proposed and nobody applied it")
-    elif worst.severity > Severity.INFO and story.kind == "recording":
+    elif worst.severity > Severity.INFO and story.kind == "recording" and worst.kind not in OF_ERRORS:
         parts.append("nothing was done about it")
-    if worst.state is IncidentState.RESOLVED:
+    if worst.kind in OF_ERRORS and worst.state is not IncidentState.RESOLVED:
+        parts.append("it ended the script")
+    elif worst.state is IncidentState.RESOLVED:
         parts.append(f"it was over at step {worst.resolved_step}")
     else:
         parts.append("it was not over at the end")
@@ -116,6 +121,15 @@ def _tried(story: Story, incident: Incident) -> CommandRecord | None:
     applied = [r for r in story.commands if r.incident == incident.id and r.applied_step is not None]
     helped = [record for record in applied if str(record.verdict) == "helped"]
     return next(reversed(helped or applied), None)
+
+
+def _stop_of(story: Story) -> CommandRecord | None:
+    """What ended the run, for whichever incident."""
+    return next((record for record in story.commands if record.applied_step is not None and is_stop(record)), None)
+
+
+def is_stop(record: CommandRecord) -> bool:
+    return any(action.action == "stop" for action in record.actions)
 
 
 def _words(actions: tuple[Action, ...]) -> str:
@@ -140,16 +154,36 @@ def _where(incident: Incident, story: Story) -> str:
     layers = incident.evidence.get("parameters")
     if isinstance(layers, list | tuple) and layers:
         parts.append(f"in {', '.join(map(str, layers[:3]))}{' and others' if len(layers) > 3 else ''}")
-    elif layer := _outstanding(incident, story):
-        parts.append(f"most in {layer}")
+    elif layers := _outstanding(incident, story):
+        parts.append(layers)
     feature = incident.evidence.get("feature")
     if isinstance(feature, int | float) and feature == feature:
         parts.append(f"in feature {int(feature)} of the input")
+    elif broken := _broken_features(incident, story):
+        parts.append(f"in {broken} of the input")
     return f" {', '.join(parts)}" if parts else ""
 
 
+def _broken_features(incident: Incident, story: Story) -> str:
+    """Features of the input that were not finite when numbers ceased to be."""
+    if story.features is None or incident.kind not in OF_GRADIENTS:
+        return ""
+    broken = [
+        int(change["feature"])
+        for change in story.features.changes
+        if change["step"] == incident.first_step and math.isinf(float(change["z"]))
+    ]
+    if not broken:
+        return ""
+    more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+    return f"feature{'s' if len(broken) > 1 else ''} {', '.join(map(str, sorted(broken)[:3]))}{more}"
+
+
 def _outstanding(incident: Incident, story: Story) -> str:
-    """The layer whose gradient was not finite, or the farthest above its own median, when it began."""
+    """The layers whose gradients were not finite, or the one farthest above its own median, when it began.
+
+    Nothing where it was all of them: then no layer is where it came from.
+    """
     grid = story.layers
     if grid is None or incident.kind not in OF_GRADIENTS:
         return ""
@@ -157,14 +191,19 @@ def _outstanding(incident: Incident, story: Story) -> str:
     if at >= len(grid.steps):
         return ""
     now, before = grid.values[:, at], grid.values[:, :at]
-    if np.isinf(now).any():
-        return grid.names[int(np.flatnonzero(np.isinf(now))[-1])]
+    broken = np.flatnonzero(np.isinf(now))
+    if len(broken):
+        if len(broken) == np.sum(~np.isnan(now)):
+            return ""
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        return f"in {', '.join(grid.names[place] for place in broken[:3])}{more}"
     usual = np.array([np.median(row[np.isfinite(row)]) if np.isfinite(row).any() else np.nan for row in before])
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = now / usual
-    if not np.isfinite(ratio).any() or np.nanmax(ratio[np.isfinite(ratio)]) < OUTSTANDING:
+    known = ratio[np.isfinite(ratio)]
+    if not len(known) or known.max() < OUTSTANDING * max(1.0, float(np.median(known))):
         return ""
-    return grid.names[int(np.nanargmax(np.where(np.isfinite(ratio), ratio, np.nan)))]
+    return f"most in {grid.names[int(np.nanargmax(np.where(np.isfinite(ratio), ratio, np.nan)))]}"
 
 
 def _guilty(incident: Incident) -> tuple[int, ...]:
@@ -191,11 +230,20 @@ def _moments(story: Story) -> Iterator[Moment]:
         yield Moment(step=incident.first_step, text=text, severity=str(incident.severity))
         if incident.resolved_step is not None:
             yield Moment(step=incident.resolved_step, text=f"{incident.kind} is over", severity="over")
+    was_stopped = _stop_of(story) is not None
     for record in story.commands:
-        yield from _of_command(record)
+        if record.applied_step is not None or not (was_stopped and is_stop(record)):
+            yield from _of_command(record)
+    told = {(rank, incident.first_step) for incident in story.incidents for rank in _raised_in(incident)}
     for raised in story.raised:
+        if (raised.rank, raised.step) in told:
+            continue
         text = f"rank {raised.rank} raised {raised.type}: {raised.message}"
         yield Moment(step=raised.step, text=text, severity="critical")
+
+
+def _raised_in(incident: Incident) -> tuple[int, ...]:
+    return incident.ranks if incident.kind in OF_ERRORS else ()
 
 
 def _of_command(record: CommandRecord) -> Iterator[Moment]:
@@ -209,25 +257,25 @@ def _of_command(record: CommandRecord) -> Iterator[Moment]:
 
 def _done(record: CommandRecord, when: str = "") -> str:
     """What was applied, and what came of it; nothing comes of a stop."""
-    if any(action.action == "stop" for action in record.actions):
+    if is_stop(record):
         return f"the training was stopped{when}"
     came = OUTCOMES.get(str(record.verdict), "and is still on trial")
     return f"{_words(record.actions)} was applied{when}, {came}"
 
 
 def _next_steps(story: Story, worst: Incident) -> Iterator[str]:
-    mine = [record for record in story.commands if record.incident == worst.id]
+    mine = [record for record in story.commands if record.incident == worst.id and not is_stop(record)]
     proposed = next((record for record in mine if record.applied_step is None), None)
     if proposed is not None and len(mine) == 1:
         what = _words(proposed.actions)
         names = ",".join(dict.fromkeys(action.action for action in proposed.actions))
         yield f"{what} was proposed; SOSA_MODE=auto SOSA_AUTO_ALLOW={names} applies it without a person"
-    for incident in sorted(story.incidents, key=lambda one: (one.id != worst.id, -one.severity, one.first_step)):
-        for cause in incident.causes:
-            yield f"{incident.kind}: {cause}"
     for raised in story.raised:
         if raised.explanation:
             yield raised.explanation
+    for incident in sorted(story.incidents, key=lambda one: (one.id != worst.id, -one.severity, one.first_step)):
+        for advice in ADVICE.get(incident.kind, ()):
+            yield f"{incident.kind}: {advice}"
     if not mine and worst.kind in LADDERS:
         known = ", then ".join(fix.name.replace("_", " ") for fix in LADDERS[worst.kind])
         yield f"{worst.kind}: what can be tried, in this order: {known}; SOSA_MODE=suggest proposes it to a person"

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from sosa_stream.agent.explain.explanation import Explanation, Kind, Meaning
-from sosa_stream.agent.explain.mishaps import out_of_memory, timed_out, worker_lost
+from sosa_stream.agent.explain.mishaps import out_of_memory, raised_in_worker, timed_out, worker_lost
 from sosa_stream.agent.explain.trail import Step, described, modules_of, own_line, path_of, steps_of, tensors_of
 from sosa_stream.agent.explain.words import meaning_of
 from sosa_stream.agent.splitting.memory import is_out_of_memory
@@ -27,6 +27,10 @@ def explain(error: BaseException, memory: Mapping[str, int] | None = None) -> Ex
     """
     chain = list(_chain(error))
     messages = [str(each) for each in chain]
+    in_worker = raised_in_worker(messages[0])
+    if in_worker is not None:
+        advice = ("run once with num_workers=0, where a debugger and print reach it",)
+        return Explanation(kind=Kind.DATASET, what=in_worker.error, line=in_worker.line, advice=advice)
     steps = [step for each in reversed(chain) for step in steps_of(each.__traceback__)]
     path = steps_of(error.__traceback__)
     entered = modules_of(path)

@@ -18,6 +18,7 @@ class Kind(StrEnum):
     MEMORY = "out of memory"
     TIMEOUT = "collective timed out"
     WORKER = "DataLoader worker lost"
+    DATASET = "error in a DataLoader worker"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from sosa_stream.agent.explain.explanation import Kind, Meaning
-from sosa_stream.agent.explain.trail import Step
+from sosa_stream.agent.explain.trail import Step, is_library
 
 _TRIED = re.compile(r"[Tt]ried to allocate ([\d.]+ ?[KMGTP]?i?B|\d+ bytes)|Unable to allocate ([\d.]+ ?[KMGTP]?i?B)")
 _LASTING = ("parameters", "gradients", "optimizer_state", "buffers")
@@ -25,6 +27,8 @@ _TIMEOUTS = (
 
 _KILLED = re.compile(r"DataLoader worker \(pid (\d+)\) is killed by signal: ([\w ]+?)\.")
 _EXITED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) exited unexpectedly")
+_IN_WORKER = re.compile(r"Caught [\w.]+ in DataLoader worker process (?P<worker>\d+)\.\nOriginal Traceback")
+_FRAME = re.compile(r'  File "(?P<file>.+)", line (?P<line>\d+), in (?P<name>.+)$')
 _BUS = re.compile(r"bus error encountered in worker|insufficient shared memory|unable to open shared memory object")
 
 
@@ -98,6 +102,37 @@ def worker_lost(messages: Iterable[str], steps: list[Step]) -> Meaning | None:
             "itself",
         )
     return Meaning(kind=Kind.WORKER, what=what, advice=advice)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InWorker:
+    """An error that a DataLoader's worker raised, as its words come back: ``error`` is its last line.
+
+    ``line``: the innermost that is not a library's, as `trail.own_line` has it; empty where all are.
+    """
+
+    worker: str
+    error: str
+    line: str
+
+    @property
+    def message(self) -> str:
+        """What the error says for itself, without the type and the traceback."""
+        return f"{self.error.partition(': ')[2] or self.error} (in DataLoader worker {self.worker})"
+
+
+def raised_in_worker(message: str) -> InWorker | None:
+    """What a worker raised; None where ``message`` is not of one."""
+    found = _IN_WORKER.match(message)
+    if found is None:
+        return None
+    lines = [line for line in message.splitlines() if line.strip()]
+    own = ""
+    for line, source in itertools.pairwise(lines):
+        frame = _FRAME.match(line)
+        if frame is not None and not is_library(frame["file"]):
+            own = f"{frame['file']}:{frame['line']} in {frame['name']}: {source.strip()}"
+    return InWorker(worker=found["worker"], error=lines[-1].strip(), line=own)
 
 
 def size_of(num_bytes: int) -> str:

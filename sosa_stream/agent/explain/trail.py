@@ -45,7 +45,7 @@ class Step:
     @property
     def is_own(self) -> bool:
         """Whether the code is the user's: not Python's, an installed package's or ours."""
-        return not _is_library(self.frame.f_code.co_filename)
+        return not is_library(self.frame.f_code.co_filename)
 
     @property
     def source(self) -> str:
@@ -185,7 +185,7 @@ def _without_wrappers(root: nn.Module, name: str) -> str:
     return ".".join(kept)
 
 
-def _is_library(file: str) -> bool:
+def is_library(file: str) -> bool:
     if (
         file.startswith("<frozen")
         or f"{os.sep}site-packages{os.sep}" in file

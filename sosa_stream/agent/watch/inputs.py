@@ -109,6 +109,8 @@ def look(module: object, *arguments: object, named: bool = False) -> Inputs | No
     floats: torch.Tensor | None = None
     integers: torch.Tensor | None = None
     for tensor in tensors_in(arguments):
+        if not tensor.ndim:  # no batch: how many tokens there are in one, a temperature
+            continue
         if tensor.dtype.is_floating_point:
             floats = tensor if floats is None or tensor.numel() > floats.numel() else floats
         else:
