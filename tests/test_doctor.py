@@ -147,6 +147,15 @@ OWN_RANDOMNESS = """
             *("learning_rate", "warning", "is a rate at which the loss rises"),
             {"late": "optimizer.param_groups[0]['lr'] = 9.0"},
         ),
+        (
+            *("learning_rate", "warning", "the script's 100 is a rate at which the loss rises"),
+            {"late": "optimizer.param_groups[0]['lr'] = 100.0"},
+        ),
+        ("loss", "problem", "cross_entropy is given probabilities", {"model": "model.append(nn.Softmax(dim=1))"}),
+        (
+            *("labels", "warning", "64 labels are of 1 of 4 classes"),
+            {"data": "y.zero_()", "model": "model[2] = nn.Linear(32, 4)"},
+        ),
         ("determinism", "warning", "the script sets no seed", {}),
         ("determinism", "problem", "two passes over one batch from one seed give losses", {"model": OWN_RANDOMNESS}),
     ],

@@ -66,7 +66,8 @@ def check(context: Context) -> Finding:
         if not dead:
             advice.append("is the layer multiplied by zero, or initialised so that it starts at zero on purpose?")
     told_frozen = f"; frozen and in no optimizer: {named(evidence['frozen'])}" if evidence["frozen"] else ""
-    says = f"{len(reached) - len(missing) - len(zero)} of {len(seen.parameters)} parameters learn{told_frozen}"
+    num_learn = len(reached) - len(missing) - len(zero) - len(set(evidence["in_no_optimizer"]) - set(zero))
+    says = f"{num_learn} of {len(seen.parameters)} parameters learn{told_frozen}"
     return Finding(
         status=Status.PROBLEM if problems else Status.WARNING if warnings else Status.OK,
         says=". ".join([*problems, *warnings, says]),

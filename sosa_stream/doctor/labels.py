@@ -11,6 +11,8 @@ from sosa_stream.doctor.seen_calls import BINARY_LOSSES, CLASS_LOSSES, EMBEDDING
 RARE_SHARE = 0.95
 """Of one class, in all labels seen, from which the rest is hardly learned."""
 FEW_LABELS = 50
+LABELS_PER_CLASS = 10
+"""Labels seen for each class there is, from which half of the classes should have come."""
 
 
 def check(context: Context) -> Finding:
@@ -50,6 +52,9 @@ def check(context: Context) -> Finding:
         else:
             told.append(f"{where}: {_within(first, low, high)}")
         warnings += _one_sided(where, group)
+        if few := _few_classes(where, group):
+            warnings.append(few)
+            advice.append("are the samples sorted by class? shuffle=True, or a sampler that mixes them")
     return Finding(
         status=Status.PROBLEM if problems else Status.WARNING if warnings else Status.OK,
         says=". ".join([*problems, *warnings, named(told, 3)] if told else [*problems, *warnings]),
@@ -93,6 +98,18 @@ def _within(call: Call, low: float, high: float) -> str:
         what = "rows" if call.name in {kind.__name__ for kind in EMBEDDINGS} else "classes"
         return f"{shapes}, {low:.0f} to {high:.0f} of {call.num_classes} {what}"
     return f"{shapes}, from {number(low)} to {number(high)}"
+
+
+def _few_classes(where: str, group: list[Call]) -> str:
+    """Where so many labels of so few classes are all of a few: they do not come in a random order."""
+    call = group[0]
+    is_one_each = len(call.target_shape) == 1 and call.name in {kind.__name__ for kind in CLASS_LOSSES}
+    counts = sum((each.counts for each in group), start=type(call.counts)())
+    if not is_one_each or call.num_classes < 4 or counts.total() < LABELS_PER_CLASS * call.num_classes:
+        return ""
+    if 2 * len(counts) > call.num_classes:
+        return ""
+    return f"{where}: {counts.total()} labels are of {len(counts)} of {call.num_classes} classes"
 
 
 def _one_sided(where: str, group: list[Call]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.nn import functional as F
 
+from sosa_stream.doctor.capture import Seen
 from sosa_stream.doctor.context import Context
 from sosa_stream.doctor.findings import Finding, Status, number, unknown
 from sosa_stream.doctor.seen_calls import BINARY_LOSSES, CLASS_LOSSES, Call
@@ -42,10 +43,23 @@ def check(context: Context) -> Finding:
     if not math.isfinite(first.value):
         return Finding(status=Status.PROBLEM, says=f"the first loss is {number(first.value)}", evidence=evidence)
     says = f"{number(first.value)} at the first batch; {words} {number(expected)}"
+    if first.is_normalised:
+        remedy = ("give cross_entropy the outputs before softmax: it takes the logarithm of the softmax itself",)
+        says = f"cross_entropy is given probabilities, of which it can hardly learn. {says}"
+        return Finding(status=Status.PROBLEM, says=says, evidence=evidence, advice=remedy, source=SOURCE)
     if first.is_weighted:
         return Finding(status=Status.OK, says=f"{says}, if classes were not weighted", evidence=evidence, source=SOURCE)
     status, advice = _judged(first, expected, context.seen.has_loaded)
     return Finding(status=status, says=says, evidence=evidence, advice=advice, source=SOURCE)
+
+
+def guessing(seen: Seen) -> float:
+    """What a model that knows nothing would have, where the loss is classes' and nothing else; else infinite."""
+    first = next((call for call in seen.losses.of(*CLASS_LOSSES, *BINARY_LOSSES) if call.pass_index == 0), None)
+    value = seen.passes[0].loss_value if seen.passes else math.nan
+    if first is None or first.is_weighted or not math.isclose(first.value, value, rel_tol=1e-3):
+        return math.inf
+    return _expected(first)[0]
 
 
 def _expected(call: Call) -> tuple[float, str]:

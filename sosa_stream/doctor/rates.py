@@ -31,7 +31,9 @@ def check(context: Context) -> Finding:
     """
     copies = context.copies()
     passes = [each for each in context.seen.passes if each.loss is not None]
-    rates = np.geomspace(LOWEST, HIGHEST, NUM_RATES)
+    script_rate = max(context.seen.rates, default=math.nan)
+    highest = max(HIGHEST, 3.0 * script_rate) if math.isfinite(script_rate) else HIGHEST
+    rates = np.geomspace(LOWEST, highest, NUM_RATES)
     losses: list[float] = []
     with alone():
         optimizer = fresh_optimizer(context.seen, copies)
@@ -48,7 +50,6 @@ def check(context: Context) -> Finding:
             if not math.isfinite(smooth) or smooth > DIVERGED * max(lowest, 1e-12) > 0.0 or context.time_left < 0.2:
                 break
     rates = rates[: len(losses)]
-    script_rate = max(context.seen.rates, default=math.nan)
     evidence: dict[str, Any] = {"rates": rates.tolist(), "losses": losses, "script": script_rate}
     fair = without_batches(np.array(losses), len(passes))
     curve = _smooth(fair)
@@ -70,7 +71,7 @@ def check(context: Context) -> Finding:
     says += f"; the script has {number(script_rate)}"
     status = Status.OK
     advice: tuple[str, ...] = ()
-    if script_rate >= lost_at:
+    if script_rate >= min(lost_at, 10.0 * max(upper, steepest)):
         status = Status.WARNING
         says = f"the script's {number(script_rate)} is a rate at which the loss rises; {says}"
         advice = (f"begin with {number(steepest)}, or warm up to more",)

@@ -30,7 +30,8 @@ class Call:
     ``num_classes``: of the outputs, or rows of the table. ``low`` and ``high``: of targets or ids that are not
     ignored. ``num_outside``: of them, those that are no class. ``baseline``: of losses of values, what predicting the
     targets' mean would give, and ``zero_loss`` what predicting 0 would. ``num_summed``: targets whose losses are in the
-    result one by one or as their sum; 0 where it is their mean. ``value``: the loss of one target.
+    result one by one or as their sum; 0 where it is their mean. ``is_normalised``: cross entropy was given
+    probabilities. ``value``: the loss of one target.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Call:
     baseline: float = math.nan
     zero_loss: float = math.nan
     is_weighted: bool = False
+    is_normalised: bool = False
     num_summed: int = 0
     value: float = math.nan
 
@@ -135,6 +137,9 @@ def _measure(call: Call, func: Any, given: torch.Tensor, target: torch.Tensor, b
         _count(call, target, ignored=None)
     elif func in CLASS_LOSSES:
         call.num_classes = given.shape[1] if given.ndim > 1 else given.shape[0]
+        if func is F.cross_entropy and given.numel() and call.num_classes > 1:
+            sums = given.float().sum(min(1, given.ndim - 1))
+            call.is_normalised = bool((given >= 0).all()) and bool(((sums - 1.0).abs() < 1e-2).all())
         if not target.dtype.is_floating_point:
             _count(call, target, ignored=bound.get("ignore_index", -100))
         elif target.numel():

@@ -26,6 +26,8 @@ NUM_BATCHES = 20
 """That a try of a DataLoader hands out, the first two not timed."""
 NOISY = 0.3
 """Median deviation from the median, of the median: more, and a gain that is smaller is none."""
+MOST_APART = 1.5
+"""A gain by medians and one by the fastest runs differ by less, or what else the machine does has made it."""
 LARGER_GAIN, MOST_GAIN = 1.3, 2.2
 """In samples a second, of twice the batch: worth it; more than there can be."""
 WORTH_IT = 1.1
@@ -144,8 +146,10 @@ def interleaved(context: Context, plain: Callable[[], Any], other: Callable[[], 
     medians = [statistics.median(its) for its in times]
     off = (statistics.median(abs(t / m - 1.0) for t in its) for its, m in zip(times, medians, strict=True))
     noise = max(off)
-    gain = abs(medians[0] / medians[1] - 1.0)
-    return Timing(plain=medians[0], other=medians[1], is_clear=noise < max(gain, NOISY))
+    gain = medians[0] / medians[1]
+    undisturbed = min(times[0]) / min(times[1])
+    agree = 1.0 / MOST_APART < gain / undisturbed < MOST_APART
+    return Timing(plain=medians[0], other=medians[1], is_clear=agree and noise < max(abs(gain - 1.0), NOISY))
 
 
 def _amp(context: Context, tried: dict[str, Any], advice: list[str]) -> str:

@@ -240,14 +240,16 @@ def _evidence(by_kind: Mapping[str, Tag]) -> Iterator[str]:
 def _verdict(by_kind: Mapping[str, Tag]) -> str:
     dims, active, share = (_last(by_kind, kind) for kind in ("dims", "active", "active_share"))
     per_dim, kl = _last(by_kind, "kl_per_dim"), _last(by_kind, "kl")
-    if share is None and active is not None and dims:
-        share = active / dims
+    if share is None and active is not None and (dims or not active):
+        share = active / dims if dims else 0.0
     if share is not None and share > 1.0:
         share /= 100.0  # in percent
     if per_dim is None and kl is not None and dims:
         per_dim = kl / dims
-    if per_dim is None and kl is not None and kl < KL_PER_DIM:
+    is_whole = per_dim is None and kl is not None and kl < KL_PER_DIM
+    if is_whole:
         per_dim = kl  # of however many dimensions, each has less
+    of_what = "in all" if is_whole else "per dimension"
     if per_dim is None and share is None:
         if kl is None:
             return "cannot be told: no KL divergence and no active units were logged."
@@ -255,8 +257,8 @@ def _verdict(by_kind: Mapping[str, Tag]) -> str:
     if share is None:
         assert per_dim is not None
         if per_dim < KL_PER_DIM:
-            return f"probably collapsed: KL {per_dim:.2g} nats per dimension; active units were not logged."
-        return f"not collapsed as a whole: KL {per_dim:.2g} nats per dimension; active units were not logged."
+            return f"probably collapsed: KL {per_dim:.2g} nats {of_what}; {_few_units(active)}"
+        return f"not collapsed as a whole: KL {per_dim:.2g} nats {of_what}; {_few_units(active)}"
     if share > ACTIVE_SHARE:
         return f"not collapsed: {share:.0%} of the latent dimensions are active."
     if per_dim is None:
@@ -264,11 +266,14 @@ def _verdict(by_kind: Mapping[str, Tag]) -> str:
             f"probably collapsed: {share:.0%} of the latent dimensions are active; the KL cannot be told per dimension."
         )
     if per_dim >= KL_PER_DIM:
-        return f"not collapsed: {share:.0%} of the dimensions are active, but KL is {per_dim:.2g} nats per dimension."
-    return (
-        f"collapsed: {share:.0%} of the latent dimensions are active, KL {per_dim:.2g} nats per dimension."
-        + _stalled(by_kind)
+        return f"not collapsed: {share:.0%} of the dimensions are active, but KL is {per_dim:.2g} nats {of_what}."
+    return f"collapsed: {share:.0%} of the latent dimensions are active, KL {per_dim:.2g} nats {of_what}." + _stalled(
+        by_kind
     )
+
+
+def _few_units(active: float | None) -> str:
+    return "active units were not logged." if active is None else f"{active:.4g} active units, of an unknown number."
 
 
 def _stalled(by_kind: Mapping[str, Tag]) -> str:
