@@ -90,6 +90,17 @@ def test_a_run_that_is_only_shorter_is_judged_over_what_both_have() -> None:
     assert (found.worst, found.against[0].last_common) == (Standing.EVEN, 399)
 
 
+def test_a_run_that_takes_off_just_before_the_end_is_worse_however_wide_its_interval() -> None:
+    first, second = falling(0, 1000), falling(1, 1000)
+    second[950:] *= np.geomspace(1.5, 3000.0, 50)
+    found = compare([story("a", first), story("b", second)])
+    assert found.worst is Standing.WORSE
+    assert "it lies above since step 9" in found.against[0].why
+    recovered = falling(1, 1000)
+    recovered[900:950] *= 100.0
+    assert compare([story("a", first), story("b", recovered)]).worst is not Standing.WORSE
+
+
 def test_a_run_without_a_step_is_told_as_such() -> None:
     found = compare([story("a", falling(0)), story("b", np.array([]))])
     assert found.worst is Standing.UNKNOWN

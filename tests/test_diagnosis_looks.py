@@ -13,6 +13,7 @@ import torch
 from agent_parts import HEADER, batches, bits, loss_of, toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.optim import SGD
 
 from sosa_stream.agent.core import Agent
@@ -21,6 +22,7 @@ from sosa_stream.agent.watch.layers import MAX_COPIED, NUM_LOOKS, LayersLook, is
 from sosa_stream.agent.watch.weights import census
 from sosa_stream.config import load_settings
 from sosa_stream.engine import Engine
+from sosa_stream.protocol.codec import decode, encode
 from sosa_stream.protocol.messages import AgentMessage, Features, Layers, MetricFrame
 from sosa_stream.settings import Mode
 
@@ -185,3 +187,16 @@ def test_without_being_asked_nothing_of_it_is_computed_or_sent() -> None:
     assert [layers.weights.size + layers.updates.size + layers.num_nan.size for layers in quiet.layers] == [0]
     assert len(loud.layers) == len(loud.features) == 30
     assert loud.late == [], "layers come before the row of their step"
+
+
+def test_of_too_many_parameters_matrices_are_named_first_and_how_many_there_are_is_told() -> None:
+    model = nn.ModuleList(nn.Linear(1, 1) for _ in range(700))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    look = LayersLook(0, census([model], [optimizer]), optimizer)
+    look.after()
+    told = look.message(HEADER)
+    assert told.num_parameters == 1400
+    assert len(told.names) <= 1024
+    assert {f"{i}.weight" for i in range(700)} <= set(told.names)
+    assert list(told.names) == [name for name, _ in model.named_parameters() if name in set(told.names)]
+    assert decode(encode(told)) == told

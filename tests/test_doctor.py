@@ -151,6 +151,10 @@ OWN_RANDOMNESS = """
             *("learning_rate", "warning", "the script's 100 is a rate at which the loss rises"),
             {"late": "optimizer.param_groups[0]['lr'] = 100.0"},
         ),
+        (
+            *("loss", "problem", "with its sign turned"),
+            {"late": "class F: cross_entropy = staticmethod(lambda *each: -nn.functional.cross_entropy(*each))"},
+        ),
         ("loss", "problem", "cross_entropy is given probabilities", {"model": "model.append(nn.Softmax(dim=1))"}),
         (
             *("labels", "warning", "64 labels are of 1 of 4 classes"),

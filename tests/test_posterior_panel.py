@@ -13,6 +13,7 @@ pytest.importorskip("matplotlib")
 from test_compare import incident, story
 from test_pairing import curve, falling
 
+from sosa_stream.cli import main
 from sosa_stream.report.posterior import draw_posterior, verdict
 from sosa_stream.report.story import Story
 
@@ -43,6 +44,13 @@ def test_a_panel_is_drawn_whatever_is_missing(reconstruction: bool, tmp_path: Pa
         curves = {name: each for name, each in told.curves.items() if name != missing}
         assert draw_posterior(tmp_path / "posterior.png", replace(told, curves=curves))
         assert (tmp_path / "posterior.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_with_our_own_names_is_a_vaes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [f"{i},{3 / (1 + i):.6f},{0.5 if i < 100 else 0.001},{12 if i < 100 else 0},16" for i in range(400)]
+    (tmp_path / "vae.csv").write_text("\n".join(["step,loss,kl_per_dim,active_units,latent_dims", *rows]))
+    assert main(["report", str(tmp_path / "vae.csv")]) == 0
+    assert capsys.readouterr().out.startswith("posterior_collapse at step ")
 
 
 def test_the_verdict_is_that_of_the_detector_and_else_of_the_last_look() -> None:

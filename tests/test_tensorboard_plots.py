@@ -89,7 +89,10 @@ DIMS, DEAD, ALIVE = (
         ((tag("kl_per_dim", 0.5, 0.01, 0.01, 0.01, 0.01),), "Verdict: probably collapsed"),
         ((tag("train_kl", 5.0, 0.01, 0.01, 0.01, 0.01),), "Verdict: probably collapsed: KL 0.01 nats in all"),
         ((tag("train_kl", 5.0, 0.01, 0.01, 0.01), tag("active_units", 4, 0, 0, 0)), "Verdict: collapsed: 0%"),
-        ((tag("train_kl", 5.0, 0.01, 0.01, 0.01), tag("active_units", 4, 3, 3, 3)), "3 active units, of an unknown"),
+        (
+            (tag("train_kl", 5.0, 0.01, 0.01, 0.01), tag("active_units", 4, 3, 3, 3)),
+            "Verdict: probably collapsed: KL 0.01 nats in all; 3 active units, of an unknown",
+        ),
         ((tag("train_kl", 5.0, 4.0, 4.0),), "Verdict: cannot be told"),
         ((tag("latent_variance", 1.0, 1e-6, 1e-6),), "Verdict: cannot be told"),
         ((DIMS, ALIVE, tag("kl", 9.0, 9.0), tag("mean_variance", 0.01, 1e-4)), "Verdict: not collapsed"),

@@ -162,7 +162,7 @@ def _verdict(first: str, against: Against) -> Iterator[str]:
         "even": f"is as good as {first}",
         "unknown": f"cannot be told from {first}",
     }[against.standing]
-    ends = _ends(first, against)
+    ends = "" if against.why.startswith("it lies above") else _ends(first, against)
     yield f"{against.run} {standing}: {ends or against.why}"
     if ends:
         what = {"loss": "training loss", "eval_loss": "validation loss"}.get(against.column, against.column)

@@ -43,6 +43,10 @@ def check(context: Context) -> Finding:
     if not math.isfinite(first.value):
         return Finding(status=Status.PROBLEM, says=f"the first loss is {number(first.value)}", evidence=evidence)
     says = f"{number(first.value)} at the first batch; {words} {number(expected)}"
+    if math.isclose(value, -first.value, rel_tol=1e-3):
+        says = f"backward() begins at {number(value)}, the {first.name} of {number(first.value)} with its sign turned"
+        remedy = ("minimise the loss itself: its negative is driven up without end",)
+        return Finding(status=Status.PROBLEM, says=says, evidence=evidence, advice=remedy, source=SOURCE)
     if first.is_normalised:
         remedy = ("give cross_entropy the outputs before softmax: it takes the logarithm of the softmax itself",)
         says = f"cross_entropy is given probabilities, of which it can hardly learn. {says}"

@@ -67,7 +67,7 @@ def check(context: Context) -> Finding:
     evidence |= {"suggestion": steepest, "upper": upper, "diverges_at": lost_at}
     details = [_draw(context.out, rates, fair, curve, found, script_rate)] if context.out else []
     says = f"the loss falls fastest at {number(steepest)}"
-    says += f"; up to {number(upper)} is safe" if upper > steepest else ""
+    says += f"; a tenth of the rate of its lowest loss is {number(upper)}" if upper > steepest else ""
     says += f"; the script has {number(script_rate)}"
     status = Status.OK
     advice: tuple[str, ...] = ()

@@ -98,6 +98,7 @@ def encode(message: Message) -> bytes:
                 "names": list(message.names),
                 "norms": np.ascontiguousarray(message.norms, dtype="<f4").tobytes(),
                 "orphans": list(message.orphans),
+                **({"num_parameters": message.num_parameters} if message.num_parameters else {}),
             }
             body |= {name: data for name, data in _arrays(message, _LAYER_ARRAYS).items() if data}
         case Features():
@@ -305,6 +306,7 @@ def _layers(body: Body) -> Layers:
         names=names,
         norms=_array(body, "norms", _FLOAT32, len(names)),
         orphans=body.texts("orphans"),
+        num_parameters=body.integer("num_parameters") if body.has("num_parameters") else 0,
         **more,
     )
 

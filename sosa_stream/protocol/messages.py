@@ -137,7 +137,8 @@ class Layers:
     """Every parameter of the model at one step, once in a while: rank 0 sends it.
 
     ``norms`` float32 of shape (len(names),): the gradient's 2-norm, NaN where the parameter got none. ``orphans`` are
-    the names of those that got one and belong to no optimizer. The others have the shape of ``norms`` where
+    the names of those that got one and belong to no optimizer. ``num_parameters``: how many there are, of which at most
+    1,024 are named; 0 where the agent has not said. The others have the shape of ``norms`` where
     ``agent.layers_every`` asks for them, and shape (0,) elsewhere: ``num_nan`` and ``num_inf`` int64, elements of the
     gradient that are not finite; ``weights`` float32, the parameter's 2-norm before the step; ``updates`` float32, that
     of what the step did to it, NaN where it was kept from the weights.
@@ -148,6 +149,7 @@ class Layers:
     names: tuple[str, ...]
     norms: NDArray[np.float32]
     orphans: tuple[str, ...] = ()
+    num_parameters: int = 0
     num_nan: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     num_inf: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     weights: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
@@ -156,8 +158,8 @@ class Layers:
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Layers)
-            and (self.header, self.step, self.names, self.orphans)
-            == (other.header, other.step, other.names, other.orphans)
+            and (self.header, self.step, self.names, self.orphans, self.num_parameters)
+            == (other.header, other.step, other.names, other.orphans, other.num_parameters)
             and _are_equal(self, other, ("norms", "num_nan", "num_inf", "weights", "updates"))
         )
 

@@ -24,6 +24,8 @@ STEP_NAMES = (
 EVAL = re.compile(r"(?:^|_)(?:val|valid|validation|eval|evaluation|test|dev|heldout)(?:_|$)")
 """What of validation is called by, as `plain` gives it."""
 _NO_LOSS = re.compile(r"(?:^|_)(?:loss_scale|lossscale|loss_weight|loss_lr)")
+POSTERIOR = frozenset({"kl_per_dim", "active_units", "latent_dims"})
+"""Columns of ours that a VAE's script may log by the same names."""
 SCALARS = {"wall_time", "step", "value"}
 """The columns of TensorBoard's CSV export, which names the tag only in the name of the file."""
 _FEW = 0.05
@@ -101,6 +103,9 @@ def guess_columns(log: Log, *, mapping: Mapping[str, str] | None = None, wanted:
             columns[ours] = names
         if names and not sure:
             doubts.append(f"{ours} is a guess; --map {ours}=NAME to say otherwise, {known_columns(counts)}")
+    for ours in POSTERIOR - mapping.keys():
+        if names := tuple(name for name in counts if plain(name) in (ours, f"train_{ours}")):
+            columns[ours] = names[:1]
     for name in counts:
         if name in wanted or plain(name) in wanted:
             columns[LOG_PREFIX + (name if name in wanted else plain(name))] = (name,)

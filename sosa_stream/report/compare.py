@@ -33,8 +33,9 @@ FEWEST_EVALUATIONS = 20
 """Validation losses from which on they decide in place of the training loss."""
 MAX_LISTED = 4
 """Incidents, fixes and stretches that are told one by one."""
-
-
+NUM_LAST, SHARE_LAST = 8, 50
+"""Points, or one point in so many, by which a rise at the very end is judged."""
+RISEN = 0.5
 SEPARATOR = "; "
 """Between several things in one cell."""
 
@@ -148,8 +149,9 @@ def compare(stories: Sequence[Story], *, by: str = "", tolerance: float = TOLERA
 
     ``by`` is the column to judge by, of which less is better; else the validation loss where both have
     `FEWEST_EVALUATIONS` of it, else the training loss. A run is worse if the whole 95% interval of its difference at
-    the end lies above ``tolerance`` times the first run's loss, if it ends not finite and the first does not, or if an
-    error ended it and not the first.
+    the end lies above ``tolerance`` times the first run's loss, if it ends not finite and the first does not, if it has
+    left the first's for good and its last points lie `RISEN` times as high again, or if an error ended it and not the
+    first.
 
     Raises:
         UsageError: there are fewer than two, or the first has nothing to judge by.
@@ -204,6 +206,8 @@ def _against(first: Story, second: Story, by: str, tolerance: float) -> Against:
     first_end, end, difference = last_of(pair.first), last_of(pair.second), difference_at_end(pair)
     apart = stretches(pair, tolerance)
     standing, why = _judged(first, second, pair, difference, tolerance)
+    if standing in (Standing.EVEN, Standing.UNKNOWN) and (rising := _rises_at_end(pair, apart)):
+        standing, why = Standing.WORSE, rising
     share = difference.value / abs(first_end.value) if first_end.value else math.nan
     return Against(
         run=second.name,
@@ -240,6 +244,18 @@ def _judged(first: Story, second: Story, pair: Pair, difference: Estimate, toler
     if difference.value - difference.half_width > margin:
         return Standing.WORSE, why
     return (Standing.BETTER if difference.value + difference.half_width < -margin else Standing.EVEN), why
+
+
+def _rises_at_end(pair: Pair, apart: Sequence[Stretch]) -> str:
+    """Why a run is worse whose loss leaves the other's before the end, so far that its mean there says nothing."""
+    last = apart[-1] if apart else None
+    if last is None or last.last_step is not None or last.sign <= 0:
+        return ""
+    num = max(NUM_LAST, len(pair.steps) // SHARE_LAST)
+    a, b = _median(pair.first[-num:]), _median(pair.second[-num:])
+    if not b - a > RISEN * abs(a):
+        return ""
+    return f"it lies above since step {last.first_step}, and its last {num} points at {_short(b)}, those at {_short(a)}"
 
 
 def _lead(first: Story, second: Story, step: int) -> Lead | None:

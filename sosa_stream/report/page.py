@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 
 from sosa_stream.decide.commands import CommandRecord
-from sosa_stream.detect.incidents import Incident
 from sosa_stream.detect.wording import name_ranks
 from sosa_stream.report.markup import SEVERITIES, STYLE, facts, listed, paragraph, scrolled, table, tag, text, told
 from sosa_stream.report.pictures import PICTURES, effective_rate, shifts
 from sosa_stream.report.story import Story
 from sosa_stream.report.theme import DARK, LIGHT
-from sosa_stream.report.verdict import Verdict, is_stop
+from sosa_stream.report.verdict import Verdict, is_stop, worst_of
 
 MOST_ROWS = 200
 DIAGNOSE = "sosa diagnose"
@@ -93,13 +92,8 @@ def _summary(story: Story) -> str:
     return f"{story.name}: {steps}, {ranks}, read from {Path(*story.source.parts[-2:])}"
 
 
-def _earliest(story: Story) -> Incident | None:
-    """The earliest incident of the highest severity."""
-    return min(story.incidents, key=lambda each: (-each.severity, each.first_step), default=None)
-
-
 def _first(story: Story, verdict: Verdict) -> str:
-    incident = _earliest(story)
+    incident = worst_of(story.incidents)
     said = paragraph(verdict.first) if verdict.first else ""
     if incident is None:
         return said or paragraph("No incident was found.")

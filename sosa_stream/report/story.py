@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sosa_stream.decide.commands import CommandRecord
 from sosa_stream.detect.incidents import Incident
 
-MAX_BINS, MAX_LAYERS, MAX_LOOKS, MAX_FEATURES = 2000, 1000, 512, 1000
+MAX_BINS, MAX_LAYERS, MAX_LOOKS, MAX_FEATURES = 2000, 1024, 512, 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

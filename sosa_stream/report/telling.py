@@ -137,6 +137,7 @@ class Teller:
         self._rank_of_steps = -1
         self._grids: dict[str, Looks] = {}
         self._layer_names: tuple[str, ...] = ()
+        self._num_parameters = 0
         self._num_models = 0
         self._features: dict[str, Looks] = {}
         self._input: str = ""
@@ -220,6 +221,9 @@ class Teller:
             missing.append("no norms by layer")
         elif not grids.get("weights"):
             missing.append("no norms of weights and updates by layer: sosa diagnose records them")
+        if self._num_parameters > len(self._layer_names) > 0:
+            seen, num = len(self._layer_names), self._num_parameters
+            missing.append(f"{num - seen:,} of {num:,} parameters, biases first: their gradients were not looked at")
         if features is None:
             missing.append("no statistics of the input's features: sosa diagnose records them")
         if self._num_models > 1:
@@ -251,7 +255,7 @@ class Teller:
 
     def _take_layers(self, layers: Layers) -> None:
         if layers.names != self._layer_names:
-            self._layer_names = layers.names
+            self._layer_names, self._num_parameters = layers.names, layers.num_parameters
             self._num_models += 1
             self._grids = {
                 name: Looks(what, layers.names, MAX_LAYERS)

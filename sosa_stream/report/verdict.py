@@ -28,6 +28,7 @@ OUTCOMES = {
 MAX_MOMENTS = 200
 OF_GRADIENTS = frozenset({"nan_loss", "nonfinite_gradient", "exploding_gradient"})
 OF_ERRORS = frozenset({"exception", "oom", "shape_mismatch"})
+OF_LOOKS = frozenset({"loss_spike", "loss_oscillation", "loss_plateau", "overfitting"})
 OUTSTANDING = 10.0
 """Times its own usual norm that a layer's is at least, to be named; and times what is so of the median layer."""
 
@@ -62,7 +63,7 @@ class Verdict:
 
 def verdict(story: Story) -> Verdict:
     """The verdict on a run."""
-    worst = _worst(story.incidents)
+    worst = worst_of(story.incidents)
     if worst is None:
         return _of_quiet_run(story)
     earliest = min(story.incidents, key=lambda incident: incident.first_step)
@@ -75,9 +76,16 @@ def verdict(story: Story) -> Verdict:
     )
 
 
-def _worst(incidents: tuple[Incident, ...]) -> Incident | None:
-    """The earliest of the highest severity."""
-    return min(incidents, key=lambda incident: (-incident.severity, incident.first_step), default=None)
+def worst_of(incidents: tuple[Incident, ...]) -> Incident | None:
+    """The earliest of the highest severity that was not over at the end, else of those that were.
+
+    One that only says how the loss looks comes behind one that says more.
+    """
+
+    def order(one: Incident) -> tuple[float, bool, bool, int]:
+        return -one.severity, one.state is IncidentState.RESOLVED, one.kind in OF_LOOKS, one.first_step
+
+    return min(incidents, key=order, default=None)
 
 
 def _of_quiet_run(story: Story) -> Verdict:

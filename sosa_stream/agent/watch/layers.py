@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from sosa_stream.agent.step import gradients
 from sosa_stream.agent.watch.scalars import Vector, fetch_vector
-from sosa_stream.agent.watch.weights import Owned
+from sosa_stream.agent.watch.weights import Owned, spread_over
 from sosa_stream.protocol.messages import Header, Layers
 
 MAX_LAYERS = 1024
@@ -49,7 +49,8 @@ class LayersLook:
 
     @torch.no_grad()
     def __init__(self, step: int, everyone: list[Owned], optimizer: Optimizer) -> None:
-        shown = everyone[:: -(-len(everyone) // MAX_LAYERS)] if everyone else []
+        shown = spread_over(everyone, MAX_LAYERS)
+        self._num_parameters = len(everyone)
         self._step = step
         self._names = tuple(each.name for each in shown)
         self._orphans = tuple(each.name for each in everyone if each.is_orphan)[:MAX_LAYERS]
@@ -97,6 +98,7 @@ class LayersLook:
                 header=header,
                 step=self._step,
                 names=self._names,
+                num_parameters=self._num_parameters,
                 orphans=self._orphans,
                 norms=_spread(norms, has, math.nan).astype(np.float32),
                 num_nan=_spread(num_nan, has, 0.0).astype(np.int64),

@@ -22,7 +22,7 @@ from sosa_stream.agent.watch.inputs import Inputs
 from sosa_stream.agent.watch.layers import MAX_LAYERS, LayersLook, is_due
 from sosa_stream.agent.watch.posterior import Posterior
 from sosa_stream.agent.watch.scalars import Scalars, fetch
-from sosa_stream.agent.watch.weights import Update, Weights, census, num_stale
+from sosa_stream.agent.watch.weights import Update, Weights, census, num_stale, spread_over
 
 LAYERS_EVERY = 8
 """Steps between two looks at the ends of the network, and at the posterior."""
@@ -143,7 +143,7 @@ class Looks:
         if self._news == (orphans, without) and step % LAYERS_SENT_EVERY >= OWNERS_EVERY:
             return
         self._news = orphans, without
-        shown = everyone[:: -(-len(everyone) // MAX_LAYERS)] if everyone else []
+        shown = spread_over(everyone, MAX_LAYERS)
         norms = gradients.tensor_norms(
             [gradients.to_local(g) for each in shown if (g := each.parameter.grad) is not None]
         )

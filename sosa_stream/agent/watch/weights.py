@@ -104,6 +104,19 @@ class Owned:
         return not self.owned and self.parameter.grad is not None
 
 
+def spread_over(everyone: list[Owned], most: int) -> list[Owned]:
+    """At most so many of the parameters, in their order: matrices first, evenly, and others where there is room."""
+    if len(everyone) <= most:
+        return everyone
+    matrices = [each for each in everyone if each.parameter.dim() > 1]
+    kept = matrices[:: -(-len(matrices) // most)] if matrices else []
+    others = [each for each in everyone if each.parameter.dim() <= 1]
+    room = most - len(kept)
+    kept += others[:: -(-len(others) // room)] if room and others else []
+    names = {each.name for each in kept}
+    return [each for each in everyone if each.name in names]
+
+
 def census(roots: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -> list[Owned]:
     """The trainable parameters of these modules, each once; one that an optimizer holds also where it is frozen."""
     owned = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
