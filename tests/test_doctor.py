@@ -152,6 +152,16 @@ OWN_RANDOMNESS = """
             {"late": "optimizer.param_groups[0]['lr'] = 100.0"},
         ),
         (
+            *("gradients", "problem", "3 updates left their gradients there"),
+            {"late": "optimizer.zero_grad = lambda: None"},
+        ),
+        (
+            *("labels", "warning", "targets are of the size 3e+05"),
+            {
+                "late": "class F: cross_entropy = staticmethod(lambda out, y: nn.functional.mse_loss(out[:, 0], y + 3e5))"
+            },
+        ),
+        (
             *("loss", "problem", "with its sign turned"),
             {"late": "class F: cross_entropy = staticmethod(lambda *each: -nn.functional.cross_entropy(*each))"},
         ),

@@ -180,13 +180,14 @@ def pages(found: Mapping[str, Any]) -> Iterator[str]:
     hosts = list(dict.fromkeys(rank["host"] for rank in found["ranks"]))
     yield f"run {found['run']}: mode {found['mode']}, {_num(len(found['ranks']), 'rank')} on {', '.join(hosts)}"
     began, ended = local_time(found["began_at"]), local_time(found["last_heard_at"])
-    yield f"{began} to {ended}, {_num(found['num_generations'], 'start')} of the group, last step {found['step']}"
+    yield f"{began} to {ended}, {_num(found['num_generations'], 'start')} of the group, {_last_step(found['step'])}"
     if found["paused_by"]:
         yield f"paused by {found['paused_by']}: nothing is applied by itself"
     yield ""
     yield "what happened"
     if not found["incidents"]:
-        yield "  nothing that sosa would call an incident"
+        was_seen = found["step"] >= 0
+        yield "  nothing that sosa would call an incident" if was_seen else "  no step was seen: nothing can be told"
     for incident in found["incidents"]:
         over = f"over at {incident['resolved_step']}" if incident["resolved_step"] is not None else incident["state"]
         yield f"  step {incident['first_step']}: {incident['kind']}, {incident['severity']}, {over}  ({incident['id']})"
@@ -222,6 +223,10 @@ def pages(found: Mapping[str, Any]) -> Iterator[str]:
     if found["auto_would_have"] is not None:
         yield ""
         yield from _would(found["auto_would_have"])
+
+
+def _last_step(step: int) -> str:
+    return f"last step {step}" if step >= 0 else "no step"
 
 
 def _command(record: Mapping[str, Any]) -> Iterator[str]:

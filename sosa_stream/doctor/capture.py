@@ -7,6 +7,7 @@ need the script's objects after the last step.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -35,6 +36,8 @@ class Leave(BaseException):
 
 MOST_LEAVES = 20
 """As often it is raised again where the script catches even that; then the process ends at once."""
+SOME = 8
+"""Parameters by which it is told whether gradients are still there."""
 
 
 @dataclass(slots=True)
@@ -80,6 +83,8 @@ class Seen:
     is_replicated: bool = False
     has_loaded: bool = False
     """Whether weights were loaded before the first step."""
+    num_kept: int = 0
+    """Updates whose gradients nobody had touched when the next backward began."""
     seed_before: int = 0
     error: BaseException | None = None
 
@@ -105,6 +110,8 @@ class Recorder:
         self._pid = os.getpid()
         self._began = 0.0
         self._backward_under_way = False
+        self._stepped: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+        """Parameters that the last update was of, their gradients, and the versions of these."""
         self._restore: list[Callable[[], None]] = []
 
     def install(self) -> None:
@@ -191,6 +198,9 @@ class Recorder:
                 return original(tensors, *args, **kwargs)
             loss = tensors[0] if isinstance(tensors, list | tuple) and len(tensors) == 1 else tensors
             found = self.tape.finish(loss)
+            if self._stepped:
+                self.seen.num_kept += all(p.grad is g and g._version == version for p, g, version in self._stepped)
+                self._stepped = []
             self._backward_under_way = True
             try:
                 with self.tape.silent():
@@ -246,6 +256,8 @@ class Recorder:
             self.seen.step_seconds.append(now - self._began)
             self.seen.parts.append({name: float(value) for name, value in parts.items()})
         self._began = now
+        owned = (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+        self._stepped = [(p, p.grad, p.grad._version) for p in itertools.islice(owned, SOME)]
         self.seen.num_steps += 1
         if self.seen.num_steps >= self._num_steps:
             self.finish()

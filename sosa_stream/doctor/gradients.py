@@ -11,6 +11,7 @@ from sosa_stream.doctor.findings import Finding, Status, named, unknown
 DEAD, MANY_DEAD = 0.5, 0.9
 """Share of a ReLU's units that never fire, over all samples seen."""
 FEW_UNITS = 4
+FEWEST_KEPT = 2
 
 
 def check(context: Context) -> Finding:
@@ -38,6 +39,7 @@ def check(context: Context) -> Finding:
         "in_no_optimizer": orphans if seen.optimizers else [],
         "frozen": _names(context, (key for key in frozen if key not in owned)),
         "dead_units": dead,
+        "kept_gradients": seen.num_kept,
     }
     problems, warnings, advice = [], [], []
     if missing:
@@ -51,6 +53,9 @@ def check(context: Context) -> Finding:
     if orphans and seen.optimizers:
         problems.append(f"{len(orphans)} parameters get a gradient but no optimizer steps them: {named(orphans)}")
         advice.append("was the optimizer made before the layer? give it all of model.parameters()")
+    if seen.num_kept >= FEWEST_KEPT:
+        problems.append(f"{seen.num_kept} updates left their gradients there, and the next backward added to them")
+        advice.append("call optimizer.zero_grad() once for each optimizer.step()")
     killed = [name for name, share in dead.items() if share >= MANY_DEAD]
     told = [f"{name} ({share:.0%})" for name, share in dead.items()]
     if killed:

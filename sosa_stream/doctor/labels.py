@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from sosa_stream.doctor.context import Context
@@ -11,6 +12,8 @@ from sosa_stream.doctor.seen_calls import BINARY_LOSSES, CLASS_LOSSES, EMBEDDING
 RARE_SHARE = 0.95
 """Of one class, in all labels seen, from which the rest is hardly learned."""
 FEW_LABELS = 50
+FAR = 100.0
+"""Root mean square of targets from which the first steps only carry the outputs there."""
 LABELS_PER_CLASS = 10
 """Labels seen for each class there is, from which half of the classes should have come."""
 
@@ -52,6 +55,9 @@ def check(context: Context) -> Finding:
         else:
             told.append(f"{where}: {_within(first, low, high)}")
         warnings += _one_sided(where, group)
+        if size := _far_targets(where, group):
+            warnings.append(size)
+            advice.append("standardise the targets (mean 0, deviation 1), and undo it for what is predicted")
         if few := _few_classes(where, group):
             warnings.append(few)
             advice.append("are the samples sorted by class? shuffle=True, or a sampler that mixes them")
@@ -98,6 +104,13 @@ def _within(call: Call, low: float, high: float) -> str:
         what = "rows" if call.name in {kind.__name__ for kind in EMBEDDINGS} else "classes"
         return f"{shapes}, {low:.0f} to {high:.0f} of {call.num_classes} {what}"
     return f"{shapes}, from {number(low)} to {number(high)}"
+
+
+def _far_targets(where: str, group: list[Call]) -> str:
+    sizes = [math.sqrt(call.zero_loss) for call in group if not math.isnan(call.zero_loss)]
+    if not sizes or min(sizes) < FAR:
+        return ""
+    return f"{where}: targets are of the size {number(min(sizes))}, and a model begins near 0"
 
 
 def _few_classes(where: str, group: list[Call]) -> str:
