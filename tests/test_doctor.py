@@ -158,7 +158,8 @@ OWN_RANDOMNESS = """
         (
             *("labels", "warning", "targets are of the size 3e+05"),
             {
-                "late": "class F: cross_entropy = staticmethod(lambda out, y: nn.functional.mse_loss(out[:, 0], y + 3e5))"
+                "late": "mse_loss = F.mse_loss\n"
+                "class F: cross_entropy = staticmethod(lambda outputs, y: mse_loss(outputs[:, 0], y + 3e5))"
             },
         ),
         (
