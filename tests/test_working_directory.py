@@ -1,4 +1,4 @@
-"""A script that goes elsewhere (``os.chdir``, Hydra's ``job.chdir``) leaves what is ours where the job was started."""
+"""A script that goes elsewhere (``os.chdir``, Hydra's ``job.chdir``), or changes its variables, moves nothing of ours."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+
+from sosa_stream.agent.transport.embedded import EmbeddedDaemon
 
 DEADLINE_SECONDS = 60.0
 SCRIPT = """
@@ -75,3 +79,17 @@ def test_kill_file_stop_mark_and_a_daemons_successor_stay_where_a_job_was_starte
     finally:
         job.kill()
         job.wait()
+
+
+def test_a_daemon_is_started_in_the_environment_that_the_job_was_started_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script sets variables while our thread starts it: the live environment may be moved under `execve` (EFAULT)."""
+    daemon = EmbeddedDaemon(tmp_path / "home")
+    monkeypatch.setenv("SOSA_MODE", "no such mode")
+    daemon.start()
+    try:
+        wait_for(lambda: daemon.poll() or daemon.address or daemon.given_up, "the daemon")  # type: ignore[func-returns-value]
+        assert daemon.address
+    finally:
+        daemon.stop(DEADLINE_SECONDS)

@@ -14,6 +14,7 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from sosa_stream.visible import shown
@@ -26,8 +27,12 @@ READY_SECONDS = 30.0
 class EmbeddedDaemon:
     """Starts the daemon and starts it again when it dies, at most three times, at the same address."""
 
-    def __init__(self, home: Path, folder: Path | None = None) -> None:
-        """``folder`` is where the settings were read, which the daemon reads again: the script may have left it."""
+    def __init__(self, home: Path, folder: Path | None = None, env: Mapping[str, str] | None = None) -> None:
+        """``folder`` and ``env`` are where the settings were read, which the daemon reads again.
+
+        The script may have left the one and be changing the other: started while another thread sets a variable, a
+        process gets an environment that is being moved in memory (`EFAULT`).
+        """
         self.address = ""
         self.http = ""
         self.pid = 0
@@ -36,6 +41,7 @@ class EmbeddedDaemon:
         """Sentences for the user."""
         self._home = home
         self._folder = folder
+        self._env = dict(os.environ if env is None else env)
         self._alive_fd: int | None = None
         """The daemon's standard input: it ends with the last process that has this open."""
         self._told_fd: int | None = None
@@ -58,6 +64,7 @@ class EmbeddedDaemon:
                 subprocess.run(
                     command,
                     cwd=self._folder,
+                    env=self._env,
                     stdin=stdin,
                     stdout=log,
                     stderr=log,

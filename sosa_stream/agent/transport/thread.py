@@ -78,6 +78,7 @@ class AgentThread:
         self._say_here = say_here
         self._on_error = on_error
         self._folder = Path(absolute(os.curdir))
+        self._env = dict(os.environ)
         self._embedded: EmbeddedDaemon | None = None
         self._coordinator: Coordinator | None = None
         self._closing: tuple[str, int] | None = None
@@ -120,7 +121,7 @@ class AgentThread:
         """Join a generation: through the job's store where there is a process group, else alone. None: unwatched."""
         place, given = self._place, self._settings.agent.daemon
         if place.rank == 0 and not given:
-            embedded = EmbeddedDaemon(Path(self._settings.home), self._folder)
+            embedded = EmbeddedDaemon(Path(self._settings.home), self._folder, self._env)
             try:
                 embedded.start()
             except OSError as error:
