@@ -20,6 +20,7 @@ from sosa_stream.agent import process
 from sosa_stream.agent.core import Agent
 from sosa_stream.agent.environment import read_settings
 from sosa_stream.agent.runner import exit_code
+from sosa_stream.errors import describe
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +102,11 @@ def _after_process_group(script: dict[str, Any], begin: Callable[[int, int], Non
 
 def _begin(run: str, rank: int, world_size: int, inject: tuple[str, ...]) -> None:
     settings, _ = read_settings(os.environ)  # what is wrong with them has been told by the script's own agent
-    if settings is not None:
-        Agent(settings, run=run, rank=rank, world_size=world_size).start()
+    try:
+        if settings is not None:
+            Agent(settings, run=run, rank=rank, world_size=world_size).start()
+    except Exception as error:
+        print(f"sosa: {describe(error)}; rank {rank} goes on unwatched", file=sys.stderr, flush=True)
     faults.install(faults.parse_faults(inject), rank)
 
 
