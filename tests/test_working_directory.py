@@ -1,4 +1,4 @@
-"""A script that goes elsewhere (``os.chdir``, Hydra's ``job.chdir``), or changes its variables, moves nothing of ours."""
+"""A script that goes elsewhere (``os.chdir``, Hydra's ``job.chdir``), or sets variables, moves nothing of ours."""
 
 from __future__ import annotations
 
