@@ -19,7 +19,7 @@ from sosa_stream.config import load_settings
 from sosa_stream.errors import ProtocolError
 from sosa_stream.protocol.actions import Action
 from sosa_stream.protocol.codec import decode
-from sosa_stream.protocol.messages import Ack, AckState, Command, ControlMessage, Phase, Received
+from sosa_stream.protocol.messages import Ack, AckState, Announcement, Command, ControlMessage, Phase, Received
 from sosa_stream.settings import Mode, Settings
 from sosa_stream.testing import NOW
 
@@ -306,3 +306,17 @@ def test_a_daemon_that_has_taken_nothing_for_long_is_not_waited_for_at_the_end(m
     link.now += 60.0
     courier.close("end", 0, timeout_seconds=5.0)
     assert link.now - 160.0 == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("raised", [False, True])
+def test_what_is_found_in_the_last_moments_is_said_unless_the_script_says_it_itself(raised: bool) -> None:
+    link, heard = FakeLink(), list[str]()
+    courier = courier_of(link, say=heard.append)
+    courier.script_raised = raised
+    found = Announcement(run="run", incident="i1", text="step 9: critical: nan_loss: …", incident_kind="nan_loss")
+    link.arriving = [found, Announcement(run="run", incident="i1", text="scale_lr may help; apply: sosa approve c1")]
+    courier.close("end", 0, timeout_seconds=0.0)
+    assert [text for text in heard if "acknowledged" not in text] == [
+        *([] if raised else ["step 9: critical: nan_loss: …"]),
+        "1 incident(s) in this run: sosa incidents --run run",
+    ]

@@ -430,7 +430,7 @@ class Agent:
         what explains the error, several lines; empty where nothing does.
         """
         if ends and self._courier is not None:
-            self._courier.ending = True
+            self._courier.ending = self._courier.script_raised = True
         if is_out_of_memory(error) and not self._memory:
             self.measure_memory()
         memory, self._memory = self._memory, {}

@@ -107,7 +107,7 @@ class Courier:
         self._fence_closed = False
         self._taken_at = 0.0
         self._incidents: set[str] = set()
-        self.ending = False
+        self.ending = self.script_raised = False
         """Set once the script ends by an error: it says so itself, and what the daemon says of it is said twice."""
         self._told_refused = False
         self._kill_file = KillFile(settings, membership.run, say)
@@ -164,7 +164,8 @@ class Courier:
                 if message.incident:  # a person's command belongs to none
                     self._incidents.add(message.incident)
                 self._hear(message)
-                if not self.ending:  # what ended the script has been said by the script itself
+                is_late = self.ending and not message.incident_kind  # a proposal, when nothing can be applied
+                if not (self.script_raised or is_late):  # what ended the script has been said by the script itself
                     self._say(message.text)
             elif message.id not in self._seen:
                 self._seen.add(message.id)
