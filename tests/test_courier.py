@@ -86,6 +86,7 @@ def courier_of(
     with_settings: Settings | None = None,
     say: Callable[[str], None] = lambda text: None,
     refusal: Callable[[Command], str] = lambda command: "",
+    script_raised: Callable[[], bool] = lambda: False,
 ) -> Courier:
     return Courier(
         settings=with_settings or settings(mode, "skip_step"),
@@ -100,6 +101,7 @@ def courier_of(
         progress=lambda: Progress(tick=7, step=7, phase=Phase.FORWARD),
         refusal=refusal,
         say=say,
+        script_raised=script_raised,
     )
 
 
@@ -311,8 +313,7 @@ def test_a_daemon_that_has_taken_nothing_for_long_is_not_waited_for_at_the_end(m
 @pytest.mark.parametrize("raised", [False, True])
 def test_what_is_found_in_the_last_moments_is_said_unless_the_script_says_it_itself(raised: bool) -> None:
     link, heard = FakeLink(), list[str]()
-    courier = courier_of(link, say=heard.append)
-    courier.script_raised = raised
+    courier = courier_of(link, say=heard.append, script_raised=lambda: raised)
     found = Announcement(run="run", incident="i1", text="step 9: critical: nan_loss: …", incident_kind="nan_loss")
     link.arriving = [found, Announcement(run="run", incident="i1", text="scale_lr may help; apply: sosa approve c1")]
     courier.close("end", 0, timeout_seconds=0.0)

@@ -52,7 +52,7 @@ def told(folder: Path, rank: int) -> dict[str, Any]:
     return answer
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.faults)])
 def test_over_a_network_that_drops_and_delays_all_ranks_fare_alike_with_every_command(
     world_size: int, tmp_path: Path
 ) -> None:

@@ -37,7 +37,11 @@ def _environment(folder: Path, extra: dict[str, str] | None) -> dict[str, str]:
     return {**kept, "SOSA_HOME": str(folder.parent / "home"), "SOSA_MODE": "observe", **(extra or {})}
 
 
-FRAME_LINES = ("sosa: watching run ", "sosa: 1 incident(s) in this run: ")
+FRAME_LINES = (
+    "sosa: watching run ",
+    "sosa: 1 incident(s) in this run: ",
+    "sosa: no optimizer has stepped in this process",
+)
 
 
 def run(folder: Path, *words: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -54,7 +58,7 @@ def run(folder: Path, *words: str, env: dict[str, str] | None = None) -> subproc
 
 
 def watched(folder: Path, *words: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """The agent's run, without the lines on stderr that name the run at the start and its incidents at the end."""
+    """The agent's run, without the lines on stderr at its start and end: name, incidents, that nothing trained."""
     done = run(folder, "-m", "sosa_stream.agent", *words, env=env)
     lines = done.stderr.splitlines(keepends=True)
     done.stderr = "".join(line for line in lines if not line.startswith(FRAME_LINES))

@@ -169,6 +169,7 @@ class Agent:
         self._thread: AgentThread | None = None
         self._closed = False
         self._posterior_refused = False
+        self._script_raised = False
         self._memory: dict[str, int] = {}
 
     # -- starting --------------------------------------------------------------------------------------------------
@@ -213,6 +214,11 @@ class Agent:
     def run(self) -> str:
         """The run that this process belongs to."""
         return self._place.run
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it has been."""
+        return self._closed
 
     @property
     def has_trained(self) -> bool:
@@ -370,6 +376,7 @@ class Agent:
             refusal=lambda command: self.actuators.refusal(command, self.probe.step),
             say=self.say,
             hear=self._sinks.hear,
+            script_raised=lambda: self._script_raised,
         )
         self.probe.fence = fence
         return self._courier
@@ -429,8 +436,10 @@ class Agent:
         With ``num_parts`` it did not get that far: memory had run out, and the batch was run in so many parts. Returns
         what explains the error, several lines; empty where nothing does.
         """
-        if ends and self._courier is not None:
-            self._courier.ending = self._courier.script_raised = True
+        if ends:
+            self._script_raised = True
+            if self._courier is not None:
+                self._courier.ending = True
         if is_out_of_memory(error) and not self._memory:
             self.measure_memory()
         memory, self._memory = self._memory, {}

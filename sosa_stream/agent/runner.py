@@ -37,6 +37,11 @@ Runs SCRIPT as plain Python would, and watches its training. Under torchrun:
 Settings come from the file named by SOSA_CONFIG and from SOSA_* variables: SOSA_MODE=observe|suggest|auto,
 SOSA_AUTO_ALLOW=skip_step,scale_lr,..., SOSA_HOME, SOSA_RUN, SOSA_DAEMON. SOSA_DISABLE=1 only runs the script."""
 
+NOTHING_TRAINED = (
+    "no optimizer has stepped in this process: nothing was watched. Of processes that a script starts itself those are "
+    "watched that torch.multiprocessing.spawn starts; torchrun starts ranks that all are"
+)
+
 # Scripts of our own package (the demo's) are scripts like any other.
 _OUR_FRAMES = tuple(
     str(Path(__file__).resolve().parent.parent / name) + os.sep for name in ("agent", "doctor", "faults")
@@ -196,6 +201,7 @@ def _run(
             exec(code, module.__dict__)
     except SystemExit as error:
         if agent is not None:
+            _tell_if_nothing_trained(agent, exit_code(error))
             agent.close("the script exited", exit_code(error), _ending(error))
         raise
     except BaseException as error:
@@ -214,9 +220,15 @@ def _run(
             raise
         return 1
     if agent is not None:
+        _tell_if_nothing_trained(agent, 0)
         agent.close()
     del ours
     return 0
+
+
+def _tell_if_nothing_trained(agent: Agent, code: int) -> None:
+    if not (code or agent.has_trained or agent.is_closed):
+        agent.say(NOTHING_TRAINED)
 
 
 def _ending(error: BaseException) -> str:

@@ -69,6 +69,7 @@ def test_it_computes_the_same_and_its_fault_is_named(
     incidents = records(watched, "incidents")
     assert [(each["kind"], each["first_step"]) for each in incidents if each["kind"] == "lr_jump"] == [("lr_jump", 300)]
     assert re.search(r"critical: lr_jump: learning rate rose ×\d+ at step 300", told.stderr)
+    assert "nothing was watched" not in told.stderr
 
 
 @pytest.mark.torchrun
@@ -90,3 +91,13 @@ def test_a_fix_reaches_spawned_ranks(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (fix,) = [each for each in records(tmp_path / "one", "commands") if each["applied_step"] is not None]
     assert fix["actions"] == [{"action": "scale_lr", "params": {"factor": pytest.approx(1e-3)}}]
+
+
+def test_a_script_that_trains_elsewhere_is_told_that_nothing_was_watched(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("import multiprocessing\nif __name__ == '__main__':\n    print('hi')\n")
+    told = run(tmp_path / "one", *AGENT, str(script))
+    assert (told.returncode, told.stdout) == (0, "hi\n")
+    assert "sosa: no optimizer has stepped in this process: nothing was watched" in told.stderr
+    script.write_text("import sys\nsys.exit(3)\n")
+    assert "nothing was watched" not in run(tmp_path / "two", *AGENT, str(script)).stderr

@@ -84,6 +84,7 @@ class Courier:
         restart: Callable[[str], None] | None = None,
         pod: str = "",
         hear: Callable[[Announcement], None] = lambda told: None,
+        script_raised: Callable[[], bool] = lambda: False,
     ) -> None:
         self._settings = settings
         self._identity = identity
@@ -99,6 +100,7 @@ class Courier:
         self._cannot = refusal
         self._say = say
         self._hear = hear
+        self._script_raised = script_raised
         self._seen: set[str] = set()
         self._rejected: set[str] = set()
         self._next_heartbeat = 0.0
@@ -107,7 +109,7 @@ class Courier:
         self._fence_closed = False
         self._taken_at = 0.0
         self._incidents: set[str] = set()
-        self.ending = self.script_raised = False
+        self.ending = False
         """Set once the script ends by an error: it says so itself, and what the daemon says of it is said twice."""
         self._told_refused = False
         self._kill_file = KillFile(settings, membership.run, say)
@@ -165,7 +167,7 @@ class Courier:
                     self._incidents.add(message.incident)
                 self._hear(message)
                 is_late = self.ending and not message.incident_kind  # a proposal, when nothing can be applied
-                if not (self.script_raised or is_late):  # what ended the script has been said by the script itself
+                if not (self._script_raised() or is_late):  # what ended the script has been said by the script itself
                     self._say(message.text)
             elif message.id not in self._seen:
                 self._seen.add(message.id)
