@@ -253,6 +253,23 @@ def test_a_loop_with_accumulation_a_scaler_and_tied_weights_is_followed(look: An
     )
 
 
+def test_two_optimizers_in_turns_keep_no_gradients(look: Any, tmp_path: Path) -> None:
+    turns = """
+        critic = nn.Linear(3, 1)
+        other = torch.optim.SGD(critic.parameters(), lr=0.01)
+        for inputs, labels in DataLoader(TensorDataset(x, y), batch_size=16):
+            other.zero_grad()
+            critic(model(inputs).detach()).mean().backward()
+            other.step()
+            optimizer.zero_grad()
+            (F.cross_entropy(model(inputs), labels) - critic(model(inputs)).mean()).backward()
+            optimizer.step()
+    """
+    found = look(script(tmp_path, late=turns), "gradients")["gradients"]
+    assert "kept_gradients" in found.evidence
+    assert found.evidence["kept_gradients"] == 0
+
+
 def test_a_script_that_catches_everything_is_left_all_the_same(look: Any, tmp_path: Path) -> None:
     path = script(tmp_path, NANO)
     text = path.read_text(encoding="utf-8").replace("except Exception:", "except BaseException as error:")

@@ -96,6 +96,32 @@ class Seen:
         return torch.device("cpu")
 
 
+class _Update:
+    """Whether anybody but backward touches the gradients of an update before its optimizer's next one."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        owned = (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+        self._some = list(itertools.islice(owned, SOME))
+        self._left = self._state()
+        self._num_backwards = 0
+        self._is_touched = not self._some
+
+    @property
+    def is_kept(self) -> bool:
+        return self._num_backwards > 0 and not self._is_touched
+
+    def before_backward(self) -> None:
+        now = self._state()
+        self._is_touched |= any(a[0] is not b[0] or a[1] != b[1] for a, b in zip(now, self._left, strict=True))
+
+    def after_backward(self) -> None:
+        self._num_backwards += 1
+        self._left = self._state()
+
+    def _state(self) -> list[tuple[torch.Tensor | None, int]]:
+        return [(p.grad, -1 if p.grad is None else p.grad._version) for p in self._some]
+
+
 class Recorder:
     """Watches until ``num_steps`` steps have been taken, calls ``done`` once, and leaves the script."""
 
@@ -110,8 +136,8 @@ class Recorder:
         self._pid = os.getpid()
         self._began = 0.0
         self._backward_under_way = False
-        self._stepped: list[tuple[torch.Tensor, torch.Tensor, int]] = []
-        """Parameters that the last update was of, their gradients, and the versions of these."""
+        self._updates: dict[int, _Update] = {}
+        """The last update of each optimizer, by identity."""
         self._restore: list[Callable[[], None]] = []
 
     def install(self) -> None:
@@ -198,15 +224,16 @@ class Recorder:
                 return original(tensors, *args, **kwargs)
             loss = tensors[0] if isinstance(tensors, list | tuple) and len(tensors) == 1 else tensors
             found = self.tape.finish(loss)
-            if self._stepped:
-                self.seen.num_kept += all(p.grad is g and g._version == version for p, g, version in self._stepped)
-                self._stepped = []
+            for update in self._updates.values():
+                update.before_backward()
             self._backward_under_way = True
             try:
                 with self.tape.silent():
                     result = original(tensors, *args, **kwargs)
             finally:
                 self._backward_under_way = False
+                for update in self._updates.values():
+                    update.after_backward()
             if found is not None:
                 self.seen.passes.append(found)
                 self._look_at_gradients()
@@ -256,8 +283,9 @@ class Recorder:
             self.seen.step_seconds.append(now - self._began)
             self.seen.parts.append({name: float(value) for name, value in parts.items()})
         self._began = now
-        owned = (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
-        self._stepped = [(p, p.grad, p.grad._version) for p in itertools.islice(owned, SOME)]
+        before = self._updates.get(id(optimizer))
+        self.seen.num_kept += before is not None and before.is_kept
+        self._updates[id(optimizer)] = _Update(optimizer)
         self.seen.num_steps += 1
         if self.seen.num_steps >= self._num_steps:
             self.finish()

@@ -71,7 +71,7 @@ def check(context: Context) -> Finding:
         if not dead:
             advice.append("is the layer multiplied by zero, or initialised so that it starts at zero on purpose?")
     told_frozen = f"; frozen and in no optimizer: {named(evidence['frozen'])}" if evidence["frozen"] else ""
-    num_learn = len(reached) - len(missing) - len(zero) - len(set(evidence["in_no_optimizer"]) - set(zero))
+    num_learn = len(reached) - len(missing) - len(zero) - len({*evidence["in_no_optimizer"], *nonfinite} - set(zero))
     says = f"{num_learn} of {len(seen.parameters)} parameters learn{told_frozen}"
     return Finding(
         status=Status.PROBLEM if problems else Status.WARNING if warnings else Status.OK,

@@ -51,7 +51,7 @@ def check(context: Context) -> Finding:
     if best is tries[0] and best["fall"] >= LEARNED:
         return Finding(status=Status.OK, says=says, evidence=evidence, source=SOURCE)
     mine = tries[0]
-    if best["fall"] >= LEARNED and mine["steps"] < FEWEST_STEPS and not mine["broke"]:
+    if best["fall"] >= LEARNED and mine["steps"] < min(MOST_STEPS, best["steps"]) and not mine["broke"]:
         return Finding(
             status=Status.UNKNOWN,
             says=f"{says}; for the script's own {mine['optimizer']} there was time for {mine['steps']} steps only",

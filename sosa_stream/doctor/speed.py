@@ -40,7 +40,7 @@ def check(context: Context) -> Finding:
     """The share of loading in the steps seen; then loaders, AMP and a larger batch beside what there is, in turns."""
     seen = context.seen
     if not seen.step_seconds:
-        return unknown("it takes two steps at least: --steps 5")
+        return unknown("it takes two steps at least")
     step = statistics.median(seen.step_seconds)
     loads = [its["data_seconds"] for its in seen.parts if "data_seconds" in its]
     load = statistics.median(loads) if loads else None
