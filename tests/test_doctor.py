@@ -137,6 +137,10 @@ OWN_RANDOMNESS = """
             *("gradients", "problem", "no optimizer steps them: 2.weight, 2.bias"),
             {"late": "optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)"},
         ),
+        (
+            *("gradients", "problem", "2 parameters of an optimizer get no gradient, of no model that ran"),
+            {"late": "optimizer.add_param_group({'params': nn.Linear(3, 3).parameters()})"},
+        ),
         ("gradients", "problem", "never fire: 1 (100%)", {"model": "model[0].bias.data.fill_(-100.0)"}),
         (
             *("batches", "problem", "all 4 batches are the same"),

@@ -27,12 +27,20 @@ def check(context: Context) -> Finding:
     frozen = [key for key, parameter in seen.parameters.items() if not parameter.requires_grad]
     forgotten = _names(context, (key for key in frozen if key in owned))
     orphans = _names(context, (key for key, its in reached.items() if its.there and key not in owned))
+    strays = [
+        f"{type(p).__name__} {list(p.shape)}"
+        for optimizer in seen.optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if id(p) not in seen.parameters and p.requires_grad and p.grad is None
+    ]
     dead = {name: float((~alive).float().mean()) for name, alive in seen.units.alive.items() if len(alive) >= FEW_UNITS}
     dead = {name: share for name, share in dead.items() if share > DEAD}
     evidence: dict[str, Any] = {
         "num_parameters": len(seen.parameters),
         "num_passes": len(seen.passes),
         "no_gradient": missing,
+        "of_no_model": strays,
         "zero_gradient": zero,
         "nonfinite_gradient": nonfinite,
         "frozen_in_optimizer": forgotten,
@@ -45,6 +53,11 @@ def check(context: Context) -> Finding:
     if missing:
         problems.append(f"{len(missing)} parameters get no gradient: {named(missing)}")
         advice.append("is the layer used in forward? does .detach(), .item() or no_grad() cut it off?")
+    if strays:
+        problems.append(
+            f"{len(strays)} parameters of an optimizer get no gradient, of no model that ran: {named(strays)}"
+        )
+        advice.append("is the layer used? was the model made anew after the optimizer?")
     if nonfinite:
         problems.append(f"gradients are NaN or infinite: {named(nonfinite)}")
     if forgotten:
