@@ -146,7 +146,7 @@ def run(trainer: str, folder: Path, *words: str) -> tuple[list[float], list[dict
     return json.loads((folder / "losses.json").read_text()), [json.loads(line) for line in told.stdout.splitlines()]
 
 
-@pytest.mark.flaky(reruns=1)  # a fix has to come before the training ends, from a daemon that shares two cores with tests
+@pytest.mark.flaky(reruns=1)  # a fix has to come before the training ends, on two cores shared with tests
 @pytest.mark.parametrize("trainer", SOME)
 def test_a_trainers_callback_mends_a_learning_rate_that_jumps(trainer: str, tmp_path: Path) -> None:
     losses, incidents = run(trainer, tmp_path / "watched", "watched", "broken")
